@@ -1,0 +1,54 @@
+# The developer's commands. Each makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := mkdir -p build && flock build/.lock $(BIN)/python setup.py -q build_ext --inplace --strict
+
+.PHONY: demo test bench native check test-sanitize format clean
+
+demo: $(READY)  ## train on real scans, draw and answer: demo-out/
+	$(BIN)/omnimamba demo --out demo-out
+
+test: $(READY) check  ## style, all tests, and the kernels once more under sanitizers
+	$(NATIVE)
+	$(BIN)/python -m pytest tests
+	$(MAKE) test-sanitize
+
+bench: $(READY)  ## every table of the README
+	$(NATIVE)
+	$(BIN)/python -m pytest bench
+
+native: $(VENV)  ## incremental build of the native modules into omnimamba_kernels/
+	@$(NATIVE)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs -r $(BIN)/clang-format -i
+
+# A copy of the packages and tests with modules that stop at the first bad read, write or undefined operation.
+SANITIZED := build/sanitized
+test-sanitize: $(READY)
+	rm -rf $(SANITIZED)
+	$(BIN)/python setup.py -q build_py --build-lib $(SANITIZED) \
+	    build_ext --build-lib $(SANITIZED) --strict --sanitize=address,undefined
+	cp -r tests pyproject.toml $(SANITIZED)/
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/kernels
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml setup.py constraints.txt | $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build demo-out *.egg-info omnimamba_kernels/_native_*.so omnimamba_kernels/_build_info.py

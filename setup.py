@@ -1,0 +1,158 @@
+"""Builds omnimamba: plain Python plus, where a C++17 compiler is at hand, the native modules that CMakeLists.txt describes.
+
+Read at build time only: OMNIMAMBA_CUDA (auto, on, off) and OMNIMAMBA_CUDA_ARCHS (e.g. "80;90a;120").
+Whatever happens is recorded in omnimamba_kernels/_build_info.py, which `omnimamba info` shows.
+"""
+
+import json
+import os
+import pprint
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "omnimamba_kernels"
+
+
+class CannotBuild(Exception):
+    """The native modules cannot be built here; the message says why and what to do."""
+
+
+class NativeBuild(build_ext):
+    """`build_ext` that runs CMake and Ninja. Without `--strict` a failure leaves a package that runs on the reference."""
+
+    user_options = build_ext.user_options + [
+        ("strict", None, "fail when the native modules cannot be built"),
+        ("sanitize=", None, "sanitizers to compile in, comma separated, e.g. address,undefined"),
+    ]
+    boolean_options = build_ext.boolean_options + ["strict"]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.strict = False
+        self.sanitize = ""
+
+    def run(self):
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        target = (ROOT if in_place else Path(self.build_lib).resolve()) / PACKAGE
+        target.mkdir(parents=True, exist_ok=True)
+        info = {"reason": None, "compiler": None, "openmp": None, "flags": {}, "cuda": cuda_slot()}
+        try:
+            with build_folder(persistent=in_place or bool(self.sanitize), sanitize=self.sanitize) as folder:
+                info.update(run_cmake(folder, target, self.sanitize))
+        except CannotBuild as problem:
+            if self.strict:
+                raise CompileError(str(problem)) from None
+            info["reason"] = str(problem)
+            self.warn(f"installing without native kernels: {problem}")
+        remove_modules(target, kept=info["flags"])
+        write_build_info(target / "_build_info.py", info)
+
+    def get_outputs(self):
+        target = Path(self.build_lib) / PACKAGE
+        return [str(path) for path in [*native_modules(target), target / "_build_info.py"]]
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return []
+
+
+def native_modules(folder):
+    """Every compiled module of this Python in `folder`."""
+    return sorted(folder.glob("_native_*" + sysconfig.get_config_var("EXT_SUFFIX")))
+
+
+def remove_modules(folder, kept):
+    """Delete the modules that an earlier build left for instruction sets outside `kept`."""
+    for path in native_modules(folder):
+        if path.name.split(".")[0].removeprefix("_native_") not in kept:
+            path.unlink()
+
+
+@contextmanager
+def build_folder(persistent, sanitize):
+    """A developer's builds are incremental and keep their folder; an installation starts from nothing."""
+    if not persistent:
+        with tempfile.TemporaryDirectory(prefix="omnimamba-") as name:
+            yield Path(name)
+        return
+    kind = "sanitize" if sanitize else "native"
+    folder = ROOT / "build" / kind / sys.implementation.cache_tag
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+
+def run_cmake(folder, target, sanitize):
+    """Configure and build in `folder`, leave the modules in `target`, return what CMake says it built."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if cmake is None or ninja is None:
+        missing = "cmake" if cmake is None else "ninja"
+        raise CannotBuild(f"{missing} was not found: pip install {missing} and reinstall")
+    configure = [
+        cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11_folder()}",
+        f"-DOMNIMAMBA_OUTPUT={target}",
+        f"-DOMNIMAMBA_SANITIZE={sanitize}",
+    ]  # fmt: skip
+    if subprocess.run(configure, check=False).returncode != 0:
+        reason = folder / "reason.txt"
+        raise CannotBuild(reason.read_text() if reason.exists() else "CMake could not configure the native kernels (see the build log: pip install -v)")
+    if subprocess.run([cmake, "--build", str(folder)], check=False).returncode != 0:
+        raise CannotBuild("the native kernels did not compile (see the build log: pip install -v)")
+    return json.loads((folder / "built.json").read_text())
+
+
+def tool(name):
+    """The path of a command: beside this Python, from its package, or on PATH; None if there is none."""
+    beside = shutil.which(name, path=str(Path(sys.executable).parent))
+    return beside or shutil.which(name)
+
+
+def pybind11_folder():
+    """The folder with pybind11's CMake files."""
+    try:
+        import pybind11
+    except ImportError:
+        raise CannotBuild("pybind11 was not found: pip install pybind11 and reinstall") from None
+    return pybind11.get_cmake_dir()
+
+
+def cuda_slot():
+    """Whether the CUDA kernels are to be built, and if not, why."""
+    wanted = os.environ.get("OMNIMAMBA_CUDA", "auto")
+    if wanted not in ("auto", "on", "off"):
+        raise OptionError(f"OMNIMAMBA_CUDA is {wanted!r}; expected auto, on or off")
+    if wanted == "off":
+        reason = "CUDA was switched off when omnimamba was installed (OMNIMAMBA_CUDA=off)"
+    elif not list(ROOT.glob("csrc/*/cuda*.cu")):
+        reason = "this release of omnimamba contains no CUDA kernels"
+    elif shutil.which("nvcc") is None:
+        reason = "nvcc was not found when omnimamba was installed: install the CUDA toolkit and reinstall"
+    else:
+        reason = None
+    if wanted == "on" and reason is not None:
+        raise OptionError(f"OMNIMAMBA_CUDA=on, but {reason}")
+    architectures = [arch for arch in os.environ.get("OMNIMAMBA_CUDA_ARCHS", "").split(";") if arch]
+    return {"wanted": wanted, "reason": reason, "architectures": architectures if reason is None else []}
+
+
+def write_build_info(path, info):
+    """Record the build as a Python module with one dictionary."""
+    text = f'"""How the native kernels were built; written by setup.py."""\n\nBUILD = {pprint.pformat(info, width=100, sort_dicts=False)}\n'
+    path.write_text(text)
+
+
+setup(ext_modules=[Extension(f"{PACKAGE}._native", sources=[])], cmdclass={"build_ext": NativeBuild})
