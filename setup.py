@@ -109,7 +109,11 @@ def run_cmake(folder, target, sanitize):
     ]  # fmt: skip
     if subprocess.run(configure, check=False).returncode != 0:
         reason = folder / "reason.txt"
-        raise CannotBuild(reason.read_text() if reason.exists() else "CMake could not configure the native kernels (see the build log: pip install -v)")
+        raise CannotBuild(
+            reason.read_text()
+            if reason.exists()
+            else "CMake could not configure the native kernels (see the build log: pip install -v)"
+        )
     if subprocess.run([cmake, "--build", str(folder)], check=False).returncode != 0:
         raise CannotBuild("the native kernels did not compile (see the build log: pip install -v)")
     return json.loads((folder / "built.json").read_text())
@@ -151,7 +155,7 @@ def cuda_slot():
 
 def write_build_info(path, info):
     """Record the build as a Python module with one dictionary."""
-    text = f'"""How the native kernels were built; written by setup.py."""\n\nBUILD = {pprint.pformat(info, width=100, sort_dicts=False)}\n'
+    text = f'"""How the native kernels were built; written by setup.py."""\n\nINFO = {pprint.pformat(info, width=100, sort_dicts=False)}\n'
     path.write_text(text)
 
 
