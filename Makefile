@@ -19,7 +19,7 @@ bench: $(READY)  ## every table of the README
 	$(NATIVE)
 	$(BIN)/python -m pytest bench
 
-native: $(VENV)  ## incremental build of the native modules into omnimamba_kernels/
+native: $(READY)  ## incremental build of the native modules into omnimamba_kernels/
 	@$(NATIVE)
 
 check: $(READY)
@@ -46,8 +46,11 @@ test-sanitize: $(READY)
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml setup.py constraints.txt | $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+# The build tools come first, so that `make native` goes on with what the editable installation compiled.
+$(READY): pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
+	mkdir -p build
+	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:

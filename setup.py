@@ -1,4 +1,4 @@
-"""Builds omnimamba: plain Python plus, where a C++17 compiler is at hand, the native modules that CMakeLists.txt describes.
+"""Builds omnimamba: plain Python and, where a C++17 compiler is at hand, the native modules of CMakeLists.txt.
 
 Read at build time only: OMNIMAMBA_CUDA (auto, on, off) and OMNIMAMBA_CUDA_ARCHS (e.g. "80;90a;120").
 Whatever happens is recorded in omnimamba_kernels/_build_info.py, which `omnimamba info` shows.
@@ -21,6 +21,7 @@ from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "omnimamba_kernels"
+SEE_LOG = "reinstall with pip's -v to see the compiler's messages"
 
 
 class CannotBuild(Exception):
@@ -28,7 +29,7 @@ class CannotBuild(Exception):
 
 
 class NativeBuild(build_ext):
-    """`build_ext` that runs CMake and Ninja. Without `--strict` a failure leaves a package that runs on the reference."""
+    """`build_ext` through CMake and Ninja. Without `--strict` a failure leaves a package that runs on the reference."""
 
     user_options = build_ext.user_options + [
         ("strict", None, "fail when the native modules cannot be built"),
@@ -89,6 +90,9 @@ def build_folder(persistent, sanitize):
         return
     kind = "sanitize" if sanitize else "native"
     folder = ROOT / "build" / kind / sys.implementation.cache_tag
+    cache = folder / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(folder)  # the checkout was moved or copied
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
 
@@ -109,13 +113,11 @@ def run_cmake(folder, target, sanitize):
     ]  # fmt: skip
     if subprocess.run(configure, check=False).returncode != 0:
         reason = folder / "reason.txt"
-        raise CannotBuild(
-            reason.read_text()
-            if reason.exists()
-            else "CMake could not configure the native kernels (see the build log: pip install -v)"
-        )
+        if reason.exists():
+            raise CannotBuild(reason.read_text())
+        raise CannotBuild(f"CMake could not configure the native kernels: {SEE_LOG}")
     if subprocess.run([cmake, "--build", str(folder)], check=False).returncode != 0:
-        raise CannotBuild("the native kernels did not compile (see the build log: pip install -v)")
+        raise CannotBuild(f"the native kernels did not compile: {SEE_LOG}")
     return json.loads((folder / "built.json").read_text())
 
 
@@ -155,7 +157,8 @@ def cuda_slot():
 
 def write_build_info(path, info):
     """Record the build as a Python module with one dictionary."""
-    text = f'"""How the native kernels were built; written by setup.py."""\n\nINFO = {pprint.pformat(info, width=100, sort_dicts=False)}\n'
+    content = pprint.pformat(info, width=100, sort_dicts=False)
+    text = f'"""How the native kernels were built; written by setup.py."""\n\nINFO = {content}\n'
     path.write_text(text)
 
 

@@ -20,8 +20,8 @@ def collect() -> dict[str, Any]:
 
     Keys: ``versions`` (package to version, None where not installed), ``processor`` (name, machine, threads in use),
     ``gpu`` (name or None), ``instruction_sets`` (``compiled``, ``chosen``, and ``reasons``: why each cannot run, None
-    where it can), ``backends`` (name to the reason why it cannot run, None where it can) and ``build`` (compiler, flags,
-    and the reason for each part that was not built).
+    where it can), ``backends`` (name to the reason why it cannot run, None where it can) and ``build`` (compiler,
+    flags, and the reason for each part that was not built).
     """
     build = native.build_info()
     return {

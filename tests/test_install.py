@@ -1,0 +1,124 @@
+"""The package installs everywhere: without a compiler it runs on the reference and says why."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "MANIFEST.in")
+FOLDERS = ("csrc", "omnimamba_kernels", "omnimamba_model")
+
+RUN_CONV = """
+import torch, omnimamba_kernels as ok
+from omnimamba_kernels import native
+y = ok.causal_conv1d_fn(torch.ones(1, 2, 5), torch.ones(2, 4))
+print(native.why_not(), "|", y[0, 0].tolist())
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources alone, as a newcomer's checkout has them."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the tests run on an installed package without its sources")
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in SOURCES:
+        shutil.copy(ROOT / name, copy)
+    ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    return copy
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def build_info(package):
+    scope = {}
+    exec((package / "_build_info.py").read_text(), scope)
+    return scope["INFO"]
+
+
+def test_installs_without_a_compiler_and_says_so(checkout, tmp_path):
+    target = tmp_path / "site"
+    missing = str(tmp_path / "no-compiler")
+    pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target), ".")
+    installed = run(*pip, cwd=checkout, CC=missing, CXX=missing)
+    assert installed.returncode == 0, installed.stderr
+    assert not list(target.glob("omnimamba_kernels/_native_*"))
+    assert build_info(target / "omnimamba_kernels")["flags"] == {}
+
+    used = run("-c", RUN_CONV, cwd=tmp_path, PYTHONPATH=str(target))
+    assert used.returncode == 0, used.stderr
+    reason, values = used.stdout.strip().split(" | ")
+    assert reason.startswith("no C++17 compiler was found")
+    assert "install g++ or clang++" in reason
+    assert values == "[1.0, 2.0, 3.0, 4.0, 4.0]"
+
+
+def test_sources_that_do_not_compile_leave_the_reference(checkout, tmp_path):
+    (checkout / "csrc" / "bindings.cpp").write_text("#error this compiler is too strange\n")
+    for source in checkout.glob("csrc/*/cpu*.cpp"):
+        source.unlink()
+    built = run("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=checkout)
+    assert built.returncode == 0, built.stderr
+    info = build_info(tmp_path / "lib" / "omnimamba_kernels")
+    assert info["flags"] == {}
+    assert "did not compile" in info["reason"]
+
+
+def test_strict_build_fails_without_a_compiler(checkout, tmp_path):
+    missing = str(tmp_path / "no-compiler")
+    built = run("setup.py", "-q", "build_ext", "--inplace", "--strict", cwd=checkout, CC=missing, CXX=missing)
+    assert built.returncode != 0
+    assert "no C++17 compiler was found" in built.stderr
+
+
+def test_cuda_on_without_kernels_is_refused_with_the_reason(checkout):
+    for kernel in checkout.glob("csrc/*/cuda*.cu"):
+        kernel.unlink()
+    built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, OMNIMAMBA_CUDA="on")
+    assert built.returncode != 0
+    assert "OMNIMAMBA_CUDA=on, but this release of omnimamba contains no CUDA kernels" in built.stderr
+
+
+def test_unknown_cuda_setting_is_refused(checkout):
+    built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, OMNIMAMBA_CUDA="maybe")
+    assert built.returncode != 0
+    assert "'maybe'; expected auto, on or off" in built.stderr
+
+
+def test_info_prints_json_with_every_section():
+    shown = run("-c", "from omnimamba_model.cli import main; main()", "info", "--json", cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    info = json.loads(shown.stdout)
+    assert set(info) == {"versions", "processor", "gpu", "instruction_sets", "backends", "build"}
+    assert info["versions"]["torch"]
+    assert info["backends"]["reference"] is None
+    sets = info["instruction_sets"]
+    assert sets["chosen"] is None or sets["reasons"][sets["chosen"]] is None
+    assert info["backends"]["native"] is None or sets["chosen"] is None
+
+
+def test_info_as_text_names_every_backend_and_its_state():
+    from omnimamba_kernels import info
+
+    collected = info.collect()
+    lines = info.as_text(collected).splitlines()
+    for name, reason in collected["backends"].items():
+        assert any(line.split(maxsplit=1) == [name, reason or "ready"] for line in lines)

@@ -1,0 +1,148 @@
+"""The architecture's rules, read from the sources."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS, MODEL, CSRC = ROOT / "omnimamba_kernels", ROOT / "omnimamba_model", ROOT / "csrc"
+IMPLEMENTATIONS = ("reference", "native_impl", "triton_impl", "cuda_impl")
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+CODE = (".py", ".h", ".cpp", ".cu", ".cuh")
+
+if not (ROOT / "csrc").is_dir():
+    pytest.skip("the sources are not here", allow_module_level=True)
+
+
+def files(*folders, suffixes=CODE):
+    """Source files under the folders, without what the build wrote."""
+    found = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in suffixes]
+    return [path for path in found if path.name != "_build_info.py"]
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def tree(path):
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imports(path):
+    """Absolute dotted names of all that a file imports, `from a import b` as `a.b`."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*prefix, alias.name]) for alias in node.names)
+
+
+def operations():
+    return [folder for folder in sorted(KERNELS.iterdir()) if (folder / "api.py").exists()]
+
+
+PYTHON = files(KERNELS, MODEL, suffixes=(".py",))
+EVERYTHING = files(KERNELS, MODEL, CSRC, ROOT / "tests", ROOT / "bench")
+
+
+def test_there_is_something_to_check():
+    assert len(operations()) >= 6
+    assert len(files(CSRC)) >= 6
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=name)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_functions_are_short(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = ast.get_docstring(node, clean=False) is not None
+            start = node.body[0].end_lineno if documented else node.lineno
+            assert node.end_lineno - start <= LONGEST_FUNCTION, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_packages_read_no_environment_and_never_exit(path):
+    calls = {"environ", "environb", "getenv", "putenv", "unsetenv", "_exit"}
+    used = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    imported = {dotted.rsplit(".", 1)[-1] for dotted in imports(path) if dotted.startswith("os.")}
+    assert not (used | imported) & calls
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_only_the_command_line_prints(path):
+    called = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    prints = [func for func in called if isinstance(func, ast.Name) and func.id == "print"]
+    assert not prints or path == MODEL / "cli.py"
+
+
+@pytest.mark.parametrize("path", files(KERNELS, suffixes=(".py",)), ids=name)
+def test_kernels_know_nothing_of_the_model(path):
+    assert not [dotted for dotted in imports(path) if dotted.split(".")[0] == "omnimamba_model"]
+
+
+@pytest.mark.parametrize("path", files(MODEL, suffixes=(".py",)), ids=name)
+def test_model_uses_public_kernel_names_only(path):
+    import omnimamba_kernels
+
+    allowed = {f"omnimamba_kernels.{public}" for public in omnimamba_kernels.__all__}
+    allowed |= {"omnimamba_kernels", "omnimamba_kernels.info", "omnimamba_kernels.__version__"}
+    used = {dotted for dotted in imports(path) if dotted.split(".")[0] == "omnimamba_kernels"}
+    assert not used - allowed
+
+
+@pytest.mark.parametrize("path", [p for op in operations() for p in files(op, suffixes=(".py",))], ids=name)
+def test_implementations_do_not_import_one_another(path):
+    """An implementation may use its own kind in another operation (a reference built from references), no other kind;
+    the public side reaches all of them through the choice of back end."""
+    imported = {part for dotted in imports(path) for part in dotted.split(".") if part in IMPLEMENTATIONS}
+    assert not imported - {path.stem}
+
+
+@pytest.mark.parametrize("operation", operations(), ids=name)
+def test_every_operation_has_the_same_files(operation):
+    present = {path.name for path in operation.glob("*.py")}
+    assert {"__init__.py", "api.py", "reference.py", "cases.py"} <= present
+    if (operation / "native_impl.py").exists():
+        defined = {node.name for node in tree(operation / "native_impl.py").body if isinstance(node, ast.FunctionDef)}
+        assert {"why_not", "forward"} <= defined
+
+
+@pytest.mark.parametrize("path", files(CSRC), ids=name)
+def test_includes_stay_in_their_layer(path):
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
+    assert not [header for header in included if header.split("/")[0] in ("torch", "ATen", "c10")]
+    if path != CSRC / "bindings.cpp":
+        assert not [header for header in included if header.startswith("pybind11") or header == "Python.h"]
+    if path.parent != CSRC / "common":
+        assert not [header for header in included if header in ("immintrin.h", "arm_neon.h", "omp.h")]
+
+
+@pytest.mark.parametrize("path", files(CSRC), ids=name)
+def test_native_code_does_not_touch_the_process(path):
+    assert not re.search(r"\b(getenv|setenv|exit|abort|printf|std::cout|std::cerr)\b", path.read_text())
+
+
+def test_readme_tree_names_the_top_level():
+    """Each unindented line of README's tree begins with something that exists, and nothing tracked is left out."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    trees = [block for block in blocks if re.search(r"^csrc/", block, re.M)]
+    assert len(trees) == 1, "README.md needs one fenced tree with a line that begins with csrc/"
+    lines = [line.split() for line in trees[0].splitlines() if line and not line[0].isspace()]
+    for words in lines:
+        assert (ROOT / words[0]).exists(), f"README's tree names {words[0]}, which does not exist"
+    named = {word.split("/")[0] for words in lines for word in words if (ROOT / word).exists()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    tracked = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert not tracked - named - {".gitignore", ".gitattributes", ".ci"}
