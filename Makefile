@@ -15,7 +15,7 @@ test: $(READY) check  ## style, all tests, and the kernels once more under sanit
 	$(BIN)/python -m pytest tests
 	$(MAKE) test-sanitize
 
-bench: $(READY)  ## every table of the README
+bench: $(VENV)/.peers  ## every table of the README
 	$(NATIVE)
 	$(BIN)/python -m pytest bench
 
@@ -41,7 +41,7 @@ test-sanitize: $(READY)
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/kernels
+	    $(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,11 @@ $(READY): pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
 	mkdir -p build
 	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# What the benchmarks compare with.
+$(VENV)/.peers: $(READY)
+	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
 clean:
