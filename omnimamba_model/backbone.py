@@ -1,0 +1,142 @@
+"""The Mamba-2 stack, and the plain language model made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimamba_kernels import rmsnorm_fn
+
+from .config import BASE, MambaConfig
+from .layers import MambaMixer, RMSNorm, RoutedLinear, Task, linear
+from .state import MambaState
+
+
+def activation_dtype(matrix: Tensor) -> torch.dtype:
+    """What a matrix multiplies: its own dtype on a GPU, fp32 on a CPU, where 16 bits only halve what weights weigh."""
+    return torch.float32 if matrix.device.type == "cpu" else matrix.dtype
+
+
+class MambaLayer(nn.Module):
+    """``r + dropout(mixer(norm(r)))`` on a residual r in fp32."""
+
+    def __init__(self, config: MambaConfig, in_proj: RoutedLinear) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MambaMixer(config, in_proj)
+        self.dropout = config.dropout
+
+    def forward(self, residual: Tensor, task: Task) -> Tensor:
+        update = self.mixer(self._normed(residual), task)
+        return residual + F.dropout(update, self.dropout, self.training)
+
+    def prefill(self, residual: Tensor, task: Task, conv: Tensor, ssm: Tensor, fresh: bool) -> Tensor:
+        return residual + self.mixer.prefill(self._normed(residual), task, conv, ssm, fresh)
+
+    def _normed(self, residual: Tensor) -> Tensor:
+        return self.norm(residual).to(activation_dtype(self.mixer.in_proj.weight))
+
+
+class MambaBackbone(nn.Module):
+    """A token table, the layers and the last norm; every layer's in_proj carries one adapter a task."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        tasks: tuple[str, ...] = (),
+        *,
+        lora_rank: int = 8,
+        lora_scale: float = 4.0,
+        lora_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(
+            MambaLayer(
+                config,
+                RoutedLinear(
+                    config.d_model, config.in_proj_dim, tasks,
+                    rank=lora_rank, scale=lora_scale, dropout=lora_dropout,
+                ),
+            )
+            for _ in range(config.n_layer)
+        )  # fmt: skip
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return activation_dtype(self.layers[0].mixer.in_proj.weight)
+
+    def new_state(self, batch: int) -> MambaState:
+        return MambaState.empty(self.config, batch, dtype=self.dtype, device=self.norm_f.weight.device)
+
+    def forward(self, embeddings: Tensor, task: Task = BASE) -> Tensor:
+        """embeddings (b, l, d_model) to the normed hidden states (b, l, d_model)."""
+        residual = embeddings.float()
+        for layer in self.layers:
+            residual = layer(residual, task)
+        return self.norm_f(residual).to(self.dtype)
+
+    def prefill(self, embeddings: Tensor, state: MambaState, task: Task = BASE) -> Tensor:
+        """Take (b, l, d_model) in by scan, advancing ``state``; the last position's hidden state (b, d_model)."""
+        residual, fresh = embeddings.float(), state.position == 0
+        for i, layer in enumerate(self.layers):
+            residual = layer.prefill(residual, task, state.conv[i], state.ssm[i], fresh)
+        state.position += embeddings.shape[1]
+        return self.norm_f(residual[:, -1]).to(self.dtype)
+
+    def bind_step(self, state: MambaState, task: Task = BASE) -> Callable[[Tensor], Tensor]:
+        """A function that takes one token in: (b, d_model) to its hidden state (b, d_model).
+
+        Weights and states are looked up here, once, so that a step is kernels and additions only.
+        It keeps no gradients; call it in inference mode.
+        """
+        dtype, eps = self.dtype, self.config.norm_eps
+        layers = [
+            (layer.norm.weight, layer.mixer.bind_step(task, state.conv[i], state.ssm[i]))
+            for i, layer in enumerate(self.layers)
+        ]
+        last = self.norm_f.weight
+
+        def step(embedding: Tensor) -> Tensor:
+            residual = embedding.to(torch.float32, copy=True)
+            for weight, mix in layers:
+                residual += mix(rmsnorm_fn(residual, weight, None, eps=eps).to(dtype))
+            state.position += 1
+            return rmsnorm_fn(residual, last, None, eps=eps).to(dtype)
+
+        return step
+
+
+class MambaLM(nn.Module):
+    """A plain Mamba-2 language model: the backbone, and a head tied to its token table."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MambaBackbone(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (b, l) to logits (b, l, vocab_size) for the token after each."""
+        return self.head(self.backbone(self.backbone.embedding(ids)))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.backbone.embedding.weight)
+
+
+@torch.no_grad()
+def cast_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast tables, matrices and adapters to ``dtype`` in place; vectors and convolutions stay as they are.
+
+    The vectors (dt_bias, A_log, D, norms, biases) weigh nothing and set the recurrence's precision.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model

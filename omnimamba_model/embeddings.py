@@ -1,0 +1,93 @@
+"""How tokens and features become vectors: decoupled vocabularies, caption path, projector, positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import MambaBackbone
+from .config import TASKS, OmniMambaConfig
+from .layers import Linear
+
+
+class Projector(nn.Module):
+    """Three linear maps with biases, GELU between: ``width_in`` to ``hidden`` to ``width_out`` to ``width_out``."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.projector = nn.Sequential(
+            Linear(width_in, hidden), nn.GELU(), Linear(hidden, width_out), nn.GELU(), Linear(width_out, width_out)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(x)
+
+
+class ImageEmbeddings(nn.Module):
+    """The image vocabulary: a table of its own, each looked-up row refined by an MLP.
+
+    The head that predicts image tokens is tied to the raw table, not to the MLP's output.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, d_model)
+        nn.init.normal_(self.word_embeddings.weight, std=0.02)
+        self.project_in = Projector(d_model, mlp_ratio * d_model, d_model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.project_in(self.word_embeddings(tokens))
+
+
+class FeedForward(nn.Module):
+    """Two square linear maps without bias, tanh-approximated GELU between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, width, bias=False)
+        self.fc2 = Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbed(nn.Module):
+    """What text passes on top of the token table when it asks for a drawing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cap_proj = FeedForward(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cap_proj(x)
+
+
+class OmniBackbone(MambaBackbone):
+    """The Mamba-2 stack with adapters for both tasks, the image vocabulary and the learned positions."""
+
+    def __init__(self, config: OmniMambaConfig) -> None:
+        size = config.backbone
+        super().__init__(
+            size, TASKS, lora_rank=config.lora_rank, lora_scale=config.lora_scale, lora_dropout=config.lora_dropout
+        )
+        self.img_embeddings = ImageEmbeddings(config.image_vocab_size, size.d_model, config.mlp_ratio)
+        self.caption_embed = CaptionEmbed(size.d_model)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.t2i_positions, size.d_model))
+        self.mmu_pos_embed = nn.Parameter(torch.empty(1, config.mmu_positions, size.d_model))
+        for table in (self.pos_embed, self.mmu_pos_embed):
+            nn.init.normal_(table, std=0.02)
+
+    def embed_caption(self, ids: Tensor) -> Tensor:
+        """Text ids (b, l) that open a drawing, at positions 0 to l - 1: (b, l, d_model)."""
+        return self.caption_embed(self.embedding(ids)) + self.pos_embed[:, : ids.shape[1]]
+
+    def embed_image(self, tokens: Tensor, start: int) -> Tensor:
+        """Image tokens (b, l) of a drawing, the first of them at position ``start``: (b, l, d_model)."""
+        return self.img_embeddings(tokens) + self.pos_embed[:, start : start + tokens.shape[1]]
+
+    def embed_understanding(self, vectors: Tensor, start: int) -> Tensor:
+        """Add the understanding positions from ``start``; past the table's end its last row serves."""
+        last = self.mmu_pos_embed.shape[1] - 1
+        places = torch.arange(start, start + vectors.shape[1], device=vectors.device).clamp(max=last)
+        return vectors + self.mmu_pos_embed[:, places]

@@ -1,0 +1,175 @@
+"""The parts of one layer: linear maps, the task-routed adapter, the norm, the Mamba-2 mixer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from omnimamba_kernels import (
+    causal_conv1d_fn,
+    lora_linear,
+    mamba_chunk_scan_combined,
+    mamba_mixer_step,
+    mamba_split_conv1d_scan_combined,
+    rmsnorm_fn,
+)
+
+from .config import BASE, MambaConfig
+
+Task = int | Tensor
+"""A task id for the whole batch, or one id a batch row: integers of shape (b,); -1 is the base alone."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` through the kernels, whose 16-bit weights are fast on a CPU too."""
+    return lora_linear(x, weight, None, None, scale=1.0, bias=bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` computed by the kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in x's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm_fn(x, self.weight, None, eps=self.eps)
+
+
+class RoutedLinear(nn.Module):
+    """A linear map without bias, plus one low-rank adapter a task (arXiv 2503.08686, section 3.3).
+
+    ``y = x W^T + scale * dropout(x) A_t^T B_t^T``, where t is the task of the batch row. A starts
+    Kaiming-uniform and B at zero, so that a fresh adapter changes nothing.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, tasks: tuple[str, ...], *, rank: int, scale: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.tasks, self.scale, self.dropout = tasks, scale, dropout
+        self.weight = nn.Parameter(torch.empty(width_out, width_in))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        for task in tasks:
+            down, up = nn.Linear(width_in, rank, bias=False), nn.Linear(rank, width_out, bias=False)
+            nn.init.zeros_(up.weight)
+            self.add_module(f"{task}_lora_A0", down)
+            self.add_module(f"{task}_lora_B0", up)
+
+    def forward(self, x: Tensor, task: Task) -> Tensor:
+        if isinstance(task, Tensor) and x.ndim == 3:
+            task = task[:, None].expand(x.shape[:2])
+        if not (self.training and self.dropout):
+            return self.bind(task)(x)
+        seed = int(torch.randint(2**31, ()))
+        return self.bind(task)(x, dropout_p=self.dropout, dropout_seed=seed)
+
+    def bind(self, task: Task) -> Callable[[Tensor], Tensor]:
+        """The map for one task, its weights gathered once: what a decode loop calls."""
+        if not self.tasks or (isinstance(task, int) and task == BASE):
+            return partial(lora_linear, weight=self.weight, lora_A=None, lora_B=None, scale=1.0)
+        if isinstance(task, int):
+            down, up = self.adapter(task)
+            down, up, task = down[None], up[None], 0
+        else:
+            adapters = [self.adapter(t) for t in range(len(self.tasks))]
+            down, up = (torch.stack(side) for side in zip(*adapters, strict=True))
+        return partial(lora_linear, weight=self.weight, lora_A=down, lora_B=up, scale=self.scale, task=task)
+
+    def adapter(self, task: int) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) of one task."""
+        name = self.tasks[task]
+        return getattr(self, f"{name}_lora_A0").weight, getattr(self, f"{name}_lora_B0").weight
+
+
+class MambaMixer(nn.Module):
+    """The Mamba-2 mixer: project, convolve, scan the state space, gate and norm, project back.
+
+    ``forward`` for whole sequences, ``prefill`` for a sequence whose states are kept, ``bind_step``
+    for one token after another; all three compute the same function.
+    """
+
+    def __init__(self, config: MambaConfig, in_proj: RoutedLinear) -> None:
+        super().__init__()
+        self.config = config
+        self.in_proj = in_proj
+        self.conv1d = nn.Conv1d(
+            config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim
+        )  # holds the weights; the kernels convolve
+        self.dt_bias = nn.Parameter(torch.empty(config.nheads))
+        self.A_log = nn.Parameter(torch.empty(config.nheads))
+        self.D = nn.Parameter(torch.ones(config.nheads))
+        self.norm = RMSNorm(config.d_inner, config.norm_eps)
+        self.out_proj = Linear(config.d_inner, config.d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Steps dt log-uniform in [0.001, 0.1], decays -A uniform in [1, 16], outputs scaled by depth."""
+        self.A_log.uniform_(1, 16).log_()
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        self.out_proj.weight.div_(math.sqrt(self.config.n_layer))
+
+    def decay(self) -> Tensor:
+        """A, one negative number a head, in fp32."""
+        return -self.A_log.float().exp()
+
+    def forward(self, u: Tensor, task: Task) -> Tensor:
+        """u (b, l, d_model) to (b, l, d_model), with gradients, no state kept."""
+        cfg = self.config
+        y = mamba_split_conv1d_scan_combined(
+            self.in_proj(u, task), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, self.decay(), self.D,
+            cfg.chunk_size, activation="silu", rmsnorm_weight=self.norm.weight, rmsnorm_eps=cfg.norm_eps,
+            headdim=cfg.headdim, ngroups=cfg.ngroups, norm_before_gate=False,
+        )  # fmt: skip
+        return self.out_proj(y)
+
+    def prefill(self, u: Tensor, task: Task, conv_state: Tensor, ssm_state: Tensor, fresh: bool) -> Tensor:
+        """As ``forward``, from the given states (zeros where ``fresh``), which it brings up to date in place."""
+        cfg = self.config
+        group = cfg.ngroups * cfg.d_state
+        z, xbc, dt = self.in_proj(u, task).split([cfg.d_inner, cfg.conv_dim, cfg.nheads], dim=-1)
+        xbc, tail = causal_conv1d_fn(
+            xbc.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            initial_states=None if fresh else conv_state.to(xbc.dtype), return_final_states=True, activation="silu",
+        )  # fmt: skip
+        x, B, C = xbc.transpose(1, 2).split([cfg.d_inner, group, group], dim=-1)
+        y, final = mamba_chunk_scan_combined(
+            x.unflatten(-1, (cfg.nheads, cfg.headdim)), dt, self.decay(),
+            B.unflatten(-1, (cfg.ngroups, cfg.d_state)), C.unflatten(-1, (cfg.ngroups, cfg.d_state)),
+            cfg.chunk_size, D=self.D, dt_bias=self.dt_bias, initial_states=None if fresh else ssm_state,
+            dt_softplus=True, return_final_states=True,
+        )  # fmt: skip
+        conv_state.copy_(tail)
+        ssm_state.copy_(final)
+        y = rmsnorm_fn(
+            y.flatten(2), self.norm.weight, None, z=z, eps=cfg.norm_eps,
+            group_size=cfg.d_inner // cfg.ngroups, norm_before_gate=False,
+        )  # fmt: skip
+        return self.out_proj(y)
+
+    def bind_step(self, task: Task, conv_state: Tensor, ssm_state: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function u (b, d_model) to (b, d_model) for one token, which advances the states in place."""
+        project, out_weight = self.in_proj.bind(task), self.out_proj.weight
+        step = partial(
+            mamba_mixer_step,
+            conv_state=conv_state, ssm_state=ssm_state, conv1d_weight=self.conv1d.weight.squeeze(1),
+            conv1d_bias=self.conv1d.bias, dt_bias=self.dt_bias, A=self.decay(), D=self.D,
+            headdim=self.config.headdim, ngroups=self.config.ngroups, rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.config.norm_eps, norm_before_gate=False,
+        )  # fmt: skip
+        return lambda u: linear(step(project(u)), out_weight)

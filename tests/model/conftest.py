@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from omnimamba_model import MambaConfig, MambaLM, OmniMamba, OmniMambaConfig
+
+
+@pytest.fixture
+def config() -> OmniMambaConfig:
+    return OmniMambaConfig.preset("tiny")
+
+
+@pytest.fixture
+def model(config) -> OmniMamba:
+    """A tiny OmniMamba whose adapters already do something."""
+    torch.manual_seed(0)
+    model = OmniMamba(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_lora_B0" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def lm() -> MambaLM:
+    torch.manual_seed(0)
+    return MambaLM(MambaConfig.preset("tiny", ngroups=2)).eval()
+
+
+@pytest.fixture
+def caption(config) -> torch.Tensor:
+    pad = config.tokens.pad
+    return torch.tensor([[pad, pad, 10, 11, 12], [pad, 20, 21, 22, 23], [30, 31, 32, 33, 34]])
+
+
+@pytest.fixture
+def image(config) -> torch.Tensor:
+    return torch.randint(config.image_vocab_size, (3, config.image_tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def features(config) -> torch.Tensor:
+    return torch.randn(3, config.image_features, config.feature_dim, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def text(config) -> torch.Tensor:
+    ids = torch.randint(8, config.backbone.vocab_size, (3, 7), generator=torch.Generator().manual_seed(3))
+    ids[0, 5:] = config.tokens.pad
+    return ids

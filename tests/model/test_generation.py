@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from omnimamba_model import GREEDY, Sampling, answer, draw, generate_text
+from omnimamba_model.generation import probabilities, sample
+
+LOGITS = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.2, 0.5]]).log()
+
+
+@torch.no_grad()
+def test_greedy_text_equals_repeated_full_forward(lm):
+    ids = torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(0))
+    grown = ids
+    for _ in range(12):
+        grown = torch.cat([grown, lm(grown)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generate_text(lm, ids, 12), grown[:, 5:])
+
+
+@torch.no_grad()
+def test_greedy_drawing_equals_repeated_full_forward(model, caption, config):
+    image = torch.zeros(3, config.image_tokens, dtype=torch.long)
+    for i in range(config.image_tokens):
+        image[:, i] = model.t2i(caption, image).logits[:, i].argmax(-1)
+    assert torch.equal(draw(model, caption), image)
+
+
+@torch.no_grad()
+def test_greedy_answer_equals_repeated_full_forward(model, features, text):
+    question, steps = text[:, :4], 6
+    grown = torch.cat([question, torch.zeros(3, steps, dtype=torch.long)], dim=1)
+    for i in range(4, 4 + steps):
+        grown[:, i] = model.mmu(features, grown).logits[:, i].argmax(-1)
+    assert torch.equal(answer(model, features, question, steps, stop=63), grown[:, 4:])
+
+
+@torch.no_grad()
+def test_guidance_mixes_the_logits_of_asked_and_empty(model, caption, config):
+    guidance, empty = 2.5, torch.full_like(caption, config.tokens.pad)
+    image = torch.zeros(3, config.image_tokens, dtype=torch.long)
+    for i in range(config.image_tokens):
+        asked, free = model.t2i(caption, image).logits[:, i], model.t2i(empty, image).logits[:, i]
+        image[:, i] = (free + guidance * (asked - free)).argmax(-1)
+    assert torch.equal(draw(model, caption, guidance=guidance), image)
+    assert not torch.equal(draw(model, caption), image)
+
+
+def test_stop_ends_a_row_and_then_the_loop(lm):
+    ids = torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(0))
+    free = generate_text(lm, ids, 12)
+    stop = int(free[0, 3])
+    ends = [row.index(stop) if stop in row else 11 for row in free.tolist()]
+    out = generate_text(lm, ids, 12, stop=stop)
+    assert out.shape == (2, max(ends) + 1)
+    for row, end in enumerate(ends):
+        assert torch.equal(out[row, : end + 1], free[row, : end + 1])
+        assert (out[row, end + 1 :] == stop).all()
+
+
+def test_a_seed_repeats_and_seeds_differ(model, caption):
+    first, again, other = (draw(model, caption, Sampling(seed=seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_seed_leaves_the_global_generator_alone(model, caption):
+    before = torch.get_rng_state()
+    draw(model, caption, Sampling(seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(), [0.5, 0.2, 0.15, 0.1, 0.05]),
+        (Sampling(temperature=0.5), [0.25 / 0.325, 0.04 / 0.325, 0.0225 / 0.325, 0.01 / 0.325, 0.0025 / 0.325]),
+        (Sampling(top_k=2), [0.5 / 0.7, 0.2 / 0.7, 0, 0, 0]),
+        (Sampling(top_k=9), [0.5, 0.2, 0.15, 0.1, 0.05]),
+        (Sampling(top_p=0.6), [0.5 / 0.7, 0.2 / 0.7, 0, 0, 0]),
+        (Sampling(top_p=0.01), [1, 0, 0, 0, 0]),
+        (Sampling(top_k=3, top_p=0.6), [0.5 / 0.7, 0.2 / 0.7, 0, 0, 0]),
+    ],
+)
+def test_what_is_drawn_from(sampling, expected):
+    expected = torch.tensor(expected, dtype=torch.float32)
+    torch.testing.assert_close(probabilities(LOGITS, sampling), torch.stack([expected, expected.flip(0)]))
+
+
+def test_draws_follow_the_probabilities():
+    rows = LOGITS[:1].expand(20_000, -1)
+    drawn = sample(rows, Sampling(top_k=3), torch.Generator().manual_seed(0))
+    frequency = torch.bincount(drawn, minlength=5) / len(drawn)
+    torch.testing.assert_close(frequency, probabilities(LOGITS[:1], Sampling(top_k=3))[0], rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=1)])
+def test_greedy_takes_the_likeliest(sampling):
+    assert sample(LOGITS, sampling).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(temperature=-1), "temperature must be 0"),
+        (dict(top_k=-1), "top_k must be 0"),
+        (dict(top_p=0), "top_p must lie"),
+    ],
+)
+def test_sampling_is_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wrong)
+
+
+def test_steps_are_checked(lm):
+    with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
+        generate_text(lm, torch.zeros(1, 2, dtype=torch.long), 0)

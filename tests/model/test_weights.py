@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from omnimamba_model import CheckpointError, MambaLM, OmniMamba, cast_matrices, load, save
+from omnimamba_model.weights import read_tokenizer
+
+
+@pytest.mark.parametrize("kind", ["model", "lm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_for_bit(request, tmp_path, kind, dtype):
+    model = cast_matrices(request.getfixturevalue(kind), dtype)
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert type(again) is type(model) and again.config == model.config and not again.training
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert list(saved) == list(loaded)
+    for name, tensor in saved.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+
+
+def test_a_loaded_model_computes_and_trains(model, caption, image, tmp_path):
+    save(model, tmp_path)
+    again = load(tmp_path)
+    expected, result = model.t2i(caption, image), again.t2i(caption, image)
+    assert torch.equal(result.logits, expected.logits)
+    result.loss.backward()
+    assert again.backbone.embedding.weight.grad is not None
+
+
+def test_the_file_holds_each_table_once(model, tmp_path):
+    save(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in stored if "head" in name]
+    assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_tokenizer_travels_along(model, tmp_path):
+    save(model, tmp_path / "without")
+    save(model, tmp_path / "with", tokenizer='{"a": "é"}')
+    assert read_tokenizer(tmp_path / "without") is None
+    assert read_tokenizer(tmp_path / "with") == '{"a": "é"}'
+
+
+def test_misfits_are_all_listed(model, tmp_path):
+    save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["backbone.nonsense"] = torch.zeros(2)
+    tensors["backbone.norm_f.weight"] = torch.zeros(7)
+    del tensors["backbone.layers.1.mixer.D"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert "missing backbone.layers.1.mixer.D (4,)" in str(error.value)
+    assert "unknown backbone.nonsense (2,)" in str(error.value)
+    assert "backbone.norm_f.weight has shape (7,), expected (32,)" in str(error.value)
+
+
+def test_damaged_folders_are_refused(model, tmp_path):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load(tmp_path)
+    save(model, tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors does not exist"):
+        load(tmp_path)
+    weights.write_bytes(whole)
+    for text, message in [
+        ("{", "is not JSON"),
+        ('{"model_type": "gpt"}', "model_type is one of omnimamba, mamba2"),
+        (json.dumps({"model_type": "omnimamba", "d_modle": 2}), "has no field d_modle"),
+        (json.dumps({"model_type": "mamba2", "d_model": -2}), "d_model must be a positive number"),
+    ]:
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
+    save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("omnimamba_model.weights.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert isinstance(load(tmp_path), OmniMamba) and not isinstance(load(tmp_path), MambaLM)
