@@ -1,0 +1,111 @@
+// The only pybind11 file. A kernel takes one Params struct; Python fills it by field name, a torch tensor becoming a View.
+// The module is compiled once for each instruction set (OMNIMAMBA_MODULE names it); native.py loads the one to use.
+#include <pybind11/pybind11.h>
+
+#include "causal_conv1d/causal_conv1d.h"
+#include "common/isa.h"
+#include "common/simd.h"
+#include "common/types.h"
+#include "gated_norm/gated_norm.h"
+#include "lora_linear/lora_linear.h"
+#include "mamba_mixer/mamba_mixer.h"
+#include "ssd_scan/ssd_scan.h"
+#include "state_update/state_update.h"
+
+namespace py = pybind11;
+using namespace omnimamba;
+
+namespace {
+
+// torch's dtype objects, looked up once. They live as long as the process.
+DType dtype_of(PyObject* torch_dtype) {
+  static PyObject* known[5] = {};
+  if (!known[0]) {
+    py::module_ torch = py::module_::import("torch");
+    const char* names[5] = {"float32", "bfloat16", "float16", "int32", "int64"};  // the order of DType
+    for (int i = 4; i >= 0; i--) known[i] = py::object(torch.attr(names[i])).release().ptr();
+  }
+  for (int i = 0; i < 5; i++)
+    if (known[i] == torch_dtype) return static_cast<DType>(i);
+  throw py::type_error("native kernels take float32, bfloat16, float16, int32 and int64 tensors");
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<View> {
+  PYBIND11_TYPE_CASTER(View, const_name("torch.Tensor | None"));
+
+  bool load(handle tensor, bool) {
+    value = View{};
+    if (tensor.is_none()) return true;
+    static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+    static PyObject* stride = PyUnicode_InternFromString("stride");
+    static PyObject* dtype = PyUnicode_InternFromString("dtype");
+    auto address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+    auto strides = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
+    auto type = reinterpret_steal<object>(PyObject_GetAttr(tensor.ptr(), dtype));
+    if (!address || !strides || !type) throw error_already_set();
+    value.data = PyLong_AsVoidPtr(address.ptr());
+    value.dtype = dtype_of(type.ptr());
+    Py_ssize_t rank = PyTuple_Size(strides.ptr());
+    if (rank < 0 || rank > 4) throw value_error("native kernels take tensors of at most 4 dimensions");
+    for (Py_ssize_t i = 0; i < rank; i++) value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
+    return true;
+  }
+
+  static handle cast(const View&, return_value_policy, handle) { return none().release(); }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+// A Params class, with the field that all of them have.
+template <class Params>
+py::class_<Params> params(py::module_& m, const char* name) {
+  return py::class_<Params>(m, name, py::module_local()).def(py::init<>()).def_readwrite("threads", &Params::threads);
+}
+
+// kernels[name] = (Params class, function): what native.call looks up. The interpreter is free while a kernel runs.
+template <class Params, class Result>
+void kernel(py::module_& m, const char* name, Result (*function)(const Params&)) {
+  py::dict kernels = m.attr("kernels");
+  py::cpp_function call(function, py::call_guard<py::gil_scoped_release>());
+  kernels[name] = py::make_tuple(py::type::of<Params>(), call);
+}
+
+#define FIELD(name) .def_readwrite(#name, &Params::name)
+
+void bind_causal_conv1d(py::module_&) {}
+
+void bind_ssd_scan(py::module_&) {}
+
+void bind_state_update(py::module_&) {}
+
+void bind_gated_norm(py::module_&) {}
+
+void bind_lora_linear(py::module_&) {}
+
+void bind_mamba_mixer(py::module_&) {}
+
+#undef FIELD
+
+}  // namespace
+
+PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
+  m.attr("kernels") = py::dict();
+  m.attr("vector_width") = W;
+  py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())
+      .def_readonly("avx2", &CpuFeatures::avx2)
+      .def_readonly("avx512", &CpuFeatures::avx512);
+  m.def("cpu_features", &cpu_features);
+  bind_causal_conv1d(m);
+  bind_ssd_scan(m);
+  bind_state_update(m);
+  bind_gated_norm(m);
+  bind_lora_linear(m);
+  bind_mamba_mixer(m);
+}

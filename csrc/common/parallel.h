@@ -1,0 +1,39 @@
+// Work shared by OpenMP threads. Each index is done by one thread, whatever their number, so results never depend on it.
+#pragma once
+#include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace omnimamba {
+
+// body(begin, end, thread) for contiguous parts of [0, count), one part a thread.
+template <class Body>
+void parallel_parts(int threads, int64_t count, Body&& body) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads <= 1) {
+    if (count > 0) body(int64_t{0}, count, 0);
+    return;
+  }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  {
+    // The runtime may give fewer threads than asked for.
+    int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    int64_t begin = count * me / team, end = count * (me + 1) / team;
+    if (begin < end) body(begin, end, static_cast<int>(me));
+  }
+#else
+  body(int64_t{0}, count, 0);
+#endif
+}
+
+// body(i, thread) for i in [0, count).
+template <class Body>
+void parallel_for(int threads, int64_t count, Body&& body) {
+  parallel_parts(threads, count, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; i++) body(i, thread);
+  });
+}
+
+}  // namespace omnimamba

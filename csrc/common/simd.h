@@ -1,0 +1,226 @@
+// One vector type for every instruction set, written with the vector extensions of GCC and Clang.
+// vf holds W floats. The compiler's flags choose W: 16 with AVX-512, 8 with AVX2, 4 elsewhere (SSE2, NEON).
+// a * b + c contracts to a fused multiply-add where the target has one (-ffp-contract=fast).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace omnimamba {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));  // W halves, as bits
+
+#define OM_INLINE inline __attribute__((always_inline))
+
+OM_INLINE vf splat(float a) { return a - vf{}; }
+OM_INLINE vi splat_int(int32_t a) { return a - vi{}; }
+
+// ---- memory: load and store W values of a storage type; *_part touches only the first n ----
+
+OM_INLINE vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+OM_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+OM_INLINE vf from_bits(vh h, bf16) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+// Rounds to nearest even; a NaN stays a NaN.
+OM_INLINE vh to_bits(vf v, bf16) {
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu quiet = (u >> 16) | 0x40u;
+  vu is_nan = (vu)(v != v);
+  return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vh);
+}
+
+#if defined(__AVX512F__)
+OM_INLINE vf from_bits(vh h, f16) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+OM_INLINE vh to_bits(vf v, f16) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+OM_INLINE vf from_bits(vh h, f16) { return (vf)_mm256_cvtph_ps((__m128i)h); }
+OM_INLINE vh to_bits(vf v, f16) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+OM_INLINE vf from_bits(vh h, f16) { return (vf)vcvt_f32_f16((float16x4_t)h); }
+OM_INLINE vh to_bits(vf v, f16) { return (vh)vcvt_f16_f32((float32x4_t)v); }
+#else
+// Without conversion instructions. A half's exponent is rebased by a multiplication, which also makes subnormals right.
+OM_INLINE vf from_bits(vh h, f16) {
+  vu u = __builtin_convertvector(h, vu);
+  vu magnitude = (u & 0x7fffu) << 13;
+  vf value = (vf)magnitude * splat(0x1p112f);
+  vu special = (vu)((vi)magnitude >= splat_int(0x0f800000));  // inf or NaN
+  vu bits = ((vu)value & ~special) | ((magnitude | 0x7f800000u) & special);
+  return (vf)(bits | ((u & 0x8000u) << 16));
+}
+OM_INLINE vh to_bits(vf v, f16) {
+  vu u = (vu)v;
+  vu sign = (u >> 16) & 0x8000u;
+  vu a = u & 0x7fffffffu;
+  vu normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;    // rounds to nearest even
+  vu tiny = (vu)((vf)a + splat(0.5f)) - 0x3f000000u;                   // below 2^-14: the adder rounds to 2^-24
+  vu is_tiny = (vu)((vi)a < splat_int(113 << 23));
+  vu is_big = (vu)((vi)a >= splat_int(0x477ff000));                    // rounds to 65536 or is inf
+  vu is_nan = (vu)((vi)a > splat_int(0x7f800000));
+  vu half = (tiny & is_tiny) | (normal & ~is_tiny);
+  half = (half & ~is_big) | (0x7c00u & is_big);
+  half = (half & ~is_nan) | (0x7e00u & is_nan);
+  return __builtin_convertvector(half | sign, vh);
+}
+#endif
+
+template <class Half>
+OM_INLINE vf load(const Half* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return from_bits(h, Half{});
+}
+template <class Half>
+OM_INLINE void store(Half* p, vf v) {
+  vh h = to_bits(v, Half{});
+  std::memcpy(p, &h, sizeof h);
+}
+
+template <class T>
+OM_INLINE vf load_part(const T* p, int n) {
+  T buffer[W] = {};
+  std::memcpy(static_cast<void*>(buffer), p, sizeof(T) * static_cast<size_t>(n));
+  return load(buffer);
+}
+template <class T>
+OM_INLINE void store_part(T* p, vf v, int n) {
+  T buffer[W];
+  store(buffer, v);
+  std::memcpy(static_cast<void*>(p), buffer, sizeof(T) * static_cast<size_t>(n));
+}
+
+OM_INLINE float to_float(float a) { return a; }
+template <class Half>
+OM_INLINE float to_float(Half a) {
+  vh h = {a.bits};
+  return from_bits(h, Half{})[0];
+}
+template <class T>
+OM_INLINE T from_float(float a) {
+  T out;
+  store_part(&out, splat(a), 1);
+  return out;
+}
+template <>
+OM_INLINE float from_float<float>(float a) {
+  return a;
+}
+
+// ---- arithmetic ----
+
+OM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+OM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
+OM_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+OM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+// Adds the W lanes in a fixed order.
+OM_INLINE float sum(vf v) {
+  float lane[W];
+  store(lane, v);
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) lane[i] += lane[i + step];
+  return lane[0];
+}
+
+// e^x: x = k ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, then 2^k in two factors.
+// Error below 2 ulp; 0 under -103.98, inf over 88.73, NaN stays NaN.
+OM_INLINE vf vexp(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf bounded = select(x > splat(89.0f), splat(89.0f), select(x < splat(-104.0f), splat(-104.0f), x));
+  vf shifted = bounded * splat(1.44269504f) + magic;
+  vf k = shifted - magic;
+  vf r = bounded - k * splat(0.693359375f);
+  r = r - k * splat(-2.12194440e-4f);
+  vf e = splat(1.9875691500e-4f);
+  e = e * r + splat(1.3981999507e-3f);
+  e = e * r + splat(8.3334519073e-3f);
+  e = e * r + splat(4.1665795894e-2f);
+  e = e * r + splat(1.6666665459e-1f);
+  e = e * r + splat(5.0000001201e-1f);
+  e = e * (r * r) + r + splat(1.0f);
+  vi whole = (vi)shifted - (vi)magic;
+  vi half = whole >> 1;
+  vf scale = (vf)((half + 127) << 23);
+  vf rest = (vf)((whole - half + 127) << 23);
+  return e * scale * rest;
+}
+
+// e^x for x in [-87, 0] and below (0 there): one factor, for decays.
+OM_INLINE vf vexp_decay(vf x) {
+  const vf magic = splat(12582912.0f);
+  vf bounded = select(x < splat(-87.0f), splat(-87.0f), x);
+  vf shifted = bounded * splat(1.44269504f) + magic;
+  vf k = shifted - magic;
+  vf r = bounded - k * splat(0.693359375f);
+  r = r - k * splat(-2.12194440e-4f);
+  vf e = splat(1.9875691500e-4f);
+  e = e * r + splat(1.3981999507e-3f);
+  e = e * r + splat(8.3334519073e-3f);
+  e = e * r + splat(4.1665795894e-2f);
+  e = e * r + splat(1.6666665459e-1f);
+  e = e * r + splat(5.0000001201e-1f);
+  e = e * (r * r) + r + splat(1.0f);
+  vf scale = (vf)(((vi)shifted - (vi)magic + 127) << 23);
+  return select(x < splat(-87.0f), vf{}, e * scale);
+}
+
+OM_INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
+OM_INLINE vf silu(vf x) { return x * sigmoid(x); }
+
+// d silu / dx = s (1 + x (1 - s)), s = sigmoid(x).
+OM_INLINE vf silu_slope(vf x) {
+  vf s = sigmoid(x);
+  return s * (splat(1.0f) + x * (splat(1.0f) - s));
+}
+
+// ln(1 + u) for u in [0, 1]: 2 artanh(u / (2 + u)), the series to s^15 (s <= 1/3).
+OM_INLINE vf log1p_unit(vf u) {
+  vf s = u / (splat(2.0f) + u);
+  vf q = s * s;
+  vf t = splat(1.0f / 15);
+  t = t * q + splat(1.0f / 13);
+  t = t * q + splat(1.0f / 11);
+  t = t * q + splat(1.0f / 9);
+  t = t * q + splat(1.0f / 7);
+  t = t * q + splat(1.0f / 5);
+  t = t * q + splat(1.0f / 3);
+  return splat(2.0f) * (s + s * q * t);
+}
+
+// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|); x itself above 20, as torch has it.
+OM_INLINE vf softplus(vf x) {
+  vf soft = select(x > vf{}, x, vf{}) + log1p_unit(vexp(-vabs(x)));
+  return select(x > splat(20.0f), x, select(x != x, x, soft));
+}
+
+// One value through a vector function: the same bits as in a full vector.
+template <class F>
+OM_INLINE float one(F f, float a) {
+  return f(splat(a))[0];
+}
+
+}  // namespace omnimamba

@@ -1,0 +1,29 @@
+"""Hand-written kernels of Mamba-2 and of task-routed LoRA, forward and backward, under the field's own names.
+
+Every function takes ``backend=None``, keyword only: the best implementation for the device is chosen, ``backends()`` says
+which can run and why the others cannot, ``use_backend(name)`` fixes one for a block.
+"""
+
+from .backends import backends, use_backend
+from .causal_conv1d.api import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
+from .gated_norm.api import rmsnorm_fn
+from .lora_linear.api import lora_linear
+from .mamba_mixer.api import mamba_mixer_step, mamba_split_conv1d_scan_combined
+from .ssd_scan.api import mamba_chunk_scan_combined
+from .state_update.api import selective_state_update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backends",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
+    "lora_linear",
+    "mamba_chunk_scan_combined",
+    "mamba_mixer_step",
+    "mamba_split_conv1d_scan_combined",
+    "rmsnorm_fn",
+    "selective_state_update",
+    "use_backend",
+]

@@ -1,0 +1,42 @@
+"""The one bridge between an implementation's forward and backward and torch's autograd."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, implementation: ModuleType, options: dict, *tensors: Tensor | None):
+        outputs, saved = implementation.forward(*tensors, save=True, **options)
+        ctx.implementation, ctx.options = implementation, options
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None):
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *ctx.implementation.backward(ctx.saved_tensors, grads, needs, **ctx.options)
+
+
+def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> tuple[Tensor | None, ...]:
+    """Runs ``implementation.forward(*tensors, **options)`` so that its outputs can be differentiated.
+
+    An implementation exports
+
+    * ``forward(*tensors, save, **options) -> (outputs, saved)``: two tuples; ``save`` says whether a backward will follow,
+    * ``backward(saved, grads, needs, **options) -> grads``: one gradient a tensor of ``forward``; ``needs`` says which
+      are wanted, an entry of ``grads`` is None where that output was not used.
+
+    The reference has no ``backward``: its forward is differentiable PyTorch.
+    """
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if recorded and hasattr(implementation, "backward"):
+        return _Run.apply(implementation, options, *tensors)
+    return implementation.forward(*tensors, save=recorded, **options)[0]

@@ -1,0 +1,98 @@
+"""Argument checks: each error names the argument, what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+
+
+def shape(name: str, tensor: Tensor | None, *expected: int | None, letters: str = "") -> None:
+    """Checks a tensor's shape; None in ``expected`` fits any size, a tensor that is None passes."""
+    if tensor is None:
+        return
+    is_tensor(name, tensor)
+    fits = tensor.dim() == len(expected) and all(
+        want is None or got == want for got, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        want = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({want}){letters and f' = {letters}'}")
+
+
+def rank(name: str, tensor: Tensor, *ranks: int, letters: str = "") -> None:
+    is_tensor(name, tensor)
+    if tensor.dim() not in ranks:
+        want = " or ".join(str(r) for r in ranks)
+        raise ValueError(
+            f"{name}: got {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {want}{letters and f': {letters}'}"
+        )
+
+
+def floating(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        is_tensor(name, tensor)
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, expected float32, bfloat16, float16 or float64; convert it with .float()"
+            )
+
+
+def integer(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        is_tensor(name, tensor)
+        if tensor.dtype not in INTS:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected int32 or int64; convert it with .int()")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """All tensors on the device of the first."""
+    (first, reference), *rest = [(n, t) for n, t in tensors.items() if t is not None]
+    for name, tensor in rest:
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected {reference.device} as {first}; move it with .to({first}.device)"
+            )
+
+
+def divisible(name: str, value: int, by_name: str, by: int) -> None:
+    if by <= 0 or value % by:
+        raise ValueError(f"{name} = {value} is not a multiple of {by_name} = {by}; choose {by_name} so that it divides {name}")
+
+
+def one_of(name: str, value: object, *allowed: object) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def in_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:
+    """Every element in [low, high). On a GPU this would stop the stream, so there the kernels guard themselves."""
+    if tensor is None or tensor.device.type != "cpu" or tensor.numel() == 0:
+        return
+    smallest, largest = (int(v) for v in torch.aminmax(tensor))
+    if smallest < low or largest >= high:
+        raise ValueError(f"{name}: got values from {smallest} to {largest}, expected {low} to {high - 1}")
+
+
+def offsets(name: str, tensor: Tensor, total: int) -> None:
+    """Cumulative lengths: one dimension, from 0 to ``total``, never falling."""
+    rank(name, tensor, 1, letters="(sequences + 1,)")
+    integer(**{name: tensor})
+    if tensor.numel() < 1:
+        raise ValueError(f"{name}: got no elements, expected at least the leading 0")
+    if tensor.device.type != "cpu":
+        return
+    values = tensor.tolist()
+    if values[0] != 0 or values[-1] != total or any(b < a for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"{name}: got {values[:8]}..., expected rising offsets from 0 to the total length {total}")

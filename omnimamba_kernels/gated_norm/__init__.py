@@ -1,0 +1,1 @@
+"""RMSNorm over groups of the last dimension, gated by SiLU before or after."""

@@ -1,0 +1,58 @@
+"""Public function of the gated RMSNorm: the name and arguments of mamba_ssm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import autograd, checks
+from ..backends import choose
+
+
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """RMSNorm over groups of the last dimension, optionally gated by ``silu(z)`` after it or before it.
+
+    ``norm(u) = u / sqrt(mean(u^2) + eps) weight + bias``; ``y = norm(x) silu(z)`` or, with ``norm_before_gate=False``,
+    ``y = norm(x silu(z))``.
+
+    Args:
+        x: (..., d), any strides.
+        weight: (d,).
+        bias: (d,) or None.
+        z: the gate, x's shape, or None.
+        eps: added to the mean square.
+        group_size: how many neighbours of the last dimension are normalised together; None: all d.
+        norm_before_gate: the order of the two.
+        backend: one of ``backends()``; None chooses.
+
+    Returns:
+        y like x. Gradients reach x, weight, bias and z.
+
+    Raises:
+        ValueError: a shape or group size does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot run.
+
+    Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.
+    """
+    checks.is_tensor("x", x)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., d) with d at least 1")
+    d = x.shape[-1]
+    checks.shape("weight", weight, d, letters="(d,)")
+    checks.shape("bias", bias, d, letters="(d,)")
+    checks.shape("z", z, *x.shape, letters="x's shape")
+    group = d if group_size is None else group_size
+    checks.divisible("x's last dimension", d, "group_size", group)
+    checks.floating(x=x, weight=weight, bias=bias, z=z)
+    checks.same_device(x=x, weight=weight, bias=bias, z=z)
+    tensors = (x, weight, bias, z)
+    options = {"eps": float(eps), "group_size": group, "norm_before_gate": bool(norm_before_gate)}
+    return autograd.run(choose("gated_norm", backend, *tensors, **options), *tensors, **options)[0]

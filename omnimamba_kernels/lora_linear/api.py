@@ -1,0 +1,100 @@
+"""Public function of the task-routed LoRA linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import autograd, checks
+from ..backends import choose
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    task: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer plus the low-rank adapter of each row's task: ``y = W x + bias + scale B[task] A[task] dropout(x)``.
+
+    Args:
+        x: (..., in), any strides.
+        weight: (out, in). Its dtype may be narrower than x's (bfloat16 weights under float32 activations): it is read once
+            and multiplied in float32.
+        lora_A: (tasks, r, in). lora_B: (tasks, out, r). Both None: the base layer alone.
+        scale: lora_alpha / r.
+        task: the adapter of all rows, or an integer tensor of x's leading shape; -1 is the base alone. None: adapter 0
+            where there is only one, the base where there is none.
+        bias: (out,).
+        dropout_p: dropout on the adapter's input, in [0, 1).
+        dropout_seed: its seed; required with dropout. The mask is a pure function of seed and position.
+        backend: one of ``backends()``; None chooses.
+
+    Returns:
+        y (..., out) in x's dtype. Gradients reach x, weight, lora_A, lora_B and bias.
+
+    Raises:
+        ValueError: a shape, task or probability does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot.
+
+    Source: LoRA (arXiv 2106.09685), section 4; routing by task as in OmniMamba (arXiv 2503.08686).
+    """
+    checks.is_tensor("x", x)
+    checks.rank("weight", weight, 2, letters="(out, in)")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (out, in)")
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A, lora_B: got one without the other; pass both, or neither for the base layer alone")
+    tasks = _check_adapters(weight, lora_A, lora_B)
+    checks.shape("bias", bias, weight.shape[0], letters="(out,)")
+    checks.floating(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    checks.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
+    if dropout_p and dropout_seed is None:
+        raise ValueError("dropout_seed: got None with dropout_p > 0; pass an integer that the backward can use again")
+    rows = _route(x, task, tasks)
+    if rows is None:
+        lora_A = lora_B = None
+    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    tensors = (flat, weight, lora_A, lora_B, bias, rows)
+    options = {"scale": float(scale)}
+    if dropout_p and rows is not None:
+        options |= {"dropout_p": float(dropout_p), "dropout_seed": int(dropout_seed)}
+    (y,) = autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _check_adapters(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> int:
+    if lora_A is None:
+        return 0
+    checks.rank("lora_A", lora_A, 3, letters="(tasks, r, in)")
+    tasks, r, _ = lora_A.shape
+    checks.shape("lora_A", lora_A, tasks, r, weight.shape[1], letters="(tasks, r, in)")
+    checks.shape("lora_B", lora_B, tasks, weight.shape[0], r, letters="(tasks, out, r)")
+    return tasks
+
+
+def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
+    """The task of each row as int32, or None where every row is the base alone."""
+    if task is None:
+        if tasks > 1:
+            raise ValueError(f"task: got None with {tasks} adapters; pass the task of all rows, a tensor of tasks, or -1")
+        task = 0 if tasks else -1
+    if isinstance(task, Tensor):
+        checks.integer(task=task)
+        checks.shape("task", task, *x.shape[:-1], letters="x's leading shape")
+        checks.same_device(x=x, task=task)
+        checks.in_range("task", task, -1, tasks)
+        return task.reshape(-1).int() if tasks else None
+    if not -1 <= int(task) < tasks:
+        raise ValueError(f"task: got {task}, expected -1 (the base alone) to {tasks - 1}")
+    if task == -1:
+        return None
+    return torch.full((x[..., 0].numel(),), int(task), dtype=torch.int32, device=x.device)

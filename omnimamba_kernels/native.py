@@ -1,0 +1,84 @@
+"""The compiled CPU modules, one an instruction set, or the reason why there is none."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_PREFERENCE = ("avx512", "avx2", "neon", "generic")
+_chosen: str | None = None
+
+
+@cache
+def _load(name: str) -> ModuleType | str:
+    """The module of one instruction set, or why it cannot run."""
+    path = f"{__package__}._native_{name}"
+    if importlib.util.find_spec(path) is None:
+        return f"{name} was not compiled"
+    if name not in ("generic", "neon"):
+        if not getattr(_load("generic").cpu_features(), name):
+            return f"this processor has no {name}"
+    return importlib.import_module(path)
+
+
+def build_info() -> dict[str, Any]:
+    """What the build recorded: compiler, flags, instruction sets, and the reason where nothing was compiled."""
+    try:
+        return dict(importlib.import_module(f"{__package__}._build_info").INFO)
+    except ImportError:
+        return {"reason": "omnimamba runs from a source tree that was never built: run 'make native' or 'pip install .'"}
+
+
+@cache
+def instruction_sets() -> dict[str, str | None]:
+    """Each instruction set and why it cannot run; None where it can. The best comes first."""
+    return {n: m if isinstance(m := _load(n), str) else None for n in _PREFERENCE}
+
+
+def instruction_set() -> str | None:
+    """The instruction set in use, or None."""
+    global _chosen
+    if _chosen is None:
+        _chosen = next((n for n, reason in instruction_sets().items() if reason is None), None)
+    return _chosen
+
+
+def why_not() -> str | None:
+    if instruction_set() is not None:
+        return None
+    return build_info().get("reason") or f"no compiled instruction set fits this {platform.machine()} processor"
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Within the block the native kernels are those compiled for ``name``."""
+    global _chosen
+    reason = instruction_sets().get(name, f"unknown instruction set {name!r}")
+    if reason:
+        raise RuntimeError(f"native: {reason}")
+    before, _chosen = instruction_set(), name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def call(kernel: str, **fields: Any) -> Any:
+    """Runs a compiled kernel on a Params struct filled by field name: tensors become views, None an absent view.
+
+    Threads follow ``torch.get_num_threads()``.
+    """
+    params_type, function = _load(_chosen or instruction_set()).kernels[kernel]
+    params = params_type()
+    for name, value in fields.items():
+        setattr(params, name, value)
+    params.threads = torch.get_num_threads()
+    return function(params)

@@ -1,0 +1,1 @@
+"""Mamba-2's chunked scan (state-space duality, SSD)."""

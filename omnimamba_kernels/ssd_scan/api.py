@@ -1,0 +1,121 @@
+"""Public function of the chunked scan: the name and arguments of mamba_ssm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import autograd, checks
+from ..backends import choose
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit) -> None:
+    checks.rank("x", x, 4, letters="(b, l, h, p)")
+    b, l, h, p = x.shape
+    checks.shape("dt", dt, b, l, h, letters="(b, l, h)")
+    checks.shape("A", A, h, letters="(h,)")
+    checks.shape("B", B, b, l, None, None, letters="(b, l, g, n)")
+    g, n = B.shape[2:]
+    checks.shape("C", C, b, l, g, n, letters="(b, l, g, n)")
+    checks.divisible("the number of heads h", h, "the number of groups g", g)
+    if D is not None:
+        checks.rank("D", D, 1, 2, letters="(h,) or (h, p)")
+        checks.shape("D", D, *((h,) if D.dim() == 1 else (h, p)), letters="(h,) or (h, p)")
+    checks.shape("z", z, b, l, h, p, letters="(b, l, h, p)")
+    checks.shape("dt_bias", dt_bias, h, letters="(h,)")
+    checks.shape("initial_states", initial_states, b, h, p, n, letters="(b, h, p, n)")
+    checks.shape("seq_idx", seq_idx, b, l, letters="(b, l)")
+    checks.floating(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
+    checks.integer(seq_idx=seq_idx)
+    checks.same_device(
+        x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx
+    )
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size!r}, expected a positive integer")
+    if len(dt_limit) != 2 or math.isnan(dt_limit[0]) or math.isnan(dt_limit[1]) or dt_limit[0] > dt_limit[1]:
+        raise ValueError(f"dt_limit: got {tuple(dt_limit)}, expected (low, high) with low <= high")
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Mamba-2's selective scan over whole sequences.
+
+    ``dt = clamp(softplus(dt + dt_bias), dt_limit)``, ``S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T``,
+    ``y_t = (S_t C_t + D x_t) silu(z_t)``, a state S (p, n) for each head.
+
+    Args:
+        x: (b, l, h, p); any length, any strides; float32, bfloat16 or float16 (arithmetic and states in float32), or
+            float64 on the reference.
+        dt: (b, l, h), the step before bias and softplus.
+        A: (h,), negative decay rates.
+        B, C: (b, l, g, n), each of the g groups shared by h / g heads.
+        chunk_size: positions a chunk; a hint of speed, the result does not depend on it beyond rounding.
+        D: (h,) or (h, p), the skip connection.
+        z: (b, l, h, p), the gate.
+        dt_bias: (h,).
+        initial_states: (b, h, p, n), the state before the first position; with ``seq_idx`` it belongs to sequence 0.
+        seq_idx: (b, l) integers; the state restarts wherever the index changes, -1 is padding: output 0 and a zero state.
+        cu_seqlens: (sequences + 1,) rising offsets from 0 to l of sequences packed into a batch of 1.
+        dt_softplus: apply softplus (identity above 20) to dt + dt_bias.
+        dt_limit: bounds of dt after softplus.
+        return_final_states: also return the state after the last position.
+        return_varlen_states: also return the state after each sequence of ``cu_seqlens``.
+        state_dtype: dtype of the returned states; None: float32 (float64 if x is).
+        backend: one of ``backends()``; None chooses.
+
+    Returns:
+        y (b, l, h, p) in x's dtype, then, if asked for, final_states (b, h, p, n), then varlen_states (sequences, h, p, n).
+        Gradients reach x, dt, A, B, C, D, z, dt_bias and initial_states through every output.
+
+    Raises:
+        ValueError: a shape, index or limit does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot run.
+
+    Source: Mamba-2 (arXiv 2405.21060), section 6; the function of the same name in mamba_ssm.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit)
+    b, l = x.shape[:2]
+    if cu_seqlens is None:
+        if return_varlen_states:
+            raise ValueError("return_varlen_states: got True without cu_seqlens; pass the offsets of the packed sequences")
+    else:
+        if b != 1:
+            raise ValueError(f"cu_seqlens: got a batch of {b}, expected 1 that holds all sequences one after another")
+        checks.offsets("cu_seqlens", cu_seqlens, l)
+        checks.same_device(x=x, cu_seqlens=cu_seqlens)
+        if seq_idx is None:
+            seq_idx = _sequence_of(cu_seqlens, l)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens if return_varlen_states else None)
+    options = {"chunk_size": chunk_size, "dt_softplus": bool(dt_softplus), "dt_limit": tuple(map(float, dt_limit))}
+    outputs = autograd.run(choose("ssd_scan", backend, *tensors, **options), *tensors, **options)
+    wanted = [outputs[0]]
+    for asked, states in ((return_final_states, outputs[1]), (return_varlen_states, outputs[2])):
+        if asked:
+            wanted.append(states if state_dtype is None else states.to(state_dtype))
+    return wanted[0] if len(wanted) == 1 else tuple(wanted)
+
+
+def _sequence_of(cu_seqlens: Tensor, l: int) -> Tensor:
+    """(1, l): the number of each position's sequence."""
+    positions = torch.arange(l, device=cu_seqlens.device)
+    return (torch.searchsorted(cu_seqlens.long().contiguous(), positions, right=True) - 1).int()[None]

@@ -1,0 +1,1 @@
+"""One decode step of a selective state-space model."""
