@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import backends as _backends
 from . import native
+from .backends import backends
 
 _PACKAGES = ("omnimamba", "torch", "numpy", "safetensors", "triton", "cupy-cuda13x", "transformers", "scikit-learn")
 
@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
             "chosen": native.instruction_set(),
             "reasons": native.instruction_sets(),
         },
-        "backends": _backends.backends(),
+        "backends": backends(),
         "build": build,
     }
 
