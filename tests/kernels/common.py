@@ -1,0 +1,173 @@
+"""What every kernel test stands on: the runs to repeat, the budget rule, framed memory, thread counts.
+
+The budget rule is the only tolerance of these tests. An oracle written in the test runs in float64 on the very inputs
+that the kernel gets; the reference runs in the kernel's own precision. The kernel's error may be twice the reference's,
+plus one rounding of the storage type and of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omnimamba_kernels import backends, native, use_backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs() -> list[str]:
+    """Every back end that can run here, the native one once for each instruction set of this processor."""
+    found = []
+    for name, reason in backends().items():
+        if reason is not None:
+            continue
+        if name == "native":
+            found += [f"native-{isa}" for isa, why in native.instruction_sets().items() if why is None]
+        else:
+            found.append(name)
+    return found
+
+
+@contextmanager
+def running(run: str) -> Iterator[None]:
+    """Within the block the public functions run on ``run``, one of ``runs()``."""
+    name, _, isa = run.partition("-")
+    with ExitStack() as stack:
+        stack.enter_context(use_backend(name))
+        if isa:
+            stack.enter_context(native.use_instruction_set(isa))
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def hostile_memory() -> Iterator[None]:
+    """Within the block memory from ``empty`` is full of NaN, or of the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal to the last bit, NaN and the sign of zero included."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))
+
+
+def evaluate(
+    function: Callable[..., Tensor | tuple],
+    tensors: Mapping[str, Tensor | None],
+    wanted: tuple[str, ...] = (),
+    seed: int = 7,
+) -> dict[str, Tensor]:
+    """Calls ``function(**tensors)`` and names what comes out: "out 0", "out 1", and "grad NAME" for each of ``wanted``.
+
+    The gradients are those of a sum of the outputs weighted by fixed random numbers, the same in every precision.
+    """
+    leaves = {
+        name: t.detach().requires_grad_() if t is not None and name in wanted else t for name, t in tensors.items()
+    }
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f"out {i}": out.detach() for i, out in enumerate(outputs)}
+    present = [name for name in wanted if leaves[name] is not None]
+    if present:
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs]
+        grads = torch.autograd.grad(outputs, [leaves[name] for name in present], weights)
+        found |= {f"grad {name}": grad for name, grad in zip(present, grads, strict=True)}
+    return found
+
+
+def assert_within_budget(name: str, got: Tensor, low: Tensor, exact: Tensor) -> None:
+    """The budget rule: ``low`` is the reference's answer in ``got``'s precision, ``exact`` the oracle's in float64."""
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    assert got.dtype == low.dtype, f"{name}: {got.dtype}, expected {low.dtype}"
+    if not exact.numel():
+        return
+    storage = torch.finfo(got.dtype).eps
+    got, low = got.double(), low.double()
+    assert torch.isfinite(exact).all(), f"{name}: the oracle itself is not finite"
+    assert torch.isfinite(got).all(), f"{name}: {int((~torch.isfinite(got)).sum())} elements are not finite"
+    budget = 2 * (low - exact).abs().max() + storage * exact.abs() + torch.finfo(torch.float32).eps * exact.abs().max()
+    error = (got - exact).abs()
+    worst = int((error - budget).argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape))
+    assert (error <= budget).all(), (
+        f"{name}{at}: got {got.flatten()[worst]:.9g}, exact {exact.flatten()[worst]:.9g}, "
+        f"error {error.flatten()[worst]:.3g}, allowed {budget.flatten()[worst]:.3g}"
+    )
+
+
+def check(
+    run: str,
+    function: Callable[..., Tensor | tuple],
+    oracle: Callable[..., Tensor | tuple],
+    tensors: Mapping[str, Tensor | None],
+    wanted: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """``function`` on ``run`` against ``oracle`` in float64, outputs and gradients, under the budget rule."""
+    with running(run):
+        got = evaluate(function, tensors, wanted)
+    with running("reference"):
+        low = evaluate(function, tensors, wanted)
+    exact = evaluate(oracle, {name: double(t) for name, t in tensors.items()}, wanted)
+    assert got.keys() == low.keys() == exact.keys()
+    for name in got:
+        assert_within_budget(name, got[name], low[name], exact[name])
+    return got
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return t.double() if t is not None and t.is_floating_point() else t
+
+
+@dataclass
+class Framed:
+    """A tensor inside a larger buffer whose other elements are canaries."""
+
+    tensor: Tensor
+    _buffer: Tensor
+    _outside: Tensor
+    _before: Tensor
+
+    def intact(self) -> bool:
+        """Whether no canary was overwritten."""
+        return same_bits(self._buffer[self._outside], self._before)
+
+
+def framed(values: Tensor, order: tuple[int, ...] | None = None, margin: int = 3) -> Framed:
+    """``values`` as a view with ``margin`` canaries (NaN, or a wild integer) around it along every dimension.
+
+    ``order`` names the dimensions from the slowest in memory to the fastest, as in ``permute``: (0, 2, 1) makes (b, d, l)
+    channel-last.
+    """
+    order = order or tuple(range(values.dim()))
+    canary = float("nan") if values.is_floating_point() else -(2**30)
+    buffer = torch.full([values.shape[i] + 2 * margin for i in order], canary, dtype=values.dtype)
+    inside = tuple(slice(margin, margin + values.shape[i]) for i in order)
+    outside = torch.ones(buffer.shape, dtype=torch.bool)
+    outside[inside] = False
+    back = [order.index(i) for i in range(values.dim())]
+    view = buffer[inside].permute(back)
+    view.copy_(values)
+    return Framed(view, buffer, outside, buffer[outside].clone())

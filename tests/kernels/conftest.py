@@ -1,0 +1,34 @@
+"""Every kernel test runs in hostile memory; a test that takes ``run`` is repeated on every back end and instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from common import hostile_memory, running, runs
+from hypothesis import HealthCheck, settings
+
+# The fixtures only set where things run, which does not change between hypothesis's examples.
+settings.register_profile(
+    "kernels",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("kernels")
+
+
+@pytest.fixture(autouse=True)
+def _hostile_memory() -> Iterator[None]:
+    torch.manual_seed(0)
+    with hostile_memory():
+        yield
+
+
+@pytest.fixture(params=runs())
+def run(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A back end, and for the native one an instruction set; it is the one in use while the test runs."""
+    with running(request.param):
+        yield request.param
