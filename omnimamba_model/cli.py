@@ -1,0 +1,114 @@
+"""The ``omnimamba`` command. Each subcommand imports what it needs when it runs; errors end with status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 after an error told in one line, 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"omnimamba {arguments.command}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="omnimamba", description="Text to image and image understanding on Mamba-2, and its kernels."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="versions, processor, and which kernels can run here")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="train on real handwritten digits, draw some, answer about others")
+    demo.add_argument("--out", type=Path, required=True, help="folder for metrics, pictures and the checkpoint")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="draw what a prompt asks for")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    generate.add_argument("--count", type=_positive, default=1, help="how many drawings, side by side in rows of ten")
+    generate.set_defaults(run=_generate)
+
+    ask = commands.add_parser("ask", help="answer a question about an image")
+    ask.add_argument("--image", type=Path, required=True)
+    ask.add_argument("--question", required=True)
+    ask.set_defaults(run=_ask)
+
+    for command, temperature in ((generate, 1.0), (ask, 0.0)):
+        command.add_argument("--checkpoint", type=Path, required=True, help="a folder that the demo wrote")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
+        command.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+        command.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach p together")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from omnimamba_kernels.info import as_text, collect
+
+    facts = collect()
+    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo import run
+
+    run(arguments.out, seed=arguments.seed)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from .pipeline import Pipeline, contact_sheet, write_png
+
+    sampling = _sampling(arguments)
+    _check_writable(arguments.out)
+    drawings = Pipeline.load(arguments.checkpoint).draw([arguments.prompt] * arguments.count, sampling)
+    write_png(contact_sheet(drawings), arguments.out)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from .pipeline import Pipeline
+
+    sampling = _sampling(arguments)
+    with Image.open(arguments.image) as image:
+        image.load()
+        (said,) = Pipeline.load(arguments.checkpoint).ask([image], [arguments.question], sampling)
+    print(said)
+
+
+def _sampling(arguments: argparse.Namespace):
+    from .generation import Sampling
+
+    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def _check_writable(path: Path) -> None:
+    """Say before the work, not after it, that the result has nowhere to go."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder; make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a PNG file")

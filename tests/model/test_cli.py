@@ -1,0 +1,86 @@
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from omnimamba_model import Sampling, cli, save
+from omnimamba_model.pipeline import Pipeline
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A checkpoint that loads in no time and records what it is asked."""
+    seen = []
+
+    class Recorder:
+        def draw(self, prompts, sampling):
+            seen.append((prompts, sampling))
+            return [Image.new("L", (8, 8), 30 * i) for i in range(len(prompts))]
+
+        def ask(self, images, questions, sampling):
+            seen.append(([image.size for image in images], questions, sampling))
+            return ["It is a seven."]
+
+    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, folder: seen.append(folder.name) or Recorder()))
+    return seen
+
+
+def test_info_prints_text_and_json(capsys):
+    assert cli.main(["info"]) == 0
+    assert "reference" in capsys.readouterr().out
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["reference"] is None
+
+
+def test_generate_passes_its_options_on(calls, tmp_path):
+    out = tmp_path / "seven.png"
+    options = "--seed 5 --temperature 0.8 --top-k 40 --top-p 0.9 --count 3".split()
+    assert cli.main(["generate", "--checkpoint", "trained", "--prompt", "a seven", "--out", str(out), *options]) == 0
+    assert calls == ["trained", (["a seven"] * 3, Sampling(0.8, 40, 0.9, 5))]
+    with Image.open(out) as image:
+        assert image.size == (3 * 136 - 8, 128) and image.getpixel((2 * 136, 0)) == 60
+
+
+def test_ask_prints_the_answer(calls, tmp_path, capsys):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "a.png"), "--question", "Which digit?"]) == 0
+    assert capsys.readouterr().out == "It is a seven.\n"
+    assert calls == ["c", ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0))]
+
+
+def test_demo_passes_folder_and_seed_on(monkeypatch, tmp_path):
+    seen = []
+    module = type(sys)("omnimamba_model.demo")
+    module.run = lambda out, seed: seen.append((out, seed))
+    monkeypatch.setitem(sys.modules, "omnimamba_model.demo", module)
+    assert cli.main(["demo", "--out", str(tmp_path), "--seed", "7"]) == 0
+    assert seen == [(tmp_path, 7)]
+
+
+def test_errors_are_one_line_with_status_2(model, tmp_path, capsys):
+    (tmp_path / "notes.png").write_text("not a picture")
+    save(model, tmp_path / "bare")
+    generate = ["generate", "--prompt", "a seven", "--checkpoint"]
+    out = ["--out", str(tmp_path / "x.png")]
+    for arguments, message in [
+        ([*generate, str(tmp_path / "none"), *out], "is not a checkpoint"),
+        ([*generate, str(tmp_path / "bare"), *out], "has no tokenizer.json"),
+        ([*generate, "c", "--out", str(tmp_path / "no" / "x.png")], "is not a folder; make it first"),
+        ([*generate, "c", "--out", str(tmp_path)], "name a PNG file"),
+        ([*generate, "c", *out, "--top-p", "2"], "top_p must lie in (0, 1], got 2.0"),
+        (["ask", "--checkpoint", "c", "--image", str(tmp_path / "notes.png"), "--question", "?"], "notes.png"),
+        (["ask", "--checkpoint", "c", "--image", str(tmp_path / "none.png"), "--question", "?"], "none.png"),
+    ]:
+        assert cli.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith(f"omnimamba {arguments[0]}: ")
+        assert message in captured.err and "Traceback" not in captured.err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["demo"], ["generate", "--count", "0"], ["ask", "--image"]])
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and "usage:" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omnimamba_model import Sampling, answer, draw
+from omnimamba_model.pipeline import Pipeline, contact_sheet, write_png
+from omnimamba_model.text_tokenizer import WordTokenizer
+
+
+class Pixels:
+    """Nine grey pixels a drawing; an image is looked at as six rows of twelve."""
+
+    size = (6, 12)
+
+    def decode(self, tokens):
+        return tokens.view(-1, 3, 3) / 24
+
+    def features(self, images):
+        return images
+
+
+@pytest.fixture
+def pipeline(model):
+    words = [f"word{i}" for i in range(model.config.backbone.vocab_size - 8)]
+    return Pipeline(model, WordTokenizer(words), Pixels(), answer_tokens=6)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 12), dtype=np.uint8))
+
+
+def test_drawings_are_the_models_tokens_as_pixels(pipeline, model):
+    sampling = Sampling(seed=1)
+    drawings = pipeline.draw(["word3 word4", "word9"], sampling)
+    tokens = draw(model, model.pad_captions([pipeline.words.encode(t) for t in ("word3 word4", "word9")]), sampling)
+    expected = (tokens.view(2, 3, 3).double() * 255 / 24).round().to(torch.uint8).numpy()
+    assert all(np.array_equal(np.array(d), e) for d, e in zip(drawings, expected, strict=True))
+
+
+def test_answers_do_not_depend_on_the_batch(pipeline, model):
+    images = [picture(seed) for seed in range(3)]
+    questions = ["word1 word2", "word5", "word2 word7"]
+    together = pipeline.ask(images, questions)
+    assert together == [pipeline.ask([i], [q])[0] for i, q in zip(images, questions, strict=True)]
+    features = torch.from_numpy(np.array(images[1], dtype=np.float32))[None] / 255
+    ids = answer(model, features, torch.tensor([pipeline.words.encode("word5")]), 6)[0].tolist()
+    assert together[1] == pipeline.words.decode(ids[: ids.index(0)] if 0 in ids else ids)
+
+
+def test_an_answer_ends_at_its_end_token(pipeline, monkeypatch):
+    ids = torch.tensor([[10, 11, 0, 0, 12]])
+    monkeypatch.setattr("omnimamba_model.pipeline.answer", lambda *_: ids)
+    assert pipeline.ask([picture(0)], ["word1"]) == [pipeline.words.decode([10, 11])]
+
+
+def test_an_enlarged_drawing_is_seen_as_it_was(pipeline):
+    small = picture(3)
+    seen = pipeline._read(contact_sheet([small]).convert("RGB"))
+    assert np.array_equal((seen * 255).round().numpy(), np.array(small))
+
+
+def test_as_many_questions_as_images(pipeline):
+    with pytest.raises(ValueError, match="questions must be as many as images, 1, got 2"):
+        pipeline.ask([picture(0)], ["word1", "word2"])
+
+
+def test_contact_sheet_places_every_image():
+    images = [Image.new("L", (4, 4), 20 * i) for i in range(12)]
+    sheet = contact_sheet(images, columns=5, least=8)
+    assert sheet.size == (5 * 16 - 8, 3 * 16 - 8)
+    assert [sheet.getpixel((i % 5 * 16 + 7, i // 5 * 16 + 7)) for i in range(12)] == [20 * i for i in range(12)]
+    assert sheet.getpixel((8, 0)) == 255 and sheet.getpixel((2 * 16, 2 * 16)) == 255
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "a.png"
+    write_png(picture(1), target)
+    before = target.read_bytes()
+
+    def fail(self, path, format):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError):
+        write_png(picture(2), target)
+    assert list(tmp_path.iterdir()) == [target] and target.read_bytes() == before
