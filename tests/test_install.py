@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def test_installs_without_a_compiler_and_says_so(checkout, tmp_path):
     assert not list(target.glob("omnimamba_kernels/_native_*"))
     assert build_info(target / "omnimamba_kernels")["flags"] == {}
 
-    used = run("-c", RUN_CONV, cwd=tmp_path, PYTHONPATH=str(target))
+    # -S: an editable installation would lend its own compiled modules.
+    path = os.pathsep.join([str(target), sysconfig.get_path("purelib")])
+    used = run("-S", "-c", RUN_CONV, cwd=tmp_path, PYTHONPATH=path)
     assert used.returncode == 0, used.stderr
     reason, values = used.stdout.strip().split(" | ")
     assert reason.startswith("no C++17 compiler was found")
