@@ -1,4 +1,4 @@
-"""Whole words as tokens: all that a small, closed vocabulary needs."""
+"""A word-level tokenizer: small enough to read, saved as the checkpoint's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -6,51 +6,58 @@ import json
 import re
 from collections.abc import Iterable
 
-_PIECES = re.compile(r"\w+|[^\w\s]")
+from .config import SpecialTokens
+
+SPECIAL = SpecialTokens(eos=0, pad=1, soi=2, eoi=3, sot=4, eot=5, t2i=6, mmu=7)
+"""The frame tokens' ids; words follow."""
+_FIRST_WORD = 8
 
 
 class WordTokenizer:
-    """Lower-case words and punctuation marks to ids from ``first`` on; the ids below frame sequences.
+    """Each word of a fixed list has an id; case and punctuation do not count."""
 
-    ``first`` leaves room for ``SpecialTokens`` with ids 0 to 7.
-    """
-
-    def __init__(self, words: Iterable[str], first: int = 8) -> None:
-        self.words, self.first = sorted(set(words)), first
-        self._ids = {word: first + i for i, word in enumerate(self.words)}
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = sorted(set(words))
+        self._ids = {word: _FIRST_WORD + place for place, word in enumerate(self.words)}
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], first: int = 8) -> WordTokenizer:
-        """The tokenizer of every word in ``texts``."""
-        return cls((piece for text in texts for piece in _pieces(text)), first)
+    def of_texts(cls, texts: Iterable[str]) -> WordTokenizer:
+        """The tokenizer that knows every word of ``texts``."""
+        return cls(word for text in texts for word in _split(text))
 
     @property
     def vocab_size(self) -> int:
-        return self.first + len(self.words)
+        return _FIRST_WORD + len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; ValueError names the words the vocabulary lacks."""
-        pieces = _pieces(text)
-        unknown = sorted({piece for piece in pieces if piece not in self._ids})
+        """The ids of a text's words; ValueError for a text without words or with one it does not know."""
+        words = _split(text)
+        if not words:
+            raise ValueError(f"the text must contain a word, got {text!r}")
+        unknown = [word for word in words if word not in self._ids]
         if unknown:
-            raise ValueError(f"{text!r} has words this model never learned: {', '.join(unknown)}")
-        return [self._ids[piece] for piece in pieces]
+            raise ValueError(f"got {', '.join(unknown)} in {text!r}, expected words of {', '.join(self.words)}")
+        return [self._ids[word] for word in words]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of ids, with no space before a mark; ids that are no word are left out."""
-        words = (self.words[i - self.first] for i in ids if self.first <= i < self.vocab_size)
-        return re.sub(r" (?=[^\w\s])", "", " ".join(words))
+        """The words of some ids, one space between; frame tokens are left out."""
+        return " ".join(self.words[i - _FIRST_WORD] for i in ids if i >= _FIRST_WORD)
 
     def to_json(self) -> str:
-        return json.dumps({"kind": "words", "first": self.first, "words": self.words}, ensure_ascii=False, indent=1)
+        return json.dumps({"type": "words", "words": self.words}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> WordTokenizer:
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.get("kind") != "words":
-            raise ValueError("tokenizer.json is not a word tokenizer's: its kind must be 'words'")
-        return cls(values["words"], values["first"])
+        """The tokenizer that ``to_json`` wrote; ValueError for anything else."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tokenizer.json is not JSON: {error}") from error
+        words = values.get("words") if isinstance(values, dict) and values.get("type") == "words" else None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError('tokenizer.json must hold {"type": "words", "words": [..]}; this is another tokenizer\'s')
+        return cls(words)
 
 
-def _pieces(text: str) -> list[str]:
-    return _PIECES.findall(text.lower())
+def _split(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
