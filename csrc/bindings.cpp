@@ -79,7 +79,40 @@ void kernel(py::module_& m, const char* name, Result (*function)(const Params&))
 
 #define FIELD(name) .def_readwrite(#name, &Params::name)
 
-void bind_causal_conv1d(py::module_&) {}
+void bind_causal_conv1d(py::module_& m) {
+  {
+    using Params = CausalConv1dParams;
+    params<Params>(m, "CausalConv1dParams")
+        // clang-format off
+        FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live)
+        FIELD(y) FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight)
+        FIELD(dbias) FIELD(workspace) FIELD(batch) FIELD(channels) FIELD(length)
+        FIELD(width) FIELD(activation);
+        // clang-format on
+    kernel(m, "causal_conv1d_forward", causal_conv1d_forward);
+    kernel(m, "causal_conv1d_backward", causal_conv1d_backward);
+    kernel(m, "causal_conv1d_workspace", causal_conv1d_workspace);
+  }
+  {
+    using Params = CausalConv1dUpdateParams;
+    params<Params>(m, "CausalConv1dUpdateParams")
+        // clang-format off
+        FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias) FIELD(cache_seqlens)
+        FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length)
+        FIELD(width) FIELD(state_len) FIELD(activation);
+        // clang-format on
+    kernel(m, "causal_conv1d_update", causal_conv1d_update);
+  }
+  {
+    using Params = CausalConv1dVarlenParams;
+    params<Params>(m, "CausalConv1dVarlenParams")
+        // clang-format off
+        FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences) FIELD(channels)
+        FIELD(state_len);
+        // clang-format on
+    kernel(m, "causal_conv1d_varlen_states", causal_conv1d_varlen_states);
+  }
+}
 
 void bind_ssd_scan(py::module_&) {}
 
@@ -87,7 +120,18 @@ void bind_state_update(py::module_&) {}
 
 void bind_gated_norm(py::module_&) {}
 
-void bind_lora_linear(py::module_&) {}
+void bind_lora_linear(py::module_& m) {
+  {
+    using Params = LoraLinearParams;
+    params<Params>(m, "LoraLinearParams") FIELD(x) FIELD(weight) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task)
+        FIELD(y) FIELD(workspace) FIELD(rows) FIELD(in) FIELD(out) FIELD(rank) FIELD(scale);
+    kernel(m, "lora_linear_forward", &lora_linear_forward);
+  }
+  using Params = LoraDropoutParams;
+  params<Params>(m, "LoraDropoutParams") FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold)
+      FIELD(keep) FIELD(accumulate);
+  kernel(m, "lora_dropout", &lora_dropout);
+}
 
 void bind_mamba_mixer(py::module_&) {}
 

@@ -1,2 +1,41 @@
+// Task-routed LoRA linear layer, for few rows (decode), and the dropout of its adapter's input.
+//
+// Maths    y[i, o] = sum_k W[o, k] x[i, k] + bias[o] + sum_r low[i, r] B[t, o, r],  low[i, r] = scale sum_k A[t, r, k] x[i, k],
+//          t = task[i]; the last sum is absent where t = -1.
+// Shapes   x (rows, in), weight (out, in), lora_A (tasks, r, in), lora_B (tasks, out, r), bias (out,), task (rows,) int32,
+//          y (rows, out). Any float type each; innermost strides 1, others any.
+// Plan     x goes to float32 once, in the order in which weights unpack: 16 bits to 32 costs a shift for bfloat16's odd
+//          neighbours and a mask for its even ones, so W evens come first, then W odds. Then threads own panels of weight
+//          rows; a panel meets four rows of x at a time in registers, while the next panel is prefetched.
+//          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
+// Traffic  the weights once (2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
+// Many rows are a matrix product, which the host code gives to torch's sgemm.
 #pragma once
-#include "../common/types.h"
+#include "common/types.h"
+
+namespace omnimamba {
+
+struct LoraLinearParams {
+  View x, weight, lora_A, lora_B, bias, task, y, workspace;
+  int64_t rows = 0, in = 0, out = 0, rank = 0;
+  float scale = 1;
+  int threads = 1;
+};
+
+// workspace: rows * (in rounded up to a multiple of 32 + rank) floats.
+void lora_linear_forward(const LoraLinearParams& p);
+
+// y[i, j] = x[i, j] / (1 - p) where hash(seed, i * width + j) >= threshold = p 2^32, else 0; with `accumulate` y grows by it.
+// y is float32. The hash is that of the reference: each mask is a pure function of the seed and the position.
+struct LoraDropoutParams {
+  View x, y;
+  int64_t rows = 0, width = 0;
+  uint32_t seed = 0, threshold = 0;
+  float keep = 1;  // 1 - p
+  bool accumulate = false;
+  int threads = 1;
+};
+
+void lora_dropout(const LoraDropoutParams& p);
+
+}  // namespace omnimamba

@@ -7,6 +7,31 @@ from torch import Tensor
 
 from .. import autograd, checks
 from ..backends import choose
+from ..compile import traceable
+
+
+def _fake(x: Tensor, weight: Tensor, *_: object) -> list[Tensor]:
+    return [torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)]
+
+
+@traceable(_fake)
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    task: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+    backend: str | None,
+) -> Tensor:
+    if task is not None:
+        checks.in_range("task", task, -1, lora_A.shape[0])
+    tensors = (x, weight, lora_A, lora_B, bias, task)
+    options = {"scale": scale, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
+    return autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)[0]
 
 
 def lora_linear(
@@ -62,13 +87,11 @@ def lora_linear(
     rows = _route(x, task, tasks)
     if rows is None:
         lora_A = lora_B = None
-    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    tensors = (flat, weight, lora_A, lora_B, bias, rows)
-    options = {"scale": float(scale)}
-    if dropout_p and rows is not None:
-        options |= {"dropout_p": float(dropout_p), "dropout_seed": int(dropout_seed)}
-    (y,) = autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        dropout_p = 0.0
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    seed = int(dropout_seed) if dropout_p else 0
+    y = _lora_linear(flat, weight, lora_A, lora_B, bias, rows, float(scale), float(dropout_p), seed, backend)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check_adapters(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> int:
@@ -85,13 +108,14 @@ def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
     """The task of each row as int32, or None where every row is the base alone."""
     if task is None:
         if tasks > 1:
-            raise ValueError(f"task: got None with {tasks} adapters; pass the task of all rows, a tensor of tasks, or -1")
+            raise ValueError(
+                f"task: got None with {tasks} adapters; pass the task of all rows, a tensor of tasks, or -1"
+            )
         task = 0 if tasks else -1
     if isinstance(task, Tensor):
         checks.integer(task=task)
         checks.shape("task", task, *x.shape[:-1], letters="x's leading shape")
         checks.same_device(x=x, task=task)
-        checks.in_range("task", task, -1, tasks)
         return task.reshape(-1).int() if tasks else None
     if not -1 <= int(task) < tasks:
         raise ValueError(f"task: got {task}, expected -1 (the base alone) to {tasks - 1}")

@@ -1,0 +1,227 @@
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "lora_linear/lora_linear.h"
+
+namespace omnimamba {
+namespace {
+
+constexpr int STEP = 2 * W;             // weights taken at a time from each row
+constexpr int ROWS = 4;                 // rows of x in one tile
+constexpr int PANEL = W == 16 ? 4 : 2;  // weight rows in one tile: ROWS * PANEL accumulators stay in registers
+
+static_assert(32 % STEP == 0, "the workspace pads rows to 32");
+int64_t padded(int64_t in) { return (in + 31) / 32 * 32; }
+
+// ---- STEP weights as two vectors of floats, and the order of x that fits them ----
+
+struct Pair {
+  vf first, second;
+};
+
+OM_INLINE Pair load_pair(const bf16* w) {
+  vu both;
+  std::memcpy(&both, w, sizeof both);
+  return {(vf)(both << 16), (vf)(both & 0xffff0000u)};
+}
+template <class T>
+OM_INLINE Pair load_pair(const T* w) {
+  return {load(w), load(w + W)};
+}
+
+// Where element k of a step of STEP goes.
+template <class T>
+constexpr int place(int k) {
+  return k;
+}
+template <>
+constexpr int place<bf16>(int k) {
+  return k / 2 + (k % 2) * W;
+}
+
+// x as floats in the weights' order, each row padded with zeros to a multiple of STEP.
+template <class TX, class TW>
+void unpack_row(const TX* x, int64_t in, float* to) {
+  for (int64_t begin = 0; begin < in; begin += STEP) {
+    float plain[STEP] = {};
+    if (begin + STEP <= in) {
+      store(plain, load(x + begin));
+      store(plain + W, load(x + begin + W));
+    } else {
+      for (int64_t k = begin; k < in; k++) plain[k - begin] = to_float(x[k]);
+    }
+    for (int k = 0; k < STEP; k++) to[begin + place<TW>(k)] = plain[k];
+  }
+}
+
+// ---- the tile ----
+
+// sums[r][m] = dot(x row r, weight row m), for R rows of x and PANEL rows of weights. `ahead` is the next panel.
+template <int R, class TW>
+OM_INLINE void dot_tile(const TW* const* w, const TW* const* ahead, const float* x, int64_t in, float (*sums)[PANEL]) {
+  const int64_t pitch = padded(in), whole = in / STEP * STEP;
+  vf acc[R][PANEL] = {};
+  auto multiply = [&](const Pair& pair, int64_t k, int m) {
+    for (int r = 0; r < R; r++) {
+      acc[r][m] += pair.first * load(x + r * pitch + k);
+      acc[r][m] += pair.second * load(x + r * pitch + k + W);
+    }
+  };
+  for (int64_t k = 0; k < whole; k += STEP)
+    for (int m = 0; m < PANEL; m++) {
+      for (size_t byte = 0; byte < sizeof(TW) * STEP; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[m] + k) + byte);
+      multiply(load_pair(w[m] + k), k, m);
+    }
+  if (whole < in)
+    for (int m = 0; m < PANEL; m++) {
+      TW rest[STEP] = {};
+      std::memcpy(static_cast<void*>(rest), w[m] + whole, sizeof(TW) * static_cast<size_t>(in - whole));
+      multiply(load_pair(rest), whole, m);
+    }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < PANEL; m++) sums[r][m] = sum(acc[r][m]);
+}
+
+template <class TW>
+void dot_rows(int64_t rows, const TW* const* w, const TW* const* ahead, const float* x, int64_t in,
+              float (*sums)[PANEL]) {
+  switch (rows) {
+    case 1: return dot_tile<1>(w, ahead, x, in, sums);
+    case 2: return dot_tile<2>(w, ahead, x, in, sums);
+    case 3: return dot_tile<3>(w, ahead, x, in, sums);
+    default: return dot_tile<ROWS>(w, ahead, x, in, sums);
+  }
+}
+
+// ---- the adapter ----
+
+template <class TX, class TA>
+float dot(const TX* x, const TA* a, int64_t in) {
+  vf acc = {};
+  int64_t k = 0;
+  for (; k + W <= in; k += W) acc += load(x + k) * load(a + k);
+  float total = sum(acc);
+  for (; k < in; k++) total += to_float(x[k]) * to_float(a[k]);
+  return total;
+}
+
+int task_of(const LoraLinearParams& p, int64_t row) { return p.task ? *p.task.at<int32_t>(row) : -1; }
+
+// low (rows, rank), 0 where the row has no adapter.
+void project_down(const LoraLinearParams& p, float* low) {
+  for_float_type(p.x.dtype, [&](auto x) {
+    for_float_type(p.lora_A.dtype, [&](auto a) {
+      using TX = decltype(x);
+      using TA = decltype(a);
+      parallel_for(p.threads, p.rows * p.rank, [&](int64_t i, int) {
+        int64_t row = i / p.rank, r = i % p.rank;
+        int t = task_of(p, row);
+        low[i] = t < 0 ? 0.0f : p.scale * dot(p.x.at<TX>(row), p.lora_A.at<TA>(t, r), p.in);
+      });
+    });
+  });
+}
+
+template <class TB>
+OM_INLINE float project_up(const LoraLinearParams& p, const float* low, int task, int64_t o) {
+  const TB* b = p.lora_B.at<TB>(task, o);
+  float total = 0;
+  for (int64_t r = 0; r < p.rank; r++) total += low[r] * to_float(b[r]);
+  return total;
+}
+
+// Adds bias and adapter to the sums of one tile and writes them as y.
+template <class TY>
+void finish(const LoraLinearParams& p, const float* low, int64_t row, int64_t rows, int64_t o, int64_t outs,
+            float (*sums)[PANEL]) {
+  for (int64_t r = 0; r < rows; r++) {
+    int t = task_of(p, row + r);
+    for (int64_t m = 0; m < outs; m++) {
+      float value = sums[r][m];
+      if (p.bias) for_float_type(p.bias.dtype, [&](auto b) { value += to_float(*p.bias.at<decltype(b)>(o + m)); });
+      if (t >= 0)
+        for_float_type(p.lora_B.dtype,
+                       [&](auto b) { value += project_up<decltype(b)>(p, low + (row + r) * p.rank, t, o + m); });
+      *p.y.at<TY>(row + r, o + m) = from_float<TY>(value);
+    }
+  }
+}
+
+template <class TW, class TY>
+void panels(const LoraLinearParams& p, const float* x, const float* low, int64_t begin, int64_t end) {
+  const int64_t last = p.out - 1;
+  for (int64_t panel = begin; panel < end; panel++) {
+    const TW *w[PANEL], *ahead[PANEL];
+    for (int m = 0; m < PANEL; m++) {  // beyond the last row the last one stands in; its sums are dropped
+      w[m] = p.weight.at<TW>(std::min(panel * PANEL + m, last));
+      ahead[m] = p.weight.at<TW>(std::min((panel + 1) * PANEL + m, last));
+    }
+    for (int64_t row = 0; row < p.rows; row += ROWS) {
+      float sums[ROWS][PANEL];
+      int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
+      dot_rows(rows, w, ahead, x + row * padded(p.in), p.in, sums);
+      finish<TY>(p, low, row, rows, panel * PANEL, std::min<int64_t>(PANEL, p.out - panel * PANEL), sums);
+    }
+  }
+}
+
+}  // namespace
+
+void lora_linear_forward(const LoraLinearParams& p) {
+  check(p.x && p.weight && p.y && p.workspace, "lora_linear: x, weight, y and workspace are needed");
+  float* x = p.workspace.at<float>();
+  float* low = x + p.rows * padded(p.in);
+  for_float_type(p.weight.dtype, [&](auto w) {
+    using TW = decltype(w);
+    for_float_type(p.x.dtype, [&](auto v) {
+      using TX = decltype(v);
+      for (int64_t row = 0; row < p.rows; row++) unpack_row<TX, TW>(p.x.at<TX>(row), p.in, x + row * padded(p.in));
+      if (p.task) project_down(p, low);
+      parallel_parts(p.threads, (p.out + PANEL - 1) / PANEL,
+                     [&](int64_t begin, int64_t end, int) { panels<TW, TX>(p, x, low, begin, end); });
+    });
+  });
+}
+
+// ---- dropout ----
+
+namespace {
+
+// A bijection of 32-bit integers whose output bits all depend on all input bits.
+OM_INLINE uint32_t mix(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+  h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+  return h ^ (h >> 16);
+}
+
+template <class T>
+void drop_row(const LoraDropoutParams& p, int64_t row) {
+  const T* x = p.x.at<T>(row);
+  float* y = p.y.at<float>(row);
+  const uint64_t first = static_cast<uint64_t>(row) * static_cast<uint64_t>(p.width);
+  for (int64_t begin = 0; begin < p.width;) {
+    // The key changes with the counter's upper half: go on to the end of the row or of the half.
+    const uint64_t counter = first + static_cast<uint64_t>(begin);
+    const uint32_t key = mix(static_cast<uint32_t>(counter >> 32) ^ mix(p.seed)), low = static_cast<uint32_t>(counter);
+    const int64_t count = std::min(p.width - begin, (int64_t{1} << 32) - static_cast<int64_t>(low));
+    for (int64_t j = 0; j < count; j++) {
+      float kept = mix((low + static_cast<uint32_t>(j)) ^ key) >= p.threshold ? to_float(x[begin + j]) / p.keep : 0.0f;
+      y[begin + j] = p.accumulate ? y[begin + j] + kept : kept;
+    }
+    begin += count;
+  }
+}
+
+}  // namespace
+
+void lora_dropout(const LoraDropoutParams& p) {
+  check(p.x && p.y, "lora_dropout: x and y are needed");
+  for_float_type(p.x.dtype, [&](auto x) {
+    parallel_for(p.threads, p.rows, [&](int64_t row, int) { drop_row<decltype(x)>(p, row); });
+  });
+}
+
+}  // namespace omnimamba
