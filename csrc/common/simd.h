@@ -137,14 +137,19 @@ OM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }  // b where a is N
 OM_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 OM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// Adds the W lanes in a fixed order.
-OM_INLINE float sum(vf v) {
-  float lane[W];
-  store(lane, v);
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; i++) lane[i] += lane[i + step];
-  return lane[0];
+// Adds the N lanes of a vector in a fixed order: the upper half onto the lower, and so on.
+template <int N, class Vector>
+OM_INLINE float sum_lanes(const Vector& v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * N)));
+    Half half[2];
+    std::memcpy(half, &v, sizeof half);
+    return sum_lanes<N / 2>(half[0] + half[1]);
+  }
 }
+OM_INLINE float sum(vf v) { return sum_lanes<W>(v); }
 
 // e^x: x = k ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, then 2^k in two factors.
 // Error below 2 ulp; 0 under -103.98, inf over 88.73, NaN stays NaN.
