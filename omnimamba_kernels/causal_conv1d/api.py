@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import autograd, checks
 from ..backends import choose
+from ..compile import traceable
 
 
 def _check_filter(weight: Tensor, bias: Tensor | None, channels: int, activation: str | None) -> None:
@@ -15,6 +16,31 @@ def _check_filter(weight: Tensor, bias: Tensor | None, channels: int, activation
     checks.one_of("weight's width w", weight.shape[1], 2, 3, 4)
     checks.shape("bias", bias, channels, letters="(d,)")
     checks.one_of("activation", activation, None, "silu", "swish")
+
+
+def _fake(x, weight, bias, initial_states, seq_idx, activation, return_final_states, backend) -> list[Tensor]:
+    b, d, l = x.shape
+    like = {"dtype": x.dtype, "device": x.device}
+    channel_last = x.stride(1) == 1 and x.stride(2) != 1
+    y = torch.empty(b, l, d, **like).transpose(1, 2) if channel_last else torch.empty(b, d, l, **like)
+    return [y, torch.empty(b, d, weight.shape[1] - 1, **like)] if return_final_states else [y]
+
+
+@traceable(_fake)
+def _causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: bool,
+    return_final_states: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    tensors = (x, weight, bias, initial_states, seq_idx)
+    options = {"activation": activation, "return_final_states": return_final_states}
+    y, final = autograd.run(choose("causal_conv1d", backend, *tensors, **options), *tensors, **options)
+    return (y, final) if return_final_states else y
 
 
 def causal_conv1d_fn(
@@ -63,17 +89,21 @@ def causal_conv1d_fn(
     checks.floating(x=x, weight=weight, bias=bias, initial_states=initial_states, final_states_out=final_states_out)
     checks.integer(seq_idx=seq_idx)
     checks.same_device(x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
-    tensors = (x, weight, bias, initial_states, seq_idx)
-    options = {
-        "activation": activation is not None,
-        "return_final_states": return_final_states or final_states_out is not None,
-    }
-    y, final = autograd.run(choose("causal_conv1d", backend, *tensors, **options), *tensors, **options)
+    asked = return_final_states or final_states_out is not None
+    outputs = _causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, asked, backend)
+    if not asked:
+        return outputs
+    y, final = outputs
     if final_states_out is not None:
         final = final_states_out.copy_(final)
     return (y, final) if return_final_states else y
 
 
+def _fake_update(x: Tensor, *_: object) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@traceable(_fake_update, mutates=("conv_state",))
 @torch.no_grad()
 def causal_conv1d_update(
     x: Tensor,
@@ -131,6 +161,11 @@ def causal_conv1d_update(
     return y if x.dim() == 3 else y.squeeze(-1)
 
 
+def _fake_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, backend: str | None) -> list[Tensor]:
+    return [torch.empty(cu_seqlens.shape[0] - 1, x.shape[1], state_len, dtype=x.dtype, device=x.device)]
+
+
+@traceable(_fake_varlen_states)
 def causal_conv1d_varlen_states(
     x: Tensor, cu_seqlens: Tensor, state_len: int, *, backend: str | None = None
 ) -> Tensor:

@@ -45,8 +45,11 @@ def forward(
         final = padded[..., l:]
         if ids is not None:
             final = final * ((ids[:, l:] == ids[:, -1:]) & (ids[:, -1:] >= 0))[:, None]
-        final = final.clone()
-    return (y.to(x.dtype), final), ()
+        final = final.contiguous()
+    y = y.to(x.dtype)
+    channel_last = x.stride(1) == 1 and x.stride(2) != 1
+    y = y.transpose(1, 2).contiguous().transpose(1, 2) if channel_last else y.contiguous()
+    return (y, final), ()
 
 
 def update(

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import choose
 from ..causal_conv1d.api import causal_conv1d_fn
+from ..compile import traceable
 from ..gated_norm.api import rmsnorm_fn
 from ..lora_linear.api import lora_linear
 from ..ssd_scan.api import mamba_chunk_scan_combined
@@ -130,6 +131,13 @@ def mamba_split_conv1d_scan_combined(
     return (y, states) if return_final_states else y
 
 
+def _fake_step(zxbcdt, conv_state, ssm_state, conv1d_weight, *rest) -> Tensor:
+    ngroups, h = rest[5], rest[2].shape[0]
+    width = (zxbcdt.shape[1] - h - 2 * ngroups * ssm_state.shape[3]) // 2
+    return torch.empty(zxbcdt.shape[0], width, dtype=zxbcdt.dtype, device=zxbcdt.device)
+
+
+@traceable(_fake_step, mutates=("conv_state", "ssm_state"))
 @torch.no_grad()
 def mamba_mixer_step(
     zxbcdt: Tensor,

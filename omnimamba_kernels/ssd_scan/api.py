@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import autograd, checks
 from ..backends import choose
+from ..compile import traceable
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit) -> None:
@@ -38,6 +39,18 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, d
         raise ValueError(f"dt_limit: got {tuple(dt_limit)}, expected (low, high) with low <= high")
 
 
+def _fake(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, *rest) -> list[Tensor]:
+    _, _, final, varlen, state_dtype, _ = rest
+    _, _, h, p = x.shape
+    states = torch.float64 if x.dtype == torch.float64 else torch.float32
+    outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device)]
+    for asked, count in ((final, x.shape[0]), (varlen, cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 0)):
+        if asked:
+            outputs.append(torch.empty(count, h, p, B.shape[3], dtype=state_dtype or states, device=x.device))
+    return outputs
+
+
+@traceable(_fake)
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,

@@ -7,8 +7,14 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choose
+from ..compile import traceable
 
 
+def _fake(state: Tensor, x: Tensor, *_: object) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@traceable(_fake, mutates=("state",))
 @torch.no_grad()
 def selective_state_update(
     state: Tensor,
