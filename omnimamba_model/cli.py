@@ -74,9 +74,16 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {' and '.join(missing)}: pip install 'omnimamba[demo]'")
     from .demo import run
 
-    run(arguments.out, seed=arguments.seed)
+    metrics = run(arguments.out, seed=arguments.seed)
+    print(json.dumps(metrics, indent=2))
+    print(f"pictures, metrics and the checkpoint are in {arguments.out}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import write_whole
 from .generation import GREEDY, Sampling, answer, draw
+from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
 from .text_tokenizer import WordTokenizer
 from .weights import CheckpointError, load, read_tokenizer
@@ -59,8 +60,6 @@ class Pipeline:
             raise CheckpointError(f"{folder} holds a plain language model, which can neither draw nor see")
         if text is None:
             raise CheckpointError(f"{folder} has no tokenizer.json")
-        from .image_tokenizer import PatchTokenizer
-
         return cls(model, WordTokenizer.from_json(text), PatchTokenizer.load(folder))
 
     def draw(self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0) -> list[Image.Image]:
@@ -114,10 +113,5 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 10, least: int =
 
 
 def write_png(image: Image.Image, path: Path) -> None:
-    """Write under a temporary name, then rename: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """The image as a PNG file, whole or not there."""
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG"))

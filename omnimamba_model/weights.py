@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 
 from .backbone import MambaLM
 from .config import MambaConfig, OmniMambaConfig
+from .files import write_whole
 from .omnimamba import OmniMamba
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -35,10 +34,10 @@ def save(model: OmniMamba | MambaLM, folder: str | Path, tokenizer: str | None =
     kind = next(name for name, (model_type, _) in _KINDS.items() if isinstance(model, model_type))
     config = {"model_type": kind, **model.config.to_dict()}
     if tokenizer is not None:
-        _write(folder / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
-    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+        write_whole(folder / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
+    write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    _write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> OmniMamba | MambaLM:
@@ -97,12 +96,3 @@ def _check_fit(model: nn.Module, found: dict[str, tuple[int, ...]], path: Path) 
     ]
     if problems:
         raise CheckpointError(f"{path} does not fit its config:\n  " + "\n  ".join(problems))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

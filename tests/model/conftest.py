@@ -11,13 +11,15 @@ def config() -> OmniMambaConfig:
 
 @pytest.fixture
 def model(config) -> OmniMamba:
-    """A tiny OmniMamba whose adapters already do something."""
+    """A tiny OmniMamba in which every path is loud enough to be heard, the adapters too."""
     torch.manual_seed(0)
     model = OmniMamba(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_lora_B0" in name:
                 parameter.normal_(std=0.1)
+            elif "embed" in name:
+                parameter.normal_(std=0.3)
     return model
 
 

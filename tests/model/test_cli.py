@@ -49,13 +49,20 @@ def test_ask_prints_the_answer(calls, tmp_path, capsys):
     assert calls == ["c", ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0))]
 
 
-def test_demo_passes_folder_and_seed_on(monkeypatch, tmp_path):
+def test_demo_passes_folder_and_seed_on(monkeypatch, tmp_path, capsys):
     seen = []
     module = type(sys)("omnimamba_model.demo")
-    module.run = lambda out, seed: seen.append((out, seed))
+    module.run = lambda out, seed: seen.append((out, seed)) or {"t2i_accuracy": 0.25}
     monkeypatch.setitem(sys.modules, "omnimamba_model.demo", module)
     assert cli.main(["demo", "--out", str(tmp_path), "--seed", "7"]) == 0
     assert seen == [(tmp_path, 7)]
+    assert '"t2i_accuracy": 0.25' in capsys.readouterr().out
+
+
+def test_demo_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "needs sklearn and matplotlib: pip install 'omnimamba[demo]'" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_with_status_2(model, tmp_path, capsys):

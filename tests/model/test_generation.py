@@ -93,7 +93,9 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=1)])
 def test_greedy_takes_the_likeliest(sampling):
+    tied = torch.tensor([[0.0, 3.0, 3.0]]).expand(50, -1)
     assert sample(LOGITS, sampling).tolist() == [0, 4]
+    assert sample(tied, sampling).tolist() == [1] * 50, "of equals the first, every time"
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,17 @@ def test_gradients_reach_exactly_the_stage(model, stage, caption, image, feature
     assert reached == {n for n, _ in model.named_parameters() if STAGE_PARTS[stage](n)}
 
 
-def test_train_only_names_what_it_frees(model):
-    names = model.train_only("mmu")
+@pytest.mark.parametrize("stage", STAGE_PARTS)
+def test_train_only_names_what_it_frees(model, stage):
+    model.train_only("t2i")
+    names = model.train_only(stage)
     assert names == [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(names) == 6 + 2 * 2
+    assert set(names) - {"backbone.mmu_pos_embed"} == {
+        n for n, _ in model.named_parameters() if STAGE_PARTS[stage](n)
+    } - {"backbone.mmu_pos_embed"}
+
+
+def test_unknown_stages_are_refused(model):
     with pytest.raises(ValueError, match="stage must be one of base, mmu, t2i, joint, got 'all'"):
         model.train_only("all")
 
