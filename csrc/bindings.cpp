@@ -82,34 +82,24 @@ void kernel(py::module_& m, const char* name, Result (*function)(const Params&))
 void bind_causal_conv1d(py::module_& m) {
   {
     using Params = CausalConv1dParams;
-    params<Params>(m, "CausalConv1dParams")
-        // clang-format off
-        FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live)
-        FIELD(y) FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight)
-        FIELD(dbias) FIELD(workspace) FIELD(batch) FIELD(channels) FIELD(length)
-        FIELD(width) FIELD(activation);
-        // clang-format on
+    params<Params>(m, "CausalConv1dParams") FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live)
+        FIELD(y) FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(batch)
+            FIELD(channels) FIELD(length) FIELD(width) FIELD(activation);
     kernel(m, "causal_conv1d_forward", causal_conv1d_forward);
     kernel(m, "causal_conv1d_backward", causal_conv1d_backward);
     kernel(m, "causal_conv1d_workspace", causal_conv1d_workspace);
   }
   {
     using Params = CausalConv1dUpdateParams;
-    params<Params>(m, "CausalConv1dUpdateParams")
-        // clang-format off
-        FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias) FIELD(cache_seqlens)
-        FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length)
-        FIELD(width) FIELD(state_len) FIELD(activation);
-        // clang-format on
+    params<Params>(m, "CausalConv1dUpdateParams") FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias)
+        FIELD(cache_seqlens) FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length) FIELD(width)
+            FIELD(state_len) FIELD(activation);
     kernel(m, "causal_conv1d_update", causal_conv1d_update);
   }
   {
     using Params = CausalConv1dVarlenParams;
-    params<Params>(m, "CausalConv1dVarlenParams")
-        // clang-format off
-        FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences) FIELD(channels)
-        FIELD(state_len);
-        // clang-format on
+    params<Params>(m, "CausalConv1dVarlenParams") FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences)
+        FIELD(channels) FIELD(state_len);
     kernel(m, "causal_conv1d_varlen_states", causal_conv1d_varlen_states);
   }
 }

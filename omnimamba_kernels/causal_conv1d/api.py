@@ -153,7 +153,7 @@ def causal_conv1d_update(
     )
     checks.in_range("conv_state_indices", conv_state_indices, -(2**31), slots)
     checks.in_range("cache_seqlens", cache_seqlens, 0, 2**62)
-    module = choose("causal_conv1d", backend, x, weight, bias, None, None)
+    module = choose("causal_conv1d", backend, x, weight, bias, conv_state)
     x3 = x if x.dim() == 3 else x.unsqueeze(-1)
     y = module.update(
         x3, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation=activation is not None
@@ -166,10 +166,11 @@ def _fake_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, backend: 
 
 
 @traceable(_fake_varlen_states)
+@torch.no_grad()
 def causal_conv1d_varlen_states(
     x: Tensor, cu_seqlens: Tensor, state_len: int, *, backend: str | None = None
 ) -> Tensor:
-    """The convolution states after each of several packed sequences.
+    """The convolution states after each of several packed sequences. Not differentiable.
 
     Args:
         x: (total, d), the sequences one after another.
@@ -191,5 +192,5 @@ def causal_conv1d_varlen_states(
     checks.same_device(x=x, cu_seqlens=cu_seqlens)
     if state_len < 1:
         raise ValueError(f"state_len: got {state_len}, expected at least 1")
-    module = choose("causal_conv1d", backend, x, None, None, None, None)
+    module = choose("causal_conv1d", backend, x)
     return module.varlen_states(x, cu_seqlens, state_len=state_len)

@@ -34,17 +34,22 @@ def forward(
         y = y + bias.to(compute)[:, None]
     ids = None if seq_idx is None else F.pad(seq_idx, (w - 1, 0))
     for k in range(w):
-        tap = padded[..., k : k + l].to(compute) * weight[:, k, None].to(compute)
-        y = y + (tap if ids is None else tap * (ids[:, k : k + l] == seq_idx)[:, None])
+        tap = padded[..., k : k + l].to(compute)
+        if ids is not None:
+            # Not a product with the mask: whatever lies in the padding, NaN even, must not come through.
+            live = (ids[:, k : k + l] == seq_idx) & (seq_idx >= 0)
+            tap = tap.masked_fill(~live[:, None], 0)
+        y = y + tap * weight[:, k, None].to(compute)
     if activation:
         y = F.silu(y)
     if seq_idx is not None:
-        y = y * (seq_idx >= 0)[:, None]
+        y = y.masked_fill((seq_idx < 0)[:, None], 0)
     final = None
     if return_final_states:
         final = padded[..., l:]
         if ids is not None:
-            final = final * ((ids[:, l:] == ids[:, -1:]) & (ids[:, -1:] >= 0))[:, None]
+            live = (ids[:, l:] == ids[:, -1:]) & (ids[:, -1:] >= 0)
+            final = final.masked_fill(~live[:, None], 0)
         final = final.contiguous()
     y = y.to(x.dtype)
     channel_last = x.stride(1) == 1 and x.stride(2) != 1
@@ -79,7 +84,7 @@ def update(
     order = order[:, None].expand_as(state)
     both = torch.cat([state.gather(2, order), x.to(state.dtype)], dim=-1)
     (y, _), _ = forward(
-        both[..., -l:].to(x.dtype) if l else x,
+        x,
         weight,
         bias,
         both[..., length - (w - 1) : length].to(x.dtype),
@@ -95,7 +100,7 @@ def update(
         at = (cache_seqlens[:, None].long() + torch.arange(l - kept, l, device=x.device)) % length
         state = state.scatter(2, at[:, None].expand(-1, x.shape[1], -1), x[..., l - kept :].to(state.dtype))
     conv_state[slots[live]] = state[live]
-    return y * live[:, None, None]
+    return y.masked_fill(~live[:, None, None], 0)
 
 
 def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
@@ -105,4 +110,4 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
     inside = at >= cu_seqlens[:-1, None]
     if not x.shape[0]:
         return x.new_zeros(ends.numel(), x.shape[1], state_len)
-    return (x[at.clamp(min=0)] * inside[..., None].to(x.dtype)).transpose(1, 2).contiguous()
+    return x[at.clamp(min=0)].masked_fill(~inside[..., None], 0).transpose(1, 2).contiguous()
