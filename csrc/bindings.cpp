@@ -104,7 +104,18 @@ void bind_causal_conv1d(py::module_& m) {
   }
 }
 
-void bind_ssd_scan(py::module_&) {}
+void bind_ssd_scan(py::module_& m) {
+  using Params = SsdScanParams;
+  params<Params>(m, "SsdScanParams") FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z) FIELD(dt_bias)
+      FIELD(initial_states) FIELD(chunks) FIELD(first_chunk) FIELD(y) FIELD(final_states) FIELD(varlen_states)
+          FIELD(ungated) FIELD(states) FIELD(workspace) FIELD(dy) FIELD(dfinal_states) FIELD(dvarlen_states) FIELD(dx)
+              FIELD(ddt) FIELD(dA) FIELD(dB) FIELD(dC) FIELD(dD) FIELD(dz) FIELD(ddt_bias) FIELD(dinitial_states)
+                  FIELD(batch) FIELD(length) FIELD(heads) FIELD(headdim) FIELD(groups) FIELD(state) FIELD(max_chunks)
+                      FIELD(dt_softplus) FIELD(dt_low) FIELD(dt_high);
+  kernel(m, "ssd_scan_state_floats", &ssd_scan_state_floats);
+  kernel(m, "ssd_scan_forward_workspace", &ssd_scan_forward_workspace);
+  kernel(m, "ssd_scan_forward", &ssd_scan_forward);
+}
 
 void bind_state_update(py::module_&) {}
 
@@ -123,7 +134,14 @@ void bind_lora_linear(py::module_& m) {
   kernel(m, "lora_dropout", &lora_dropout);
 }
 
-void bind_mamba_mixer(py::module_&) {}
+void bind_mamba_mixer(py::module_& m) {
+  using Params = MambaMixerStepParams;
+  params<Params>(m, "MambaMixerStepParams") FIELD(zxbcdt) FIELD(conv_state) FIELD(ssm_state) FIELD(conv1d_weight)
+      FIELD(conv1d_bias) FIELD(dt_bias) FIELD(A) FIELD(D) FIELD(rmsnorm_weight) FIELD(state_batch_indices) FIELD(out)
+          FIELD(workspace) FIELD(batch) FIELD(heads) FIELD(headdim) FIELD(groups) FIELD(state) FIELD(extra) FIELD(width)
+              FIELD(state_len) FIELD(eps) FIELD(norm_before_gate) FIELD(activation) FIELD(headwise_D);
+  kernel(m, "mamba_mixer_step", mamba_mixer_step);
+}
 
 #undef FIELD
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def lora_linear(
     if rows is None:
         lora_A = lora_B = None
         dropout_p = 0.0
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     seed = int(dropout_seed) if dropout_p else 0
     y = _lora_linear(flat, weight, lora_A, lora_B, bias, rows, float(scale), float(dropout_p), seed, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -116,9 +118,13 @@ def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
         checks.integer(task=task)
         checks.shape("task", task, *x.shape[:-1], letters="x's leading shape")
         checks.same_device(x=x, task=task)
-        return task.reshape(-1).int() if tasks else None
+        if tasks:
+            return task.reshape(-1).int()
+        if not torch.compiler.is_compiling():
+            checks.in_range("task", task, -1, 0)
+        return None
     if not -1 <= int(task) < tasks:
         raise ValueError(f"task: got {task}, expected -1 (the base alone) to {tasks - 1}")
     if task == -1:
         return None
-    return torch.full((x[..., 0].numel(),), int(task), dtype=torch.int32, device=x.device)
+    return torch.full((math.prod(x.shape[:-1]),), int(task), dtype=torch.int32, device=x.device)

@@ -19,7 +19,9 @@ def _head_sizes(A: Tensor, D: Tensor | None, headdim: int | None) -> tuple[int, 
     checks.rank("A", A, 1, letters="(h,)")
     if headdim is None:
         if D is None or D.dim() != 2:
-            raise ValueError("headdim: got None, which is only possible where D (h, p) tells it; pass the width of a head")
+            raise ValueError(
+                "headdim: got None, which is only possible where D (h, p) tells it; pass the width of a head"
+            )
         headdim = D.shape[1]
     return A.shape[0], headdim
 
@@ -240,4 +242,5 @@ def mamba_mixer_step(
         "norm_before_gate": bool(norm_before_gate),
         "activation": activation is not None,
     }
-    return choose("mamba_mixer", backend, *tensors, **options).step(*tensors, **options)
+    ((y,), _) = choose("mamba_mixer", backend, *tensors, **options).forward(*tensors, **options)
+    return y

@@ -1,9 +1,9 @@
 """Definition of one decode step between a Mamba-2 mixer's two projections.
 
-    [z0, x0, z, xBC, dt] = zxbcdt
-    xBC = act(convolution continued from conv_state)            conv_state in place
-    y = one step of the scan from ssm_state, plus D x            ssm_state in place
-    y = gated RMSNorm of y with z, or y silu(z) without a norm weight; silu(z0) x0 before it where there is any
+[z0, x0, z, xBC, dt] = zxbcdt
+xBC = act(convolution continued from conv_state)            conv_state in place
+y = one step of the scan from ssm_state, plus D x            ssm_state in place
+y = gated RMSNorm of y with z, or y silu(z) without a norm weight; silu(z0) x0 before it where there is any
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..gated_norm import reference as norm
 from ..state_update import reference as scan_step
 
 
-def step(
+def forward(
     zxbcdt: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
@@ -34,7 +34,8 @@ def step(
     rmsnorm_eps: float,
     norm_before_gate: bool,
     activation: bool,
-) -> Tensor:
+    save: bool = False,
+) -> tuple[tuple[Tensor], tuple]:
     h, n = A.shape[0], ssm_state.shape[-1]
     dim = h * headdim
     extra = (zxbcdt.shape[1] - 2 * dim - 2 * ngroups * n - h) // 2
@@ -66,5 +67,5 @@ def step(
             y, rmsnorm_weight, None, z, eps=rmsnorm_eps, group_size=dim // ngroups, norm_before_gate=norm_before_gate
         )
     if state_batch_indices is not None:
-        y = y * (state_batch_indices >= 0)[:, None]
-    return torch.cat([F.silu(gate0) * x0, y], dim=-1) if extra else y
+        y = y.masked_fill((state_batch_indices < 0)[:, None], 0)
+    return (torch.cat([F.silu(gate0) * x0, y], dim=-1) if extra else y,), ()
