@@ -1,0 +1,52 @@
+"""Causal self-attention on torch's scaled_dot_product_attention, with rotary positions and its two projections."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEADDIM = 64
+
+
+def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (l, HEADDIM / 2) of integer positions, base 10,000 (arXiv 2104.09864)."""
+    rates = 10_000.0 ** (-torch.arange(0, HEADDIM, 2, device=positions.device) / HEADDIM)
+    angles = positions[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """x (b, heads, l, HEADDIM), its halves turned against each other."""
+    cos, sin = (t.to(x.dtype) for t in turn)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """u (b, l, width) to (b, l, width); width a multiple of 64, one head for every 64 channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEADDIM
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def project(self, u: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each (b, heads, l, HEADDIM), q and k turned to their positions."""
+        q, k, v = (t.unflatten(-1, (self.heads, HEADDIM)).transpose(1, 2) for t in self.qkv(u).chunk(3, dim=-1))
+        return rotate(q, turn), rotate(k, turn), v
+
+    def join(self, y: Tensor) -> Tensor:
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def forward(self, u: Tensor) -> Tensor:
+        turn = rotary(torch.arange(u.shape[1], device=u.device))
+        return self.join(F.scaled_dot_product_attention(*self.project(u, turn), is_causal=True))
+
+    def plain(self, u: Tensor) -> Tensor:
+        """The same by the definition, with the whole matrix of scores: what ``forward`` is checked against."""
+        l = u.shape[1]
+        q, k, v = self.project(u, rotary(torch.arange(l, device=u.device)))
+        scores = (q @ k.transpose(-1, -2) / HEADDIM**0.5).masked_fill(~torch.ones(l, l).tril().bool(), -torch.inf)
+        return self.join(scores.softmax(-1) @ v)

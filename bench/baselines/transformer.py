@@ -1,0 +1,71 @@
+"""A plain pre-norm Transformer decoder with a static key-value cache: what Mamba-2's constant state is compared with.
+
+RMSNorm, rotary positions, torch's scaled_dot_product_attention, a GELU feed-forward, a head tied to the token table.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import HEADDIM, Attention, rotary
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention = Attention(width)
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = u + self.attention(self.norm1(u))
+        return u + self.feed(u)
+
+    def feed(self, u: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm2(u)), approximate="tanh"))
+
+    def step(self, u: Tensor, keys: Tensor, values: Tensor, position: int, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """One token u (b, 1, width); its key and value go into the cache (b, heads, length, HEADDIM) in place."""
+        q, k, v = self.attention.project(self.norm1(u), turn)
+        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        y = F.scaled_dot_product_attention(q, keys[:, :, : position + 1], values[:, :, : position + 1])
+        u = u + self.attention.join(y)
+        return u + self.feed(u)
+
+
+class Transformer(nn.Module):
+    """The default sizes have the parameters of the 130M Mamba-2: 129M, of which the table 39M."""
+
+    def __init__(self, width: int = 768, layers: int = 12, hidden: int = 3352, vocab: int = 50288) -> None:
+        super().__init__()
+        self.width = width
+        self.table = nn.Embedding(vocab, width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (b, l) to logits (b, l, vocab)."""
+        u = self.table(ids)
+        for block in self.blocks:
+            u = block(u)
+        return self.head(u)
+
+    def head(self, u: Tensor) -> Tensor:
+        return F.linear(self.norm(u), self.table.weight)
+
+    def new_cache(self, batch: int, length: int) -> Tensor:
+        """Zeros (layers, 2, b, heads, length, HEADDIM) in the weights' dtype."""
+        shape = (len(self.blocks), 2, batch, self.width // HEADDIM, length, HEADDIM)
+        return torch.zeros(shape, dtype=self.table.weight.dtype)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: Tensor, position: int) -> Tensor:
+        """Takes ids (b,) in at ``position``; the next one's logits (b, vocab). The cache changes in place."""
+        turn = rotary(torch.tensor([position]))
+        u = self.table(ids[:, None])
+        for block, (keys, values) in zip(self.blocks, cache, strict=True):
+            u = block.step(u, keys, values, position, turn)
+        return self.head(u)[:, 0]

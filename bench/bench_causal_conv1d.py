@@ -1,0 +1,129 @@
+"""The depthwise causal convolution with SiLU: over channel-last slices of wider rows, and one decode step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from omnimamba_kernels import causal_conv1d_fn, causal_conv1d_update
+
+from . import inputs, peers
+from .measure import Contender, Work, worst_error
+
+SHAPES = ((1, 4096, 1792), (1, 1024, 4352))
+FORWARD, BACKWARD, UPDATE = "causal_conv1d forward", "causal_conv1d backward", "causal_conv1d update"
+BOUND = inputs.BOUND[torch.float32]
+full = pytest.mark.full
+
+
+def case(b: int, l: int, d: int) -> str:
+    return f"{b} x {l} x {d}"
+
+
+def problem(b: int, l: int, d: int) -> dict[str, torch.Tensor]:
+    """x (b, d, l) as a channel-last slice of a row half as wide again, weight, bias."""
+    make = torch.Generator().manual_seed(d)
+    row = torch.randn(b, l, d + d // 2, generator=make)
+    return {
+        "x": row[..., d // 2 :].transpose(1, 2),
+        "weight": 0.5 * torch.randn(d, inputs.WIDTH, generator=make),
+        "bias": 0.1 * torch.randn(d, generator=make),
+    }
+
+
+def functions() -> list[tuple[str, object]]:
+    own = [
+        (name, lambda name=name: lambda **v: causal_conv1d_fn(**v, activation="silu", backend=name))
+        for name in inputs.own_backends()
+    ]
+
+    def transformers():
+        convolve = peers.fallback("causal_conv1d_fn")
+        return lambda x, **v: convolve(x, **v, activation="silu")
+
+    return [*own, (peers.label(), transformers)]
+
+
+def reference(**values):
+    return causal_conv1d_fn(**values, activation="silu", backend="reference")
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
+def test_forward(bench, benchmark, shape):
+    values = problem(*shape)
+    exact = reference(**inputs.double(values))
+
+    def contender(name, make):
+        return Contender(
+            name,
+            torch.no_grad()(lambda: make()(**values)),
+            lambda: worst_error((make()(**values),), (exact,)),
+            BOUND,
+        )
+
+    work = Work("copy", bytes=2 * values["x"].numel() * 4)
+    bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
+def test_backward(bench, benchmark, shape):
+    """The backward alone, on a graph that is kept; it reads x and the output's gradient and writes x's."""
+    values = problem(*shape)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    exact = inputs.gradients(reference, inputs.with_gradients(inputs.double(values)), upstream.double())
+
+    def contender(name, make):
+        leaves = inputs.with_gradients(values)
+        graph = []
+
+        def check():
+            graph.append(make()(**leaves))
+            return worst_error(inputs.gradients(make(), leaves, upstream), exact)
+
+        def run():
+            return torch.autograd.grad(graph[0], list(leaves.values()), upstream, retain_graph=True)
+
+        return Contender(name, run, check, BOUND)
+
+    work = Work("copy", bytes=3 * values["x"].numel() * 4)
+    bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
+
+
+@pytest.mark.parametrize("batch", [1, pytest.param(64, marks=full)])
+def test_update(bench, benchmark, batch):
+    """One step of 24 layers in turn, each with its own state, as a model decodes."""
+    d, layers = 1792, 24
+    values = problem(1, batch, d)
+    x, weight, bias = values["x"][0].T.contiguous(), values["weight"], values["bias"]
+    states = [
+        torch.randn(batch, d, inputs.WIDTH - 1, generator=torch.Generator().manual_seed(i)) for i in range(layers)
+    ]
+    exact = causal_conv1d_update(
+        x.double(), states[0].double(), weight.double(), bias.double(), activation="silu", backend="reference"
+    )
+
+    def contender(name, make):
+        mine = [state.clone() for state in states]
+        turn = itertools.cycle(mine)
+        return Contender(
+            name,
+            lambda: make()(x, next(turn), weight, bias),
+            lambda: worst_error((make()(x, states[0].clone(), weight, bias),), (exact,)),
+            BOUND,
+        )
+
+    own = [
+        (name, lambda name=name: lambda *a: causal_conv1d_update(*a, activation="silu", backend=name))
+        for name in inputs.own_backends()
+    ]
+
+    def transformers():
+        update = peers.fallback("causal_conv1d_update")
+        return lambda x, *a: update(x[..., None], *a, activation="silu")[..., 0]
+
+    moved = 4 * batch * d * (2 + 2 * (inputs.WIDTH - 1))
+    work = Work("copy", bytes=moved, footprint=layers * moved)
+    contenders = [contender(*f) for f in [*own, (peers.label(), transformers)]]
+    bench.compare(benchmark, UPDATE, f"{batch} x {d}", contenders, work)

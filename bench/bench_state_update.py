@@ -1,0 +1,62 @@
+"""The scan's decode step: the state is read and written once, everything else is small."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from omnimamba_kernels import selective_state_update
+
+from . import inputs, peers
+from .measure import Contender, Work, worst_error
+
+LAYERS = 24
+GROUP = "state_update"
+
+
+def problem(b: int, h: int) -> dict[str, torch.Tensor]:
+    """One position of a scan as the mixer passes it: dt, A, D and dt_bias expanded over the width of a head."""
+    values = inputs.scan(b, 1, h)
+    p, n = inputs.HEADDIM, inputs.STATE
+    return {
+        "x": values["x"][:, 0],
+        "dt": values["dt"][:, 0, :, None].expand(b, h, p),
+        "A": values["A"][:, None, None].expand(h, p, n),
+        "B": values["B"][:, 0],
+        "C": values["C"][:, 0],
+        "D": values["D"][:, None].expand(h, p),
+        "dt_bias": values["dt_bias"][:, None].expand(h, p),
+    }
+
+
+@pytest.mark.parametrize(("b", "h"), [(1, 24), pytest.param(16, 64, marks=pytest.mark.full)])
+def test_update(bench, benchmark, b, h):
+    """24 states in turn, as the layers of a model have them."""
+    values = problem(b, h)
+    state = torch.randn(b, h, inputs.HEADDIM, inputs.STATE, generator=torch.Generator().manual_seed(0))
+    known = state.double()
+    exact = selective_state_update(known, **inputs.double(values), dt_softplus=True, backend="reference")
+
+    def contender(name, make):
+        turn = itertools.cycle([state.clone() for _ in range(LAYERS)])
+
+        def check():
+            mine = state.clone()
+            return worst_error((make()(mine, **values), mine), (exact, known))
+
+        return Contender(name, lambda: make()(next(turn), **values), check, inputs.BOUND[torch.float32])
+
+    own = [
+        (name, lambda name=name: lambda s, **v: selective_state_update(s, **v, dt_softplus=True, backend=name))
+        for name in inputs.own_backends()
+    ]
+
+    def transformers():
+        update = peers.fallback("mamba2_selective_state_update")
+        return torch.no_grad()(lambda s, x, **v: update(s, x, **v, dt_softplus=True))
+
+    contenders = [contender(*f) for f in [*own, (peers.label(), transformers)]]
+    work = Work("copy", bytes=2 * state.nbytes, footprint=2 * LAYERS * state.nbytes)
+    bench.compare(benchmark, GROUP, f"{b} x {h} heads", contenders, work)

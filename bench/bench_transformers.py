@@ -1,0 +1,141 @@
+"""Claim: the 130M Mamba-2 prefills and decodes faster than transformers' own Mamba2 on the same weights.
+
+768 wide, 24 layers, vocabulary 50288, random weights, batch 1. transformers runs its fallback in fp32. Prefill is
+compared in fp32; decode in fp32 and with bf16 weights under fp32 activations, whose floor is the weights' bytes
+over the DRAM read rate.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from omnimamba_model import MambaConfig, MambaLM, cast_matrices
+
+from . import peers
+from .bench_generation import TOKENS, ids, weight_bytes
+from .inputs import scan_flops
+from .measure import Contender, Work, relative_error
+
+PREFILL, DECODE = "130M prefill", "130M decode"
+LENGTH = 2048
+PROMPT = 16
+BOUND = 1e-3
+"""Through 24 layers in fp32."""
+ROUNDED = 5e-2
+"""The same with weights rounded to bf16, against fp32 weights."""
+
+
+@functools.cache
+def theirs() -> torch.nn.Module:
+    """transformers' model; RuntimeError with the reason where it is not installed."""
+    peers.fallback("mamba2_chunk_scan")
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = MambaConfig.preset("130m")
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        num_heads=sizes.nheads, head_dim=sizes.headdim, vocab_size=sizes.vocab_size, hidden_size=sizes.d_model,
+        state_size=sizes.d_state, num_hidden_layers=sizes.n_layer, n_groups=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Mamba2ForCausalLM(config).eval()
+
+
+@functools.cache
+def ours(dtype: torch.dtype) -> MambaLM:
+    """Our model on the same weights, or on random ones where transformers is not installed."""
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig.preset("130m")).eval()
+    if not isinstance(peers.mamba2(), str):
+        weights = {k.replace("embeddings.", "embedding."): v for k, v in theirs().state_dict().items()}
+        weights.pop("lm_head.weight", None)
+        model.load_state_dict(weights)
+    return cast_matrices(model, dtype)
+
+
+@torch.inference_mode()
+def our_prefill(dtype: torch.dtype, prompt: torch.Tensor):
+    """The logits after the prompt (1, vocabulary), and the state to go on from."""
+    model = ours(dtype)
+    state = model.backbone.new_state(1)
+    return model.head(model.backbone.prefill(model.backbone.embedding(prompt), state)), state
+
+
+@torch.inference_mode()
+def their_prefill(prompt: torch.Tensor):
+    answer = theirs()(prompt, use_cache=True, logits_to_keep=1)
+    return answer.logits[:, -1], answer.cache_params
+
+
+@torch.inference_mode()
+def our_decode(dtype: torch.dtype, state, count: int) -> torch.Tensor:
+    model = ours(dtype)
+    step = model.backbone.bind_step(state)
+    for token in ids(count)[0]:
+        logits = model.head(step(model.backbone.embedding(token[None])))
+    return logits
+
+
+@torch.inference_mode()
+def their_decode(cache, count: int) -> torch.Tensor:
+    for token in ids(count)[0]:
+        answer = theirs()(token.view(1, 1), cache_params=cache, use_cache=True)
+    return answer.logits[:, -1]
+
+
+def whole(prompt: torch.Tensor) -> torch.Tensor:
+    """The logits after the prompt by our fp32 model's scan over all of it: the chain of both decodes must end there."""
+    with torch.inference_mode():
+        return ours(torch.float32)(prompt)[:, -1]
+
+
+def after_prompt() -> torch.Tensor:
+    return torch.cat([ids(PROMPT), ids(TOKENS)], dim=1)
+
+
+def test_prefill(bench, benchmark):
+    prompt = ids(256 if bench.quick else LENGTH)
+    size = MambaConfig.preset("130m")
+    matrices = sum(p.numel() for p in ours(torch.float32).backbone.layers.parameters() if p.ndim == 2)
+    flops = 2.0 * prompt.shape[1] * matrices + size.n_layer * scan_flops(1, prompt.shape[1], size.nheads)
+    contenders = [
+        Contender(
+            "Mamba-2 130M, fp32",
+            lambda: our_prefill(torch.float32, prompt),
+            lambda: relative_error(our_prefill(torch.float32, prompt)[0], whole(prompt)),
+            BOUND,
+        ),
+        Contender(
+            f"{peers.label()}, fp32",
+            lambda: their_prefill(prompt),
+            lambda: relative_error(their_prefill(prompt)[0], whole(prompt)),
+            BOUND,
+        ),
+    ]
+    work = Work("sgemm", flops=flops)
+    bench.compare(benchmark, PREFILL, f"{prompt.shape[1]} tokens", contenders, work, tokens=prompt.shape[1])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)], ids=["bf16", "fp32"]
+)
+def test_decode(bench, benchmark, dtype):
+    def ours_checked() -> float:
+        return relative_error(our_decode(dtype, our_prefill(dtype, ids(PROMPT))[1], TOKENS), whole(after_prompt()))
+
+    def theirs_checked() -> float:
+        return relative_error(their_decode(their_prefill(ids(PROMPT))[1], TOKENS), whole(after_prompt()))
+
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    state = our_prefill(dtype, ids(PROMPT))[1]
+    name, bound = f"Mamba-2 130M, {kind} weights", ROUNDED if kind == "bf16" else BOUND
+    contenders = [Contender(name, lambda: our_decode(dtype, state, TOKENS), ours_checked, bound)]
+    theirs_run = functools.cache(lambda: their_prefill(ids(PROMPT))[1])
+    contenders.append(
+        Contender(f"{peers.label()}, fp32", lambda: their_decode(theirs_run(), TOKENS), theirs_checked, BOUND)
+    )
+    work = Work("read", bytes=TOKENS * weight_bytes(ours(dtype)))
+    rows = bench.compare(benchmark, DECODE, f"{kind} weights", contenders, work, tokens=TOKENS)
+    rows[1].floor_share = rows[1].gb_s = None

@@ -1,0 +1,152 @@
+"""What the project promises of itself, each promise judged on the rows of one run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from .machine import ROOT
+from .results import Row
+
+DEMO = ROOT / "demo-out" / "metrics.json"
+SSD_FORWARD, SSD_TRAINING = "ssd_scan forward", "ssd_scan forward + backward"
+
+
+@dataclass
+class Claim:
+    """``passed`` is None where the run has not what it takes to judge, and ``measured`` then says what is missing."""
+
+    what: str
+    required: str
+    measured: str
+    passed: bool | None
+
+
+def growth_exponent(lengths: list[float], times: list[float]) -> float:
+    """The k of time ~ length^k: the least-squares slope of log time over log length. ValueError below two points."""
+    if len(lengths) != len(times) or len(lengths) < 2:
+        raise ValueError(
+            f"growth_exponent: got {len(lengths)} lengths and {len(times)} times, expected 2 or more of each"
+        )
+    x, y = [math.log(v) for v in lengths], [math.log(v) for v in times]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def exponents(rows: list[Row]) -> list[dict]:
+    """For each layer and pass: the exponent over all lengths that were run, and over the longer half of them."""
+    found = []
+    for group in ("layer forward", "layer forward + backward"):
+        for who in ("Mamba-2", "attention"):
+            timed = [
+                (int(r.case.split()[-1]), r.seconds) for r in rows if (r.group, r.who) == (group, who) and r.seconds
+            ]
+            if len(timed) < 2:
+                continue
+            lengths, times = zip(*sorted(timed), strict=True)
+            half = min(len(lengths) // 2, len(lengths) - 2)
+            found.append(
+                {
+                    "group": group,
+                    "who": who,
+                    "lengths": list(lengths),
+                    "exponent": growth_exponent(lengths, times),
+                    "exponent_of_longer_half": growth_exponent(lengths[half:], times[half:]),
+                }
+            )
+    return found
+
+
+def judge(rows: list[Row]) -> list[dict]:
+    """Every claim as plain data, in the order in which they are promised."""
+    return [asdict(claim) for claim in [*_demo(), *_scan(rows), *_small(rows), *_model(rows), _layer(rows)]]
+
+
+def _pick(rows: list[Row], group: str, case: str = "", who: str = "", ours: bool = False) -> list[Row]:
+    """The timed rows of a group whose case and contender contain these words; ``ours``: not the peers'."""
+    return [
+        r
+        for r in rows
+        if r.group == group and case in r.case and who in r.who and r.seconds and not (ours and r.times_ours != 1.0)
+    ]
+
+
+def _least(what: str, required: float, values: list[float | None], unit: str, wanted: int = 1) -> Claim:
+    """The smallest of the values against the least accepted; not judged where some are missing."""
+    values = [v for v in values if v is not None]
+    sign = f"{required:.2f}" if unit == "" else f"{required:g}{unit}"
+    if len(values) < wanted:
+        return Claim(what, f"at least {sign}", f"{len(values)} of {wanted} cases measured", None)
+    text = " to ".join(sorted({f"{v:.2f}" if unit == "" else f"{v:.1f}{unit}" for v in (min(values), max(values))}))
+    return Claim(what, f"at least {sign}", text, min(values) >= required)
+
+
+def _demo() -> list[Claim]:
+    """`make demo` is a program of its own; its scores are read where it leaves them."""
+    wanted = {"t2i_accuracy": 0.93, "mmu_accuracy": 0.97, "copied_fraction": 0.03}
+    scores = json.loads(DEMO.read_text()) if DEMO.exists() else {}
+    found = []
+    for name, limit in wanted.items():
+        most = name == "copied_fraction"
+        value = scores.get(name)
+        passed = None if value is None else bool(value <= limit if most else value >= limit)
+        text = "no demo-out/metrics.json: run make demo" if value is None else f"{value:.3f}"
+        found.append(Claim(f"make demo: {name}", f"at {'most' if most else 'least'} {limit}", text, passed))
+    return found
+
+
+def _scan(rows: list[Row]) -> list[Claim]:
+    forward = _pick(rows, SSD_FORWARD, who="transformers")
+    training = _pick(rows, SSD_TRAINING, who="transformers")
+    own = _pick(rows, SSD_FORWARD, ours=True)
+    case = "1 x 4096, 24 heads"
+    theirs = [r.peak_bytes for r in _pick(rows, SSD_TRAINING, case, "transformers") if r.peak_bytes]
+    mine = [r.peak_bytes for r in _pick(rows, SSD_TRAINING, case, ours=True) if r.peak_bytes]
+    memory = Claim(f"its peak memory at {case}, of transformers'", "under 1/3", "not measured", None)
+    if mine and theirs:
+        share = mine[0] / theirs[0]
+        memory.measured, memory.passed = f"{share:.2f}", share < 1 / 3
+    times = [r.times_ours for r in forward], [r.times_ours for r in training]
+    return [
+        _least("SSD forward, 4 shapes, against transformers", 12, times[0], "x", 4),
+        _least("SSD forward, share of the fp32 matmul rate", 0.95, [r.floor_share for r in own], "", 4),
+        _least("SSD forward + backward, against transformers", 6, times[1], "x", 4),
+        memory,
+    ]
+
+
+def _small(rows: list[Row]) -> list[Claim]:
+    weights = [
+        r.floor_share
+        for few in ("1 x", "4 x")
+        for r in _pick(rows, "lora_linear", ours=True)
+        if r.case.startswith(few) and r.case.endswith("bf16 weights")
+    ]
+    conv = [r.floor_share for r in _pick(rows, "causal_conv1d forward", "1 x 4096 x 1792", ours=True)]
+    return [
+        _least("bf16 product 2048 to 8512, 1 and 4 rows, share of the DRAM read rate", 0.85, weights, "", 2),
+        _least("conv1d with SiLU, 1 x 4096 x 1792, share of the copy speed", 0.70, conv, ""),
+    ]
+
+
+def _model(rows: list[Row]) -> list[Claim]:
+    prefill = [r.times_ours for r in _pick(rows, "130M prefill", "2048", "transformers")]
+    decode = [r.times_ours for r in _pick(rows, "130M decode", "bf16", "transformers")]
+    floor = [r.floor_share for r in _pick(rows, "130M decode", "bf16", ours=True)]
+    return [
+        _least("130M, prefill of 2048, against transformers fp32", 2.3, prefill, "x"),
+        _least("130M, decode with bf16 weights, against transformers fp32", 7, decode, "x"),
+        _least("130M, decode with bf16 weights, share of the DRAM read rate", 0.65, floor, ""),
+    ]
+
+
+def _layer(rows: list[Row]) -> Claim:
+    slopes = {e["who"]: e["exponent"] for e in exponents(rows) if e["group"] == "layer forward"}
+    against = _pick(rows, "layer forward", "1 x 32768", "attention")
+    claim = Claim("Mamba-2 layer at 32K tokens, against SDPA attention", "faster", "not measured", None)
+    if against:
+        ratio = against[0].times_ours
+        claim.passed = ratio > 1
+        claim.measured = f"{ratio:.1f}x; exponents " + ", ".join(f"{who} {k:.2f}" for who, k in slopes.items())
+    return claim

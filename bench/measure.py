@@ -1,0 +1,194 @@
+"""The one way anything is timed here.
+
+Contenders are checked first: one whose result is wrong gets a row without a time. The rest run in turn within each
+round (peer, peer, rate, ours, rate), so that a ratio compares neighbours in time. Rounds in which the rate itself
+was slow are dropped; medians are taken of what is left.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .rates import Rates, seconds
+from .results import Row
+
+SLOW_RATE = 0.85
+"""A round counts if the rate on both sides of it was at least this share of the case's best."""
+_LOOP_FOR = 5e-3
+"""Calls shorter than this many seconds are repeated within a round."""
+
+_LONG_CHECK = 3.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cannot do without: bytes moved, FLOPs, and which rate the floor is taken from."""
+
+    against: str
+    bytes: float = 0.0
+    flops: float = 0.0
+    footprint: float = 0.0
+    """Bytes that the calls cycle through, where more than one call's: the copy finds its data as far away."""
+
+    def floor(self, rate: float) -> float:
+        """Seconds at ``rate``, which is in FLOP/s for sgemm and in byte/s for copy and read."""
+        return (self.flops if self.against == "sgemm" else self.bytes) / rate
+
+
+@dataclass
+class Contender:
+    """``run`` is timed; ``check`` gives the relative error of what it computes, ``bound`` the largest accepted."""
+
+    name: str
+    run: Callable[[], Any]
+    check: Callable[[], float]
+    bound: float
+    calls: int = 1
+    """Calls within one round."""
+    checked_in: float = 0.0
+    """Seconds the check took: at least one run."""
+    times: list[float] = field(default_factory=list)
+    """Seconds a call, one entry a round."""
+
+    def take(self) -> None:
+        self.times.append(seconds(self.repeat) / self.calls)
+
+    def repeat(self) -> None:
+        for _ in range(self.calls):
+            self.run()
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """``|got - exact| / |exact|`` in the 2-norm, in fp64; infinite if anything is not finite."""
+    got, exact = got.detach().double(), exact.detach().double()
+    if got.shape != exact.shape or not torch.isfinite(got).all():
+        return math.inf
+    return float((got - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def worst_error(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    return max(relative_error(g, e) for g, e in zip(got, exact, strict=True))
+
+
+class Bench:
+    """A session's rates and rows."""
+
+    def __init__(self, quick: bool = False, rates: Rates | None = None) -> None:
+        self.quick = quick
+        self.rates = rates or Rates()
+        self.rows: list[Row] = []
+        self.fewest, self.most = (2, 5) if quick else (3, 15)
+        self.budget = 0.8 if quick else 2.5
+        """Seconds a contender may take over all its rounds, beyond the fewest."""
+
+    def absent(self, group: str, case: str, who: str, reason: str) -> None:
+        self.rows.append(Row(group, case, who, reason=reason))
+
+    def compare(
+        self, benchmark: Any, group: str, case: str, contenders: list[Contender], work: Work,
+        *, tokens: int = 0, note: str = "", fewest: int | None = None,
+    ) -> list[Row]:  # fmt: skip
+        """Times the contenders, the first that passes its check being ours; ``tokens`` a call give tokens/s.
+
+        The contenders of a backend that cannot run, or whose result is wrong, are recorded with the reason.
+        """
+        benchmark.group = group
+        rows = {c.name: Row(group, case, c.name, note=note) for c in contenders}
+        self.rows += rows.values()
+        passed = [c for c in contenders if _admit(c, rows[c.name])]
+        if not passed:
+            return list(rows.values())
+        alone = {c.name: _settle(c) for c in passed}
+        fewest = fewest or self.fewest
+        wanted = {name: min(self.most, max(fewest, int(self.budget / taken))) for name, taken in alone.items()}
+        subject, peers = passed[0], passed[1:]
+        before, after = self._rounds(benchmark, subject, peers, wanted, work)
+        kept = quiet_rounds(before, after)
+        rate = [(b + a) / 2 for b, a in zip(before, after, strict=True)]
+        for contender in passed:
+            _fill(rows[contender.name], contender, subject, kept, rate, work, tokens)
+        for row in rows.values():
+            benchmark.extra_info[row.who] = {k: v for k, v in vars(row).items() if v not in (None, "")}
+        return list(rows.values())
+
+    def peaks(self, rows: list[Row], task: str, **arguments: Any) -> None:
+        """Adds peak memory to the rows that have a time; ``task`` is one of bench.memory's."""
+        for row in rows:
+            if row.seconds:
+                row.peak_bytes = memory.peak(task, who=row.who, **arguments)
+
+    def _rounds(
+        self, benchmark: Any, subject: Contender, peers: list[Contender], wanted: dict[str, int], work: Work
+    ) -> tuple[list[float], list[float]]:
+        before, after = [], []
+
+        def setup() -> None:
+            for peer in peers:
+                if len(before) < wanted[peer.name]:
+                    peer.take()
+            before.append(self.rates.sample(work.against, work.footprint or work.bytes))
+
+        benchmark.pedantic(
+            subject.take,
+            setup=setup,
+            teardown=lambda: after.append(self.rates.sample(work.against, work.footprint or work.bytes)),
+            rounds=max(wanted.values()),
+        )
+        after += before[len(after) :]  # with timing disabled pytest-benchmark runs no teardown
+        return before, after
+
+
+def _admit(contender: Contender, row: Row) -> bool:
+    """Whether the contender can run and is right; fills in the error or the reason."""
+    start = time.perf_counter()
+    try:
+        row.error, row.error_bound = contender.check(), contender.bound
+    except RuntimeError as refusal:
+        row.reason = str(refusal).splitlines()[0].split("cannot run: ")[-1]
+        return False
+    if not row.error <= contender.bound:
+        row.reason = f"failed its check: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
+        return False
+    contender.checked_in = time.perf_counter() - start
+    return True
+
+
+def _settle(contender: Contender) -> float:
+    """Warms up (a long check has done so) and sets how many calls a round needs for the clock. Seconds of a round."""
+    if contender.checked_in > _LONG_CHECK:
+        return contender.checked_in
+    taken = seconds(contender.run)
+    if taken < _LOOP_FOR:
+        taken = min(taken, *(seconds(contender.run) for _ in range(3)))
+        contender.calls = min(1000, math.ceil(_LOOP_FOR / taken))
+    return taken * contender.calls
+
+
+def quiet_rounds(before: list[float], after: list[float]) -> list[int]:
+    """The rounds with a fast rate on both sides; the best round at least."""
+    worst = [min(pair) for pair in zip(before, after, strict=True)]
+    kept = [i for i, rate in enumerate(worst) if rate >= SLOW_RATE * max(before + after)]
+    return kept or [worst.index(max(worst))]
+
+
+def _fill(
+    row: Row, contender: Contender, subject: Contender, kept: list[int], rate: list[float], work: Work, tokens: int
+) -> None:
+    mine = [i for i in kept if i < len(contender.times)] or range(len(contender.times))
+    row.seconds = statistics.median(contender.times[i] for i in mine)
+    row.rounds, row.rounds_taken = len(mine), len(contender.times)
+    row.gb_s = work.bytes / row.seconds / 1e9 or None
+    row.gflop_s = work.flops / row.seconds / 1e9 or None
+    row.floor = work.against
+    row.floor_share = statistics.median(work.floor(rate[i]) / contender.times[i] for i in mine)
+    row.times_ours = statistics.median(contender.times[i] / subject.times[i] for i in mine)
+    row.tokens_s = tokens / row.seconds if tokens else None

@@ -1,0 +1,64 @@
+"""Others' implementations, where they are installed: the function, or the reason why there is none.
+
+transformers keeps each step of its Mamba-2 mixer as a function of modeling_mamba2 with a fallback in plain torch.
+That fallback is what its users run on a CPU, so it is timed by itself, with the library's own arguments: no
+projection, no norm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .rates import seconds
+
+TRANSFORMERS = "transformers"
+
+
+@cache
+def mamba2() -> ModuleType | str:
+    """transformers' modeling_mamba2, or why it is not there."""
+    try:
+        module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+    except ImportError as missing:
+        return f"transformers 5.23 or later is not installed ({missing})"
+    if not hasattr(module, "mamba2_chunk_scan"):
+        return f"transformers {metadata.version(TRANSFORMERS)} has no mamba2_chunk_scan: 5.23 or later is needed"
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return module
+
+
+def fallback(name: str) -> Callable[..., Any]:
+    """The plain torch function called ``name`` in modeling_mamba2; RuntimeError with the reason where there is none."""
+    module = mamba2()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    return inspect.unwrap(getattr(module, name))
+
+
+def label() -> str:
+    """transformers with its version."""
+    return TRANSFORMERS if isinstance(mamba2(), str) else f"{TRANSFORMERS} {metadata.version(TRANSFORMERS)}"
+
+
+@cache
+def torch_matmul_rate(dtype: torch.dtype, rows: int) -> float:
+    """FLOP/s of torch's product of a few rows with a 1024 x 1024 matrix: some processors crawl at 16 bits."""
+    x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    return 2 * rows * 1024**2 / min(seconds(lambda: x @ weight.T) for _ in range(2))
+
+
+def too_slow(dtype: torch.dtype, rows: int, flops: float, limit: float = 2.0) -> str | None:
+    """Why torch is not timed on a product, or None: it would take longer than ``limit`` seconds."""
+    predicted = flops / torch_matmul_rate(dtype, min(rows, 64))
+    if predicted <= limit:
+        return None
+    return f"torch's {dtype} product would take {predicted:.0f} s here"

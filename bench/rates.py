@@ -1,0 +1,82 @@
+"""What the machine can do at best, measured beside every timing: matrix product, copy, read from DRAM.
+
+Each sample is short, so that it can be taken just before and just after the thing it judges; a round in which the rate
+itself was slow says that somebody else was using the machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .machine import last_level_cache
+
+_EDGE = 1536
+_SMALLEST_COPY = 2**20
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+class Rates:
+    """Samples of three rates; every one taken is kept in ``history`` for the record."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float]] = defaultdict(list)
+        self._copied: tuple[Tensor, Tensor] | None = None
+
+    def sample(self, kind: str, nbytes: float = 0) -> float:
+        """One sample of ``sgemm`` (FLOP/s), ``read`` (byte/s from DRAM) or ``copy`` (byte/s, reads plus writes).
+
+        A copy moves ``nbytes`` in all, so that it finds its data where an operation of that size finds its own: in a
+        cache or in DRAM.
+        """
+        rate = {"sgemm": self._sgemm, "read": self._read, "copy": lambda: self._copy(nbytes)}[kind]()
+        self.history[kind].append(rate)
+        return rate
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {
+            kind: {"median": statistics.median(taken), "best": max(taken), "samples": len(taken)}
+            for kind, taken in self.history.items()
+        }
+
+    @cached_property
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(torch.randn(_EDGE, _EDGE) for _ in range(3))
+
+    def _sgemm(self) -> float:
+        a, b, out = self._matrices
+        torch.mm(a, b, out=out)
+        return 2 * _EDGE**3 / min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(2))
+
+    @cached_property
+    def _far(self) -> Tensor:
+        """A buffer of twice the last cache, at least 256 MiB."""
+        return torch.ones(max(2 * last_level_cache(), 2**28) // 4)
+
+    def _read(self) -> float:
+        """The faster of two ways to read: a matrix times a vector that stays in cache, and a dot product."""
+        rows = self._far[: self._far.numel() // 4096 * 4096].view(-1, 4096)
+        ones = torch.ones(4096)
+        ways = (lambda: torch.mv(rows, ones), lambda: torch.dot(self._far, self._far))
+        return self._far.nbytes / min(seconds(way) for way in ways)
+
+    def _copy(self, nbytes: float) -> float:
+        half = int(max(nbytes, _SMALLEST_COPY)) // 8
+        if self._copied is None or self._copied[0].numel() != half:
+            self._copied = torch.ones(half), torch.zeros(half)
+        source, target = self._copied
+        target.copy_(source)
+        times = max(1, int(2**26 / (8 * half)))
+        taken = seconds(lambda: [target.copy_(source) for _ in range(times)])
+        return 8 * half * times / taken
