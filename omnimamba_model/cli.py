@@ -67,10 +67,10 @@ def _positive(text: str) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from omnimamba_kernels.info import as_text, collect
+    from omnimamba_kernels import info
 
-    facts = collect()
-    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
+    facts = info.collect()
+    print(json.dumps(facts, indent=2) if arguments.json else info.as_text(facts))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

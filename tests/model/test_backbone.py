@@ -5,9 +5,17 @@ import math
 import pytest
 import torch
 
+from omnimamba_kernels import use_backend
 from omnimamba_model import BASE, MMU, T2I, MambaConfig, MambaLM, OmniMamba, cast_matrices
 
 TASK_IDS = [BASE, MMU, T2I, torch.tensor([T2I, BASE, MMU])]
+
+
+@pytest.fixture(autouse=True, params=[None, "reference"], ids=["chosen", "reference"])
+def backend(request):
+    """Each test runs on the kernels this machine chooses and on the definitions."""
+    with use_backend(request.param):
+        yield
 
 
 def embeddings(model, length: int) -> torch.Tensor:

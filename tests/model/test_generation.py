@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from omnimamba_model import GREEDY, Sampling, answer, draw, generate_text
+from omnimamba_model import GREEDY, Sampling, answer, cast_matrices, draw, generate_text
 from omnimamba_model.generation import probabilities, sample
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.2, 0.5]]).log()
@@ -54,6 +54,19 @@ def test_stop_ends_a_row_and_then_the_loop(lm):
     for row, end in enumerate(ends):
         assert torch.equal(out[row, : end + 1], free[row, : end + 1])
         assert (out[row, end + 1 :] == stop).all()
+
+
+@torch.no_grad()
+def test_both_directions_in_16_bits(model, caption, image, features, text):
+    exact = model.t2i(caption, image).logits, model.mmu(features, text).logits
+    cast_matrices(model, torch.bfloat16)
+    narrow = model.t2i(caption, image).logits, model.mmu(features, text).logits
+    for wide, close in zip(exact, narrow, strict=True):
+        assert close.dtype == torch.float32 and (close - wide).norm() < 0.05 * wide.norm()
+    drawn = draw(model, caption)
+    torch.testing.assert_close(drawn[:, 0], narrow[0][:, 0].argmax(-1))
+    assert drawn.shape == image.shape
+    assert answer(model, features, text[:, :3], 4, stop=63).shape == (3, 4)
 
 
 def test_a_seed_repeats_and_seeds_differ(model, caption):
