@@ -115,6 +115,7 @@ void bind_ssd_scan(py::module_& m) {
   kernel(m, "ssd_scan_state_floats", &ssd_scan_state_floats);
   kernel(m, "ssd_scan_forward_workspace", &ssd_scan_forward_workspace);
   kernel(m, "ssd_scan_forward", &ssd_scan_forward);
+  kernel(m, "ssd_scan_short", &ssd_scan_short);
 }
 
 void bind_state_update(py::module_&) {}

@@ -54,7 +54,7 @@ OM_INLINE vh to_bits(vf v, bf16) {
 }
 
 #if defined(__AVX512F__)
-OM_INLINE vf from_bits(vh h, f16) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+OM_INLINE vf from_bits(vh h, f16) { return (vf)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
 OM_INLINE vh to_bits(vf v, f16) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
 OM_INLINE vf from_bits(vh h, f16) { return (vf)_mm256_cvtph_ps((__m128i)h); }
@@ -135,6 +135,12 @@ OM_INLINE float from_float<float>(float a) {
 OM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 OM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
 OM_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+// 0, 1, 2, ... W - 1.
+OM_INLINE vf lane_index() {
+  vf v{};
+  for (int i = 0; i < W; i++) v[i] = static_cast<float>(i);
+  return v;
+}
 OM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 // Adds the N lanes of a vector in a fixed order: the upper half onto the lower, and so on.

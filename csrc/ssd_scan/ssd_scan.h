@@ -1,2 +1,56 @@
+// Mamba-2's scan (state-space duality), chunk by chunk, forward and backward.
+//
+// Maths. For one head, with a_t = dt_t A and S (n x p) the state:
+//   S_t = exp(a_t) S_(t-1) + dt_t B_t^T x_t        y_t = C_t S_t + D x_t        out_t = y_t silu(z_t)
+// In a chunk of q positions, with c_t the sum of a up to t and S the state before it:
+//   y  = exp(c_t) (C S)_t + sum over s <= t of M_ts x_s,      M_ts = (C B^T)_ts exp(c_t - c_s) dt_s
+//   S' = exp(c_q) S + sum over s of B_s^T w_s x_s,            w_s = exp(c_q - c_s) dt_s
+//
+// Shapes. x, z, y (b, l, h, p); B, C (b, l, g, n); dt (b, l, h); states (b, h, p, n) outside, n x p panels inside.
+//
+// Plan. The caller cuts each row of the batch into chunks of at most kChunk positions, none of which straddles the start
+// of a run of equal seq_idx, so that no kernel needs a mask. A slab is a few chunks; for each slab
+//   1. prepare: for each chunk, dt for all heads, and B, C, C B^T once for all heads of a group;
+//   2. scan: for each head, M and the two products above as register tiles (common/tile.h).
+// Where batch x heads is too small to feed the threads, step 2 runs over chunks as well: the chunks' own states first,
+// then their prefix, then the outputs. Both ways add in the same order and give the same bits.
+//
+// Traffic per token, fp32, h heads of p: read x and write y, 8 h p bytes, plus 8 g n for B and C; everything between
+// (q x q matrices, packed operands, states) stays in cache. Arithmetic: h (4 n p + q p) + g q n FLOPs a token.
 #pragma once
+#include <cstdint>
+
 #include "../common/types.h"
+
+namespace omnimamba {
+
+enum class ChunkKind : int64_t { Continues, Fresh, Padding };  // Fresh: the state before it does not count
+
+struct SsdScanParams {
+  // x, B, C, z share one type; dt, A, D, dt_bias and all states are float32. D is (h, p), its stride 0 where it was (h,).
+  View x, dt, A, B, C, D, z, dt_bias, initial_states;
+  View chunks;       // (all chunks, 4) int64: first position, length, ChunkKind, row of varlen_states or -1
+  View first_chunk;  // (b + 1) int64: each batch row's first chunk
+  View y, final_states, varlen_states;
+  View ungated;    // y before the gate, float32; absent unless a backward follows and z is given
+  View states;     // (b, max_chunks + 1, h, state) the states between chunks; absent unless a backward follows
+  View workspace;  // float32, as many as ssd_scan_*_workspace says
+  View dy, dfinal_states, dvarlen_states;                       // backward: gradients that come in
+  View dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states;  // backward: gradients that go out
+  int64_t batch = 0, length = 0, heads = 0, headdim = 0, groups = 0, state = 0;
+  int64_t max_chunks = 0;  // the most chunks of a batch row
+  bool dt_softplus = false;
+  float dt_low = 0, dt_high = 0;
+  int threads = 1;
+};
+
+int64_t ssd_scan_state_floats(const SsdScanParams&);  // one head's state between chunks, in its inner layout
+int64_t ssd_scan_forward_workspace(const SsdScanParams&);
+int64_t ssd_scan_backward_workspace(const SsdScanParams&);
+void ssd_scan_forward(const SsdScanParams&);
+void ssd_scan_backward(const SsdScanParams&);
+
+// The recurrence itself, position by position, for a few positions without seq_idx: no workspace, no chunks.
+void ssd_scan_short(const SsdScanParams&);
+
+}  // namespace omnimamba

@@ -1,0 +1,261 @@
+// The chunked scan, forward. The maths and the plan are in ssd_scan.h.
+#include "prepare.h"
+#include "states.h"
+
+namespace omnimamba {
+namespace ssd {
+namespace {
+
+// What one thread needs for one head and chunk.
+struct Scratch {
+  Scratch(Arena& arena, const Sizes& z)
+      : x(arena.take(z.panels * panel_floats())),
+        weighted(arena.take(z.panels * panel_floats())),
+        M(arena.take(kRow * kRow)),
+        D(arena.take(int64_t{z.panels} * kTileColumns)),
+        decay(reinterpret_cast<Decay*>(arena.take(sizeof(Decay) / sizeof(float)))) {}
+  float *x, *weighted, *M, *D;
+  Decay* decay;
+};
+
+// The workspace of a forward pass; threads take their scratch one after another behind it.
+struct Forward {
+  Forward(const SsdScanParams& params, float* memory)
+      : q(params),
+        z(params),
+        arena(memory),
+        prepared(arena, q, z, false),
+        side_by_side(chunks_side_by_side(q, q.batch * q.heads)) {
+    states = {q.states.at<float>(), q.max_chunks + 1, q.heads, z.state_floats};
+    if (!q.states) {
+      states.slots = side_by_side ? z.slab + 1 : 1;
+      states.base = arena.take(q.batch * states.slots * q.heads * z.state_floats);
+    }
+    whole = arena.take(q.batch * z.slab * q.heads);
+    Arena counter(nullptr);
+    Scratch(counter, z);
+    scratch_step = counter.used();
+    scratch = arena.take(q.threads * scratch_step);
+  }
+  Scratch of_thread(int thread) const {
+    Arena mine(scratch + thread * scratch_step);
+    return Scratch(mine, z);
+  }
+
+  const SsdScanParams& q;
+  Sizes z;
+  Arena arena;
+  Prepared prepared;
+  bool side_by_side;
+  StateRing states;
+  float* whole;  // each chunk's decay, where chunks run side by side
+  int64_t scratch_step;
+  float* scratch;
+};
+
+// One head in one chunk.
+struct Unit {
+  int64_t b, c, h;  // c counts from the row's first chunk
+  int64_t in_slab;  // and from the slab's first
+  Chunk chunk;
+};
+
+// x as it is and weighted by what the chunk's end keeps of it.
+template <class T>
+void pack_x(const Forward& f, const Unit& u, const Scratch& s) {
+  const int64_t step = f.q.x.stride[1];
+  const T* x = f.q.x.at<T>(u.b, u.chunk.start, u.h);
+  for (int j = 0; j < f.z.panels; j++) {
+    float *raw = s.x + j * panel_floats(), *weighted = s.weighted + j * panel_floats();
+    for (int t = 0; t < u.chunk.length; t++)
+      for (int v = 0; v < kTileColumns; v += W) {
+        vf value = load_left(x + t * step + j * kTileColumns + v, f.z.p - j * kTileColumns - v);
+        store(raw + t * kTileColumns + v, value);
+        store(weighted + t * kTileColumns + v, value * splat(s.decay->weight[t]));
+      }
+  }
+}
+
+// Rows t0 .. of one panel of y: skip connection, gate, and out to the caller.
+template <class T>
+OM_INLINE void store_y(const Forward& f, const Unit& u, const Scratch& s, Tile& tile, int t0, int panel) {
+  const SsdScanParams& q = f.q;
+  const int column = panel * kTileColumns, rows = u.chunk.length - t0;
+  const float* x = s.x + panel * panel_floats() + t0 * kTileColumns;
+  tile_each(tile, [&](int r, int v, vf& acc) {
+    const int left = f.z.p - column - v * W;
+    if (r >= rows || left <= 0) return;
+    if (q.D) acc += load(s.D + column + v * W) * load(x + r * kTileColumns + v * W);
+    if (q.z) {
+      if (q.ungated) store_left(q.ungated.at<float>(u.b, u.chunk.start + t0 + r, u.h) + column + v * W, acc, left);
+      acc = acc * silu(load_left(q.z.at<T>(u.b, u.chunk.start + t0 + r, u.h) + column + v * W, left));
+    }
+    store_left(q.y.at<T>(u.b, u.chunk.start + t0 + r, u.h) + column + v * W, acc, left);
+  });
+}
+
+// y = exp(c) (C S) + M x, a tile at a time in the same registers.
+template <class T>
+void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state) {
+  const int length = u.chunk.length;
+  for (int64_t c = 0; c < f.z.p && f.q.D; c++) s.D[c] = *f.q.D.at<float>(u.h, c);
+  for (int j = 0; j < f.z.panels; j++)
+    for (int t0 = 0; t0 < length; t0 += kTileRows) {
+      Tile tile;
+      if (state) {
+        tile_add<1>(tile, f.z.n, pack.C_columns + t0, kRow, state + j * f.z.state_panel, kTileColumns);
+        tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(s.decay->from_start[t0 + r]); });
+      }
+      tile_add<kRow>(tile, std::min(length, t0 + kTileRows), s.M + t0 * kRow, 1, s.x + j * panel_floats(),
+                     kTileColumns);
+      store_y<T>(f, u, s, tile, t0, j);
+    }
+}
+
+// next = exp(c_q) state + B^T (w x); without a state, the chunk's own part alone.
+void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state,
+             float* next) {
+  const float whole = s.decay->whole;
+  for (int j = 0; j < f.z.panels; j++)
+    for (int i = 0; i < f.z.state_rows; i += kTileRows) {
+      Tile tile;
+      tile_add<1>(tile, u.chunk.length, pack.B_rows + i, f.z.bc_row, s.weighted + j * panel_floats(), kTileColumns);
+      const int64_t at = j * f.z.state_panel + i * kTileColumns;
+      tile_each(tile, [&](int r, int v, vf& acc) {
+        const int64_t here = at + r * kTileColumns + v * W;
+        store(next + here, state ? carried(load(state + here), whole, acc) : acc);
+      });
+    }
+}
+
+// The state before a row's first chunk, one panel.
+void begin_row(const Forward& f, int64_t b, int64_t h, int panel) {
+  const View& v = f.q.initial_states;
+  load_state(v.at<float>(b, h), v.stride[2], v.stride[3], f.z, panel, f.states.at(b, 0, h) + panel * f.z.state_panel);
+}
+
+// Hands out the state after a chunk, one panel, where the caller wants it.
+void hand_out(const Forward& f, const Unit& u, bool last, int panel) {
+  const float* state = f.states.at(u.b, u.c + 1, u.h) + panel * f.z.state_panel;
+  const View &varlen = f.q.varlen_states, &final = f.q.final_states;
+  if (u.chunk.varlen >= 0 && varlen)
+    store_state(state, f.z, panel, varlen.at<float>(u.chunk.varlen, u.h), varlen.stride[2], varlen.stride[3]);
+  if (last) store_state(state, f.z, panel, final.at<float>(u.b, u.h), final.stride[2], final.stride[3]);
+}
+
+template <class T>
+void output_padding(const Forward& f, const Unit& u) {
+  for (int t = 0; t < u.chunk.length; t++) {
+    const int64_t at = u.chunk.start + t;
+    for (int c = 0; c < f.z.p; c += W) {
+      store_left(f.q.y.at<T>(u.b, at, u.h) + c, vf{}, f.z.p - c);
+      if (f.q.ungated) store_left(f.q.ungated.at<float>(u.b, at, u.h) + c, vf{}, f.z.p - c);
+    }
+  }
+}
+
+enum class Work { All, States, Outputs };
+
+template <class T>
+void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
+  float* next = f.states.at(u.b, u.c + 1, u.h);
+  if (u.chunk.kind == ChunkKind::Padding) {
+    if (work != Work::States) output_padding<T>(f, u);
+    if (work != Work::Outputs) std::memset(next, 0, sizeof(float) * static_cast<size_t>(f.z.state_floats));
+    return;
+  }
+  Scratch s = f.of_thread(thread);
+  GroupPack pack = f.prepared.group(u.b, u.in_slab, u.h / f.z.per_group);
+  const float* state = u.chunk.kind == ChunkKind::Continues ? f.states.at(u.b, u.c, u.h) : nullptr;
+  fill_decay(f.prepared.dt + f.prepared.head(u.b, u.in_slab, u.h), *f.q.A.at<float>(u.h), u.chunk.length, *s.decay);
+  pack_x<T>(f, u, s);
+  if (work != Work::States) {
+    fill_scores(*s.decay, pack.G, u.chunk.length, s.M);
+    output<T>(f, u, s, pack, state);
+  }
+  if (work == Work::All) advance(f, u, s, pack, state, next);
+  if (work == Work::States) {
+    advance(f, u, s, pack, nullptr, next);
+    f.whole[(u.b * f.z.slab + u.in_slab) * f.q.heads + u.h] = s.decay->whole;
+  }
+}
+
+// Heads side by side, each from its first chunk of the slab to the last; chunks outside, so that B, C and G stay in cache.
+template <class T>
+void scan_heads(const Forward& f, int64_t c0) {
+  const int64_t heads = f.q.heads;
+  parallel_parts(f.q.threads, f.q.batch * heads, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t b = begin / heads; b * heads < end; b++) {
+      Chunks chunks(f.q, b);
+      int64_t h0 = std::max(begin - b * heads, int64_t{0}), h1 = std::min(end - b * heads, heads);
+      for (int64_t c = c0; c < std::min(c0 + f.z.slab, chunks.count); c++)
+        for (int64_t h = h0; h < h1; h++) {
+          Unit u{b, c, h, c - c0, chunks[c]};
+          if (c == 0 && u.chunk.kind == ChunkKind::Continues)
+            for (int j = 0; j < f.z.panels; j++) begin_row(f, b, h, j);
+          scan_unit<T>(f, u, thread, Work::All);
+          for (int j = 0; j < f.z.panels; j++) hand_out(f, u, c + 1 == chunks.count, j);
+        }
+    }
+  });
+}
+
+// Every head and chunk of the slab side by side.
+template <class T>
+void scan_units(const Forward& f, int64_t c0, Work work) {
+  parallel_for(f.q.threads, f.q.batch * f.z.slab * f.q.heads, [&](int64_t i, int thread) {
+    int64_t h = i % f.q.heads, in_slab = i / f.q.heads % f.z.slab, b = i / f.q.heads / f.z.slab;
+    Chunks chunks(f.q, b);
+    if (c0 + in_slab < chunks.count) scan_unit<T>(f, {b, c0 + in_slab, h, in_slab, chunks[c0 + in_slab]}, thread, work);
+  });
+}
+
+// Adds to each chunk's own state what the chunks before it left.
+void join_states(const Forward& f, int64_t c0) {
+  parallel_for(f.q.threads, f.q.batch * f.q.heads * f.z.panels, [&](int64_t i, int) {
+    int panel = static_cast<int>(i % f.z.panels);
+    int64_t h = i / f.z.panels % f.q.heads, b = i / f.z.panels / f.q.heads;
+    Chunks chunks(f.q, b);
+    if (c0 == 0 && chunks.count && chunks[0].kind == ChunkKind::Continues) begin_row(f, b, h, panel);
+    for (int64_t c = c0; c < std::min(c0 + f.z.slab, chunks.count); c++) {
+      Unit u{b, c, h, c - c0, chunks[c]};
+      const float* state = f.states.at(b, c, h) + panel * f.z.state_panel;
+      float* next = f.states.at(b, c + 1, h) + panel * f.z.state_panel;
+      const float whole = f.whole[(b * f.z.slab + u.in_slab) * f.q.heads + h];
+      if (u.chunk.kind == ChunkKind::Continues)
+        for (int64_t k = 0; k < f.z.state_panel; k += W)
+          store(next + k, carried(load(state + k), whole, load(next + k)));
+      hand_out(f, u, c + 1 == chunks.count, panel);
+    }
+  });
+}
+
+template <class T>
+void run(const Forward& f) {
+  for (int thread = 0; thread < f.q.threads; thread++)
+    std::memset(f.of_thread(thread).M, 0, sizeof(float) * kRow * kRow);
+  for (int64_t c0 = 0; c0 < f.q.max_chunks; c0 += f.z.slab) {
+    prepare_slab<T>(f.q, f.z, f.prepared, c0);
+    if (!f.side_by_side) {
+      scan_heads<T>(f, c0);
+    } else {
+      scan_units<T>(f, c0, Work::States);
+      join_states(f, c0);
+      scan_units<T>(f, c0, Work::Outputs);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ssd
+
+int64_t ssd_scan_state_floats(const SsdScanParams& q) { return ssd::Sizes(q).state_floats; }
+
+int64_t ssd_scan_forward_workspace(const SsdScanParams& q) { return ssd::Forward(q, nullptr).arena.used(); }
+
+void ssd_scan_forward(const SsdScanParams& q) {
+  ssd::Forward forward(q, q.workspace.at<float>());
+  for_float_type(q.x.dtype, [&](auto zero) { ssd::run<decltype(zero)>(forward); });
+}
+
+}  // namespace omnimamba

@@ -1,0 +1,68 @@
+// Copies between the caller's layout and the kernels' own: float32, whole vectors, zeros around.
+#pragma once
+#include <cstring>
+
+#include "layout.h"
+
+namespace omnimamba::ssd {
+
+// The first `left` of W values; zeros beyond.
+template <class T>
+OM_INLINE vf load_left(const T* p, int left) {
+  return left >= W ? load(p) : left > 0 ? load_part(p, left) : vf{};
+}
+template <class T>
+OM_INLINE void store_left(T* p, vf v, int left) {
+  if (left >= W) {
+    store(p, v);
+  } else if (left > 0) {
+    store_part(p, v, left);
+  }
+}
+
+// out[c][r] = in[r][c].
+inline void transpose(const float* in, int64_t in_row, int rows, int columns, float* out, int64_t out_row) {
+  for (int r0 = 0; r0 < rows; r0 += 16)
+    for (int c0 = 0; c0 < columns; c0 += 16) {
+      int r1 = std::min(rows, r0 + 16), c1 = std::min(columns, c0 + 16);
+      for (int c = c0; c < c1; c++)
+        for (int r = r0; r < r1; r++) out[c * out_row + r] = in[r * in_row + c];
+    }
+}
+
+// `length` rows of `width` values, one every `step`, into rows of `out_row` floats.
+template <class T>
+void pack_rows(const T* in, int64_t step, int length, int width, float* out, int64_t out_row) {
+  for (int t = 0; t < length; t++)
+    for (int c = 0; c < out_row; c += W) store(out + t * out_row + c, load_left(in + t * step + c, width - c));
+}
+
+// out[c][t] = rows[t][c] for t < length, zero up to kRow; `height` rows of out.
+inline void pack_columns(const float* rows, int64_t row, int length, int width, int height, float* out) {
+  transpose(rows, row, length, width, out, kRow);
+  for (int c = 0; c < height; c++) {
+    int from = c < width ? length : 0;
+    std::memset(out + c * kRow + from, 0, sizeof(float) * static_cast<size_t>(kRow - from));
+  }
+}
+
+// A head's rows (t, p) as panels of kTileColumns columns: panel j begins at j * panel_floats().
+constexpr int64_t panel_floats() { return int64_t{kRow} * kTileColumns; }
+
+// One panel of a state, n x kTileColumns inside, (p, n) rows outside.
+inline void load_state(const float* in, int64_t p_step, int64_t n_step, const Sizes& z, int panel, float* out) {
+  int columns = std::min(kTileColumns, z.p - panel * kTileColumns);
+  std::memset(out, 0, sizeof(float) * static_cast<size_t>(z.state_panel));
+  in += panel * kTileColumns * p_step;
+  for (int c = 0; c < columns; c++)
+    for (int i = 0; i < z.n; i++) out[i * kTileColumns + c] = in[c * p_step + i * n_step];
+}
+
+inline void store_state(const float* in, const Sizes& z, int panel, float* out, int64_t p_step, int64_t n_step) {
+  int columns = std::min(kTileColumns, z.p - panel * kTileColumns);
+  out += panel * kTileColumns * p_step;
+  for (int c = 0; c < columns; c++)
+    for (int i = 0; i < z.n; i++) out[c * p_step + i * n_step] = in[i * kTileColumns + c];
+}
+
+}  // namespace omnimamba::ssd

@@ -1,0 +1,23 @@
+// The states between chunks: a ring of slots for each batch row and head. Chunk c reads slot c and writes slot c + 1,
+// both modulo the ring. One slot is enough where chunks run one after another, a slab and one where they run side by
+// side, all of them where a backward will read them.
+#pragma once
+#include "pack.h"
+
+namespace omnimamba::ssd {
+
+struct StateRing {
+  float* base;
+  int64_t slots, heads, floats;
+  float* at(int64_t b, int64_t c, int64_t h) const { return base + ((b * slots + c % slots) * heads + h) * floats; }
+};
+
+// Threads that find no batch row and head of their own work on chunks instead.
+inline bool chunks_side_by_side(const SsdScanParams& q, int64_t units) {
+  return q.threads > 1 && units < 4 * int64_t{q.threads} && q.max_chunks > 1;
+}
+
+// next = decay * state + own, where the chunk continues; the same expression in both schedules, for the same bits.
+OM_INLINE vf carried(vf state, float decay, vf own) { return state * splat(decay) + own; }
+
+}  // namespace omnimamba::ssd

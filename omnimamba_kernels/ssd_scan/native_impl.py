@@ -1,0 +1,153 @@
+"""Mamba-2's scan on the CPU: csrc/ssd_scan cuts the work, this file cuts the sequence and lends the memory."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+CHUNK = 64  # kChunk in csrc/ssd_scan/layout.h
+SHORT = 8  # kShort there: up to this length the plain recurrence is faster than a chunk
+CONTINUES, FRESH, PADDING = 0, 1, 2  # ChunkKind in csrc/ssd_scan/ssd_scan.h
+
+
+def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
+    if any(t is not None and t.dtype == torch.float64 for t in (x, dt, A, B, *tensors)):
+        return "its arithmetic is float32 and an argument is float64"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, *tensors)):
+        return "it has no backward yet"
+    if 0 in x.shape[2:] or 0 in B.shape[2:]:
+        return f"it needs at least one head, channel, group and state: x is {tuple(x.shape)}, B is {tuple(B.shape)}"
+    return None
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    save: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple]:
+    b, l, h, p = x.shape
+    n = B.shape[3]
+    fields = _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit)
+    y = torch.empty(b, l, h, p, dtype=fields["x"].dtype)
+    final = torch.empty(b, h, p, n)
+    varlen = None if cu_seqlens is None else _empty_sequences(cu_seqlens, initial_states, h, p, n)
+    fields |= dict(y=y, final_states=final, varlen_states=varlen)
+    if l == 0:
+        final.copy_(initial_states) if initial_states is not None else final.zero_()
+        return (y.to(x.dtype), final, varlen), (x, dt, A, B, C, D, z, dt_bias, initial_states, *[None] * 5)
+    if l <= SHORT and seq_idx is None and cu_seqlens is None and not save:
+        native.call("ssd_scan_short", **fields)
+        return (y.to(x.dtype), final, None), ()
+    chunks, first, fields["max_chunks"] = _cut(b, l, seq_idx, cu_seqlens, initial_states is not None)
+    fields |= dict(chunks=chunks, first_chunk=first)
+    states = ungated = None
+    if save:
+        floats = native.call("ssd_scan_state_floats", **fields)
+        states = torch.empty(b, fields["max_chunks"] + 1, h, floats)
+        ungated = None if z is None else torch.empty(b, l, h, p)
+        fields |= dict(states=states, ungated=ungated)
+    workspace = torch.empty(native.call("ssd_scan_forward_workspace", **fields))
+    native.call("ssd_scan_forward", workspace=workspace, **fields)
+    saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunks, first, states, ungated)
+    return (y.to(x.dtype), final, varlen), saved if save else ()
+
+
+def _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit) -> dict[str, Any]:
+    """What forward and backward both tell the kernel: one storage type, rows without gaps, float32 for the rest."""
+    alike = all(t is None or t.dtype == x.dtype for t in (B, C, z))
+    storage = x.dtype if alike else torch.float32
+    if D is not None:
+        D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
+    rows = {name: _rows(t, storage) for name, t in dict(x=x, B=B, C=C, z=z).items()}
+    small = dict(dt=dt, A=A, dt_bias=dt_bias, initial_states=_rows(initial_states, torch.float32))
+    return {
+        **rows,
+        **{name: None if t is None else t.float() for name, t in small.items()},
+        "D": D,
+        "batch": x.shape[0],
+        "length": x.shape[1],
+        "heads": x.shape[2],
+        "headdim": x.shape[3],
+        "groups": B.shape[2],
+        "state": B.shape[3],
+        "dt_softplus": dt_softplus,
+        "dt_low": dt_limit[0],
+        "dt_high": dt_limit[1],
+    }
+
+
+def _rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``t`` in ``dtype`` with its last dimension side by side; most often ``t`` itself."""
+    if t is None:
+        return None
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _empty_sequences(cu_seqlens: Tensor, initial_states: Tensor | None, h: int, p: int, n: int) -> Tensor:
+    """States for the kernel to fill, already right for sequences without positions: what they start from."""
+    states = torch.zeros(max(cu_seqlens.numel() - 1, 0), h, p, n)
+    if initial_states is not None and states.shape[0]:
+        states[0] = initial_states[0]
+    return states
+
+
+@lru_cache(maxsize=64)
+def _cut_evenly(b: int, l: int, continues: bool) -> tuple[Tensor, Tensor, int]:
+    start = torch.arange(0, l, CHUNK)
+    chunks = torch.stack([start, (l - start).clamp(max=CHUNK), torch.zeros_like(start), torch.full_like(start, -1)], 1)
+    chunks[0, 2] = CONTINUES if continues else FRESH
+    return chunks.repeat(b, 1), torch.arange(b + 1) * len(start), len(start)
+
+
+def _cut(
+    b: int, l: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None, continues: bool
+) -> tuple[Tensor, Tensor, int]:
+    """Cuts each batch row into chunks that straddle neither a change of seq_idx nor an end of cu_seqlens.
+
+    Returns the rows (start, length, kind, sequence of cu_seqlens that ends here or -1), each batch row's first chunk, and
+    the most chunks of a row. ``continues``: there are initial states, which belong to sequence 0.
+    """
+    if seq_idx is None and cu_seqlens is None:
+        return _cut_evenly(b, l, continues)
+    sequence = torch.zeros(b, l, dtype=torch.long) if seq_idx is None else seq_idx.long()
+    changes = torch.ones(b, l, dtype=torch.bool)
+    changes[:, 1:] = sequence.diff(dim=1) != 0
+    cuts = changes.clone()
+    if cu_seqlens is not None:
+        cuts[:, cu_seqlens[cu_seqlens < l].long()] = True
+    run = cuts.flatten().nonzero()[:, 0]
+    length = torch.cat([run, torch.tensor([b * l])]).diff()
+    pieces = (length + CHUNK - 1) // CHUNK
+    which = torch.repeat_interleave(torch.arange(len(run)), pieces)
+    skipped = (torch.arange(len(which)) - (pieces.cumsum(0) - pieces)[which]) * CHUNK
+    at = run[which] + skipped
+    row, start = at // l, at % l
+    anew = changes.flatten()[at] & (skipped == 0)
+    anew &= ~((start == 0) & (sequence.flatten()[at] == 0) & continues)
+    kind = torch.where(anew, FRESH, CONTINUES).masked_fill(sequence.flatten()[at] < 0, PADDING)
+    chunks = torch.stack([start, (length[which] - skipped).clamp(max=CHUNK), kind, torch.full_like(at, -1)], 1)
+    if cu_seqlens is not None:
+        filled = (cu_seqlens.diff() > 0).nonzero()[:, 0]
+        ends = chunks[:, 0] + chunks[:, 1]
+        chunks[torch.searchsorted(ends, cu_seqlens[1:][filled].long()), 3] = filled
+    count = torch.bincount(row, minlength=b)
+    return chunks, torch.cat([count.new_zeros(1), count.cumsum(0)]), int(count.max())
