@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from omnimamba_kernels import rmsnorm_fn
 
 from .config import BASE, MambaConfig
-from .layers import MambaMixer, RMSNorm, RoutedLinear, Task, linear
+from .layers import MambaMixer, RMSNorm, RoutedLinear, Task, linear, wide
 from .state import MambaState
 
 
 def activation_dtype(matrix: Tensor) -> torch.dtype:
-    """What a matrix multiplies: its own dtype on a GPU, fp32 on a CPU, where 16 bits only halve what weights weigh."""
-    return torch.float32 if matrix.device.type == "cpu" else matrix.dtype
+    """What a matrix multiplies: its own dtype on a GPU; at least fp32 on a CPU, where 16 bits only save traffic."""
+    return wide(matrix.dtype) if matrix.device.type == "cpu" else matrix.dtype
 
 
 class MambaLayer(nn.Module):
@@ -78,14 +78,14 @@ class MambaBackbone(nn.Module):
 
     def forward(self, embeddings: Tensor, task: Task = BASE) -> Tensor:
         """embeddings (b, l, d_model) to the normed hidden states (b, l, d_model)."""
-        residual = embeddings.float()
+        residual = embeddings.to(wide(embeddings.dtype))
         for layer in self.layers:
             residual = layer(residual, task)
         return self.norm_f(residual).to(self.dtype)
 
     def prefill(self, embeddings: Tensor, state: MambaState, task: Task = BASE) -> Tensor:
         """Take (b, l, d_model) in by scan, advancing ``state``; the last position's hidden state (b, d_model)."""
-        residual, fresh = embeddings.float(), state.position == 0
+        residual, fresh = embeddings.to(wide(embeddings.dtype)), state.position == 0
         for i, layer in enumerate(self.layers):
             residual = layer.prefill(residual, task, state.conv[i], state.ssm[i], fresh)
         state.position += embeddings.shape[1]
@@ -105,7 +105,7 @@ class MambaBackbone(nn.Module):
         last = self.norm_f.weight
 
         def step(embedding: Tensor) -> Tensor:
-            residual = embedding.to(torch.float32, copy=True)
+            residual = embedding.to(wide(embedding.dtype), copy=True)
             for weight, mix in layers:
                 residual += mix(rmsnorm_fn(residual, weight, None, eps=eps).to(dtype))
             state.position += 1

@@ -24,6 +24,11 @@ Task = int | Tensor
 """A task id for the whole batch, or one id a batch row: integers of shape (b,); -1 is the base alone."""
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for 16-bit types, else the type itself: what residuals, decays and a CPU's activations are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias`` through the kernels, whose 16-bit weights are fast on a CPU too."""
     return lora_linear(x, weight, None, None, scale=1.0, bias=bias)
@@ -125,8 +130,8 @@ class MambaMixer(nn.Module):
         self.out_proj.weight.div_(math.sqrt(self.config.n_layer))
 
     def decay(self) -> Tensor:
-        """A, one negative number a head, in fp32."""
-        return -self.A_log.float().exp()
+        """A, one negative number a head, in fp32 or wider."""
+        return -self.A_log.to(wide(self.A_log.dtype)).exp()
 
     def forward(self, u: Tensor, task: Task) -> Tensor:
         """u (b, l, d_model) to (b, l, d_model), with gradients, no state kept."""

@@ -153,3 +153,12 @@ def test_matrices_in_16_bits(lm, dtype):
     stepped, state = by_steps(lm.backbone, lm.backbone.embedding(ids), BASE, 6)
     assert (lm.head(stepped).float() - exact[:, 5:]).norm() < 0.05 * exact.norm()
     assert state.ssm.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_fp64_agrees_with_fp32_and_stays_fp64(lm):
+    ids = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(6))
+    with use_backend("reference"):
+        single, double = lm(ids), lm.double()(ids)
+    assert double.dtype == torch.float64
+    assert 1e-9 < (single - double).norm() / double.norm() < 1e-5, "the same function, computed more exactly"
