@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import write_whole
@@ -61,22 +62,22 @@ class PatchTokenizer(nn.Module):
         return 2 * windows.transpose(1, 2) - 1
 
     def save(self, folder: str | Path) -> None:
-        facts = {"patch": self.patch, "height": self.size[0], "width": self.size[1]}
-        metadata = {name: str(value) for name, value in facts.items()}
-        write_whole(Path(folder) / FILE, lambda path: save_file({"codebook": self.codebook}, path, metadata=metadata))
+        tensors = {"codebook": self.codebook, "size": torch.tensor(self.size)}
+        write_whole(Path(folder) / FILE, lambda path: save_file(tensors, path))
 
     @classmethod
     def load(cls, folder: str | Path) -> PatchTokenizer:
         """The tokenizer that ``save`` wrote into ``folder``; CheckpointError where it is missing or damaged."""
         path = Path(folder) / FILE
         try:
-            with safe_open(path, framework="pt") as file:
-                facts, codebook = file.metadata(), file.get_tensor("codebook")
-            tokenizer = cls(len(codebook), int(facts["patch"]), (int(facts["height"]), int(facts["width"])))
-            tokenizer.codebook.copy_(codebook)
+            tensors = load_file(path)
+            codes, pixels = tensors["codebook"].shape
+            height, width = tensors["size"].tolist()
+            tokenizer = cls(codes, math.isqrt(pixels), (height, width))
+            tokenizer.codebook.copy_(tensors["codebook"])
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not an image tokenizer: {error}") from error
         return tokenizer
 

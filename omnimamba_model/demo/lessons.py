@@ -40,13 +40,23 @@ def answer_table(words: WordTokenizer) -> tuple[Tensor, Tensor]:
 
 
 class Lessons:
-    """Random batches of each kind from some scans; the generator alone decides which."""
+    """Random batches of each kind from some scans; the generator alone decides which.
+
+    ``noise`` is the standard deviation added to every pixel, whose range is 1, before a scan becomes
+    tokens or features. Nearby codes take turns then, so that no scan has one string of tokens to
+    learn by heart.
+    """
 
     def __init__(
-        self, scans: Scans, words: WordTokenizer, pixels: PatchTokenizer, batch: int, generator: torch.Generator
+        self,
+        scans: Scans,
+        words: WordTokenizer,
+        pixels: PatchTokenizer,
+        generator: torch.Generator,
+        batch: int,
+        noise: float,
     ) -> None:
-        self.scans, self.pixels, self.batch, self.generator = scans, pixels, batch, generator
-        self.tokens = pixels.encode(scans.images)
+        self.scans, self.pixels, self.generator, self.batch, self.noise = scans, pixels, generator, batch, noise
         self.captions = caption_table(words)
         self.text, self.labels = answer_table(words)
         said = [[[SPECIAL.eos, *words.encode(sentence), SPECIAL.eos] for sentence in sentences()]]
@@ -63,7 +73,7 @@ class Lessons:
 
     def imagine(self) -> Batch:
         """Image tokens after an empty caption, without any adapter."""
-        image = self.tokens[self._pick(len(self.scans))]
+        image = self.pixels.encode(self._noisy(self.scans.images[self._pick(len(self.scans))]))
         caption = torch.full((self.batch, TEXT_SLOTS), SPECIAL.pad)
         return "t2i", {"caption": caption, "image": image, "adapter": False}
 
@@ -71,18 +81,18 @@ class Lessons:
         """Captions and the image tokens they ask for."""
         rows = self._pick(len(self.scans))
         caption = self.captions[self._pick(len(CAPTIONS)), self.scans.labels[rows]]
-        return "t2i", {"caption": caption, "image": self.tokens[rows]}
+        return "t2i", {"caption": caption, "image": self.pixels.encode(self._noisy(self.scans.images[rows]))}
 
     def look(self) -> Batch:
         """Scans shifted by up to a pixel, a question about each, its answer to be learned."""
         rows, question = self._pick(len(self.scans)), self._pick(len(QUESTIONS))
         digits = self.scans.labels[rows]
-        features = self.pixels.features(shift(self.scans.images[rows], self.generator))
-        return "mmu", {
-            "features": features,
-            "text": self.text[question, digits],
-            "labels": self.labels[question, digits],
-        }
+        images = self._noisy(shift(self.scans.images[rows], self.generator))
+        text, labels = self.text[question, digits], self.labels[question, digits]
+        return "mmu", {"features": self.pixels.features(images), "text": text, "labels": labels}
+
+    def _noisy(self, images: Tensor) -> Tensor:
+        return images + self.noise * torch.randn(images.shape, generator=self.generator)
 
     def _pick(self, n: int) -> Tensor:
         return torch.randint(n, (self.batch,), generator=self.generator)

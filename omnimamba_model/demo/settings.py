@@ -31,6 +31,8 @@ class Settings:
     patch: int = 2
     codes: int = 64
     batch: int = 32
+    noise: float = 0.05
+    """Standard deviation of the noise on training pixels, whose range is 1."""
     phases: tuple[Phase, ...] = PHASES
     drawings: int = 200
     """Drawings asked for when scoring, spread over digits and phrasings."""

@@ -101,7 +101,8 @@ def teach(
     The paper trains the two halves of its first stage apart and merges them. Neither half trains or
     reads what the other one's loss depends on, so one after the other comes to the same.
     """
-    lessons = Lessons(training, words, pixels, settings.batch, torch.Generator().manual_seed(seed)).by_name()
+    generator = torch.Generator().manual_seed(seed)
+    lessons = Lessons(training, words, pixels, generator, settings.batch, settings.noise).by_name()
     history: Losses = {}
     total = sum(phase.steps for phase in settings.phases)
     with tqdm(total=total, unit="step", disable=not progress) as bar:

@@ -1,0 +1,134 @@
+"""The demo end to end, with too few steps to be any good."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from omnimamba_model import OmniMamba, load
+from omnimamba_model.cli import main
+from omnimamba_model.demo import Settings, run
+from omnimamba_model.demo.settings import PHASES
+
+SHORT = Settings(codes=16, d_model=16, d_state=8, headdim=16, batch=4, drawings=20)
+SHORT = dataclasses.replace(SHORT, phases=tuple(dataclasses.replace(phase, steps=2) for phase in PHASES))
+WRITTEN = {
+    "config.json",
+    "image_tokenizer.safetensors",
+    "loss.png",
+    "metrics.json",
+    "model.safetensors",
+    "samples.png",
+    "tokenizer.json",
+}
+ACCURACIES = ("t2i_accuracy", "mmu_accuracy", "classifier_accuracy", "ceiling_accuracy", "copied_fraction")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of the short demo and the metrics it returned."""
+    folder = tmp_path_factory.mktemp("demo") / "deep" / "out"
+    return folder, run(folder, settings=SHORT, progress=False)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def test_everything_is_written(made):
+    folder, metrics = made
+    assert set(files(folder)) == WRITTEN
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert all(0 <= metrics[name] <= 1 for name in ACCURACIES)
+    assert metrics["classifier_accuracy"] >= metrics["ceiling_accuracy"] - 0.05 > 0.5
+    assert metrics["scored_on"] == "held-out scans" and metrics["seconds"] > 0
+    for name in ("samples.png", "loss.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 500 and len(picture.convert("L").getcolors()) > 20
+    assert isinstance(load(folder), OmniMamba)
+
+
+def test_a_seed_fixes_the_metrics_and_leaves_the_callers_random_numbers_alone(made, tmp_path):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    again = run(tmp_path, settings=SHORT, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = run(tmp_path, seed=1, settings=SHORT, progress=False)
+    metrics = made[1]
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+    assert other["held_out_loss"] != metrics["held_out_loss"]
+
+
+def test_validation_never_touches_the_held_out_scans(tmp_path, monkeypatch):
+    from omnimamba_model.demo import digits
+
+    kept, held_out = digits.split()
+    known = {tuple(row) for row in kept.images.flatten(1).tolist()}
+    seen = []
+
+    def spy(model, words, pixels, training, scored, *made):
+        seen.extend([training, scored])
+        return {}
+
+    monkeypatch.setattr("omnimamba_model.demo.experiment.metrics", spy)
+    result = run(tmp_path, settings=SHORT, validate=True, progress=False)
+    assert result["scored_on"] == "validation part of the training split"
+    training, scored = seen
+    assert len(training) + len(scored) == 1347
+    assert {tuple(row) for part in seen for row in part.images.flatten(1).tolist()} == known
+
+
+def test_words_become_a_picture(made, tmp_path, capsys):
+    png = tmp_path / "seven.png"
+    asked = ["generate", "--checkpoint", str(made[0]), "--out", str(png), "--prompt"]
+    assert main([*asked, "a handwritten seven", "--seed", "3"]) == 0
+    with Image.open(png) as drawn:
+        assert drawn.mode == "L" and drawn.width == drawn.height
+        pixels = drawn.tobytes()
+    main([*asked, "a handwritten seven", "--seed", "3"])
+    with Image.open(png) as again:
+        assert again.tobytes() == pixels
+    assert main([*asked, "a purple seven"]) == 2
+    assert "purple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(8, 8), (128, 128), (57, 31)])
+def test_a_picture_becomes_words(made, tmp_path, capsys, size):
+    png = tmp_path / "digit.png"
+    Image.new("L", size, 90).save(png)
+    assert main(["ask", "--checkpoint", str(made[0]), "--image", str(png), "--question", "Which digit is this?"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_no_image_is_refused(made, tmp_path, capsys):
+    text = tmp_path / "notes.png"
+    text.write_text("not a picture")
+    assert main(["ask", "--checkpoint", str(made[0]), "--image", str(text), "--question", "which digit is this?"]) == 2
+    assert "notes.png" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_whole_files_only(made, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("omnimamba_model.demo.experiment.make_answers", stop)
+        run(tmp_path / "early", settings=SHORT, progress=False)
+    assert not files(tmp_path / "early")
+
+    def half(self, path, **_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("matplotlib.figure.Figure.savefig", half)
+        run(tmp_path / "late", settings=SHORT, progress=False)
+    left = files(tmp_path / "late")
+    assert set(left) == WRITTEN - {"samples.png", "loss.png", "metrics.json"}
+    whole = files(made[0])
+    assert all(whole[name] == content for name, content in left.items())

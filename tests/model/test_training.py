@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from omnimamba_model.training import Phase, train
+
+
+def phase(stage: str = "joint", lessons: tuple[str, ...] = ("t2i", "mmu"), steps: int = 3) -> Phase:
+    return Phase("a phase", stage, lessons, steps, learning_rate=1e-2, warmup=2)
+
+
+@pytest.fixture
+def lessons(caption, image, features, text):
+    return {
+        "sentences": lambda: ("text", {"ids": text[:, :-1], "labels": text[:, 1:]}),
+        "images": lambda: ("t2i", {"caption": caption, "image": image, "adapter": False}),
+        "t2i": lambda: ("t2i", {"caption": caption, "image": image}),
+        "mmu": lambda: ("mmu", {"features": features, "text": text}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "taught"),
+    [("base", ("sentences", "images")), ("mmu", ("mmu",)), ("t2i", ("t2i",)), ("joint", ("t2i", "mmu"))],
+)
+def test_what_a_phase_does_not_train_stays_bit_for_bit(model, lessons, stage, taught):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learns = set(model.train_only(stage))
+    train(model, phase(stage, taught), lessons, weight_decay=0.3, report=lambda losses: None)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    not_met = {"backbone.mmu_pos_embed"} if stage == "base" else set()
+    assert changed == learns - not_met
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_every_step_is_reported_and_losses_fall(model, lessons):
+    seen = []
+    train(model, phase(steps=20), lessons, weight_decay=0.0, report=seen.append)
+    assert len(seen) == 20 and set(seen[0]) == {"t2i", "mmu"}
+    assert sum(seen[-1].values()) < 0.8 * sum(seen[0].values())
+
+
+def test_decay_shrinks_matrices_only(model, lessons):
+    parameters = dict(model.named_parameters())
+    matrix, vector = (parameters[f"backbone.layers.0.mixer.{name}"] for name in ("out_proj.weight", "dt_bias"))
+    sizes = [(matrix.norm().item(), vector.norm().item())]
+    for decay in (0.0, 50.0):
+        train(model, phase(steps=1), lessons, weight_decay=decay, report=lambda losses: None)
+        sizes.append((matrix.norm().item(), vector.norm().item()))
+    assert sizes[2][0] < 0.9 * sizes[1][0]
+    assert sizes[2][1] > 0.99 * sizes[1][1]
+
+
+def test_the_rate_warms_up_and_falls_to_a_hundredth():
+    long = Phase("", "joint", ("t2i",), steps=1000, learning_rate=2.0, warmup=100)
+    assert long.rate(0) == pytest.approx(0.02, rel=1e-3)
+    assert max(map(long.rate, range(1000))) == pytest.approx(2.0, rel=0.05)
+    assert long.rate(500) == pytest.approx(1.01, rel=1e-3)
+    assert long.rate(999) == pytest.approx(0.02, rel=1e-2)
