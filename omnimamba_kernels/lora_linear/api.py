@@ -49,12 +49,14 @@ def lora_linear(
     dropout_seed: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A linear layer plus the low-rank adapter of each row's task: ``y = W x + bias + scale B[task] A[task] dropout(x)``.
+    """A linear layer plus the low-rank adapter of each row's task.
+
+    ``y = W x + bias + scale B[task] A[task] dropout(x)``
 
     Args:
         x: (..., in), any strides.
-        weight: (out, in). Its dtype may be narrower than x's (bfloat16 weights under float32 activations): it is read once
-            and multiplied in float32.
+        weight: (out, in). Its dtype may be narrower than x's (bfloat16 weights under float32 activations): it is read
+            once and multiplied in float32.
         lora_A: (tasks, r, in). lora_B: (tasks, out, r). Both None: the base layer alone.
         scale: lora_alpha / r.
         task: the adapter of all rows, or an integer tensor of x's leading shape; -1 is the base alone. None: adapter 0
@@ -68,7 +70,8 @@ def lora_linear(
         y (..., out) in x's dtype. Gradients reach x, weight, lora_A, lora_B and bias.
 
     Raises:
-        ValueError: a shape, task or probability does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot.
+        ValueError: a shape, task or probability does not fit. TypeError: a dtype does not. RuntimeError: the backend
+            cannot run.
 
     Source: LoRA (arXiv 2106.09685), section 4; routing by task as in OmniMamba (arXiv 2503.08686).
     """

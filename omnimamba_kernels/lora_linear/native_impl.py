@@ -2,8 +2,8 @@
 
     y_i = W x_i + bias + scale B_t A_t u_i,    u = dropout(x)
 
-Many rows: the adapters are concatenated by rank, S = (u [A_1; A_2; ..]^T) masked by the row's task, then S [B_1 | B_2 | ..]^T.
-16-bit weights pass through a panel of float32 scratch: each is read once, and all arithmetic is float32. (torch's own
+Many rows: the adapters are concatenated by rank, S = (u [A_1; A_2; ..]^T) masked by the row's task, then
+S [B_1 | B_2 | ..]^T. 16-bit weights pass through a panel of float32 scratch: each is read once, and all arithmetic is float32. (torch's own
 16-bit product is fast only where the processor has instructions for it, and some 400 times slower elsewhere.)
 """
 

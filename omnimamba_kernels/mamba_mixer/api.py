@@ -164,14 +164,15 @@ def mamba_mixer_step(
 
     Args:
         zxbcdt: (b, 2 d_nonssm + 2 dim + 2 g n + h), one position's projection, dim = h p.
-        conv_state: (b or slots, dim + 2 g n, state_len), state_len >= w - 1, the last inputs of the convolution in order.
+        conv_state: (b or slots, dim + 2 g n, state_len), state_len >= w - 1, the convolution's last inputs in order.
         ssm_state: (b or slots, h, p, n), any float dtype.
         conv1d_weight: (dim + 2 g n, w). conv1d_bias: (dim + 2 g n,).
         dt_bias, A: (h,). D: (h,) or (h, p).
         headdim: p. ngroups: g.
         rmsnorm_weight: (dim,), as in ``mamba_split_conv1d_scan_combined``; None: gate by silu(z) alone.
         rmsnorm_eps, norm_before_gate, activation: as there.
-        state_batch_indices: (b,) the slot of each row in both states; a negative one is padding: output 0, states untouched.
+        state_batch_indices: (b,) the slot of each row in both states; a negative one is padding: output 0, no state
+            touched.
         backend: one of ``backends()``; None chooses.
 
     Returns:

@@ -1,0 +1,60 @@
+"""Shapes of the LoRA linear layer that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """x (*lead, width), weight (out, width), ``tasks`` adapters of ``rank``; no adapter where tasks is 0."""
+
+    lead: tuple[int, ...]
+    width: int
+    out: int
+    tasks: int = 2
+    rank: int = 8
+    bias: bool = False
+
+    def __str__(self) -> str:
+        lead = "x".join(map(str, self.lead))
+        return f"{lead}-{self.width}-{self.out}-tasks{self.tasks}-r{self.rank}{'-bias' if self.bias else ''}"
+
+
+DECODE = (Case((1,), 2048, 8512), Case((4,), 2048, 8512), Case((1,), 768, 3352), Case((1,), 2048, 8512, tasks=0))
+"""One position of each sequence through in_proj of the 1.3B and the 130M model."""
+
+SEQUENCE = (Case((1, 512), 2048, 8512), Case((8, 1024), 768, 3352))
+"""Whole sequences."""
+
+SMALL = (
+    Case((1,), 1, 1, tasks=1, rank=1, bias=True),
+    Case((4,), 64, 40, rank=4),
+    Case((2, 3), 37, 23, tasks=3, rank=5, bias=True),
+    Case((16,), 129, 65, tasks=0, bias=True),
+    Case((17,), 33, 521, tasks=1, rank=2),
+    Case((3, 11), 70, 61, tasks=3, rank=3, bias=True),
+    Case((67,), 96, 530, tasks=2, rank=8),
+)
+"""Few and many rows, primes, one of everything, more outputs than one panel."""
+
+
+def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
+    """Arguments of ``lora_linear`` by name; rows alternate over all tasks and -1."""
+    make = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = weight_dtype) -> Tensor:
+        return (torch.randn(shape, generator=make) * scale).to(dtype)
+
+    tasks = case.tasks
+    return {
+        "x": draw(*case.lead, case.width, dtype=dtype),
+        "weight": draw(case.out, case.width, scale=case.width**-0.5),
+        "lora_A": draw(tasks, case.rank, case.width, scale=case.width**-0.5) if tasks else None,
+        "lora_B": draw(tasks, case.out, case.rank, scale=case.rank**-0.5) if tasks else None,
+        "bias": draw(case.out) if case.bias else None,
+        "task": torch.randint(-1, tasks, case.lead, generator=make) if tasks else None,
+    }
