@@ -35,7 +35,7 @@ class Session:
         return not self.broken and self.collected == {path.name for path in HERE.glob("bench_*.py")}
 
     def content(self) -> dict:
-        rows = self.bench.rows
+        rows, scores = self.bench.rows, claims.demo_scores()
         return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.clock, 1),
@@ -43,7 +43,8 @@ class Session:
             "complete": self.complete(),
             "machine": machine.describe(),
             "rates": self.bench.rates.summary(),
-            "claims": claims.judge(rows),
+            "demo": scores,
+            "claims": claims.judge(rows, scores),
             "exponents": claims.exponents(rows),
             "rows": results.as_json(rows),
         }
@@ -94,6 +95,7 @@ class _Progress:
         if report.when != "teardown":
             return
         session.done += 1
+        self.out.ensure_newline()
         for row in session.bench.rows[session.shown :]:
             self.out.write_line(f"[{session.done:2}/{session.total}] {_line(row)}")
         session.shown = len(session.bench.rows)

@@ -27,6 +27,8 @@ _LOOP_FOR = 5e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
 _LONG_CHECK = 3.0
+_REFUSAL = "cannot run: "
+"""What a RuntimeError says where an implementation does not cover a case; any other error is one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Bench:
 
     def compare(
         self, benchmark: Any, group: str, case: str, contenders: list[Contender], work: Work,
-        *, tokens: int = 0, note: str = "", fewest: int | None = None,
+        *, tokens: int = 0, note: str = "",
     ) -> list[Row]:  # fmt: skip
         """Times the contenders, the first that passes its check being ours; ``tokens`` a call give tokens/s.
 
@@ -108,8 +110,7 @@ class Bench:
         if not passed:
             return list(rows.values())
         alone = {c.name: _settle(c) for c in passed}
-        fewest = fewest or self.fewest
-        wanted = {name: min(self.most, max(fewest, int(self.budget / taken))) for name, taken in alone.items()}
+        wanted = {name: self._rounds_for(taken) for name, taken in alone.items()}
         subject, peers = passed[0], passed[1:]
         before, after = self._rounds(benchmark, subject, peers, wanted, work)
         kept = quiet_rounds(before, after)
@@ -119,6 +120,11 @@ class Bench:
         for row in rows.values():
             benchmark.extra_info[row.who] = {k: v for k, v in vars(row).items() if v not in (None, "")}
         return list(rows.values())
+
+    def _rounds_for(self, taken: float) -> int:
+        """As many as the budget pays for, three at least; two of what takes over 4 s, one of what takes over 12 s."""
+        fewest = self.fewest if taken < 4 else 2 if taken < 12 else 1
+        return min(self.most, max(fewest, int(self.budget / taken)))
 
     def peaks(self, rows: list[Row], task: str, **arguments: Any) -> None:
         """Adds peak memory to the rows that have a time; ``task`` is one of bench.memory's."""
@@ -153,7 +159,9 @@ def _admit(contender: Contender, row: Row) -> bool:
     try:
         row.error, row.error_bound = contender.check(), contender.bound
     except RuntimeError as refusal:
-        row.reason = str(refusal).splitlines()[0].split("cannot run: ")[-1]
+        if _REFUSAL not in str(refusal):
+            raise
+        row.reason = str(refusal).splitlines()[0].split(_REFUSAL)[-1]
         return False
     if not row.error <= contender.bound:
         row.reason = f"failed its check: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"

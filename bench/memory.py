@@ -1,18 +1,21 @@
 """Peak memory of one task, measured in a child process: ``python -m bench.memory TASK '{"argument": value}'``.
 
-A task is a function that prepares nothing at import and returns what to run. The child warms up on a small size,
-notes its resident memory, resets the kernel's high-water mark, runs the task at its true size and prints the growth
-in bytes. Inputs, outputs and gradients are in it; Python, torch and its thread pools are not.
+A task is a generator: it warms up and yields, prepares and yields, runs and ends. The child notes its resident memory
+at the first yield, resets the kernel's high-water mark at the second, and at the end prints by how many bytes the mark
+lies above the note. What was prepared is in it; Python, torch and its thread pools are not. Linux only: it reads
+/proc/self.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import re
-import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from .machine import ROOT
@@ -31,50 +34,50 @@ def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
-def _growth(run: Callable[[], object]) -> int:
-    try:
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        run()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    run()
-    return _resident("VmHWM") - before
-
-
-def scan_training(b: int, l: int, h: int, who: str) -> object:
-    """Forward and backward of the scan."""
+def scan_training(b: int, l: int, h: int, who: str) -> Iterator[None]:
+    """Inputs, forward and backward of the scan; warmed up on a short sequence."""
     from . import inputs
     from .bench_ssd_scan import Problem, ours, transformers
 
-    problem = Problem(b, l, h)
     function = ours(who) if who in inputs.own_backends() else transformers()
-    return inputs.gradients(function, problem.leaves(), problem.upstream)
+    small = Problem(b, 128, h)
+    inputs.gradients(function, small.leaves(), small.upstream)
+    yield
+    problem = Problem(b, l, h)
+    yield
+    inputs.gradients(function, problem.leaves(), problem.upstream)
 
 
-def generation(context: int, steps: int, who: str, dtype: str) -> object:
+def generation(context: int, steps: int, who: str, dtype: str) -> Iterator[None]:
     """Weights, state or cache for ``context`` tokens, and a few tokens after them."""
     from .bench_generation import decoder
 
+    yield
     decode = decoder(who, dtype, context)
+    yield
     for _ in range(steps):
         decode()
-    return decode
 
 
-TASKS = {
-    "scan_training": (scan_training, {"l": 128}),
-    "generation": (generation, {"context": 64}),
-}
-"""Each task and the arguments of its warm-up."""
+TASKS = {"scan_training": scan_training, "generation": generation}
+
+
+def _trim() -> None:
+    """Hands freed memory back, so that what building left behind is not counted. Does nothing without glibc."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main(name: str, arguments: str) -> None:
-    task, small = TASKS[name]
-    true = json.loads(arguments)
-    task(**{**true, **small})
-    print(_growth(lambda: task(**true)))
+    task = TASKS[name](**json.loads(arguments))
+    next(task)
+    before = _resident("VmRSS")
+    next(task)
+    _trim()
+    Path("/proc/self/clear_refs").write_text("5")
+    next(task, None)
+    print(_resident("VmHWM") - before)
 
 
 if __name__ == "__main__":

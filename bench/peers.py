@@ -40,7 +40,7 @@ def fallback(name: str) -> Callable[..., Any]:
     """The plain torch function called ``name`` in modeling_mamba2; RuntimeError with the reason where there is none."""
     module = mamba2()
     if isinstance(module, str):
-        raise RuntimeError(module)
+        raise RuntimeError(f"cannot run: {module}")
     return inspect.unwrap(getattr(module, name))
 
 

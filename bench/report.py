@@ -1,8 +1,7 @@
 """Tables from results: for the terminal, and for the README between its markers.
 
 ``python -m bench.report`` rewrites README.md from the latest whole run; ``--check`` only says whether that would
-change it. A README holds a table where it has ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is a key
-of ``TABLES``.
+change it. A README holds a part where it has ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; NAME is a key of ``PARTS``.
 """
 
 from __future__ import annotations
@@ -106,7 +105,40 @@ def machine(content: Content) -> str:
     )
 
 
-TABLES = {"must-show": must_show, "ops": ops, "scaling": scaling, "generation": generation, "machine": machine}
+TABLES = {
+    "must show": must_show,
+    "generation, 130M parameters": generation,
+    "a layer against attention, tokens": scaling,
+    "operations": ops,
+    "machine": machine,
+}
+
+
+def bench(content: Content) -> str:
+    """All tables, the long one folded."""
+    titles = {
+        "must show": "What is promised, and what one run measured:",
+        "generation, 130M parameters": "The 130M shape, random weights, batch 1:",
+        "a layer against attention, tokens": "One layer of width 768, fp32, seconds by number of tokens:",
+        "operations": "<details><summary>Every operation, backend and peer</summary>",
+        "machine": "",
+    }
+    parts = []
+    for name, title in titles.items():
+        end = ["", "</details>"] if title.startswith("<details>") else []
+        parts.append("\n".join([*([title, ""] if title else []), TABLES[name](content), *end]))
+    return "\n\n".join(parts)
+
+
+def demo(content: Content) -> str:
+    """The demo's scores as the run found them."""
+    scores = content["demo"]
+    if not scores:
+        return "The run of the benchmarks found no scores of the demo."
+    return table(["score", "value"], [[name, f"{value:.4g}"] for name, value in scores.items()])
+
+
+PARTS = {"bench": bench, "demo": demo}
 
 
 def sections(content: Content) -> dict[str, str]:
@@ -116,13 +148,13 @@ def sections(content: Content) -> dict[str, str]:
 
 def filled(readme: str, content: Content) -> str:
     """The README with ``content``'s tables between its markers. ValueError for a marker unknown or open."""
-    for name in re.findall(r"<!-- bench:(\S+) -->", readme):
-        if name not in TABLES:
-            raise ValueError(f"README marker bench:{name}: expected one of {', '.join(TABLES)}")
-        block = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.S)
+    for name in re.findall(r"<!-- (\S+):begin -->", readme):
+        if name not in PARTS:
+            raise ValueError(f"README marker {name}:begin: expected one of {', '.join(PARTS)}")
+        block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
         if not block.search(readme):
-            raise ValueError(f"README marker bench:{name} is not closed by <!-- /bench:{name} --> on a later line")
-        text = TABLES[name](content)
+            raise ValueError(f"README marker {name}:begin is not closed by <!-- {name}:end --> on a later line")
+        text = PARTS[name](content)
         readme = block.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", readme)
     return readme
 

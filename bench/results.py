@@ -75,7 +75,7 @@ def latest(folder: Path = FOLDER) -> Path | None:
     whole = [
         (content["started"], path)
         for path in folder.glob("*/*.json")
-        if (content := json.loads(path.read_text()))["complete"] and not content["quick"]
+        if (content := json.loads(path.read_text())).get("complete") and not content["quick"]
     ]
     return max(whole)[1] if whole else None
 

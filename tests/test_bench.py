@@ -1,0 +1,223 @@
+"""The benchmarks' harness: no time without a passed check, an exact fit, tables that agree with the results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import claims, machine, measure, report, results  # noqa: E402
+from bench.baselines.attention import Attention  # noqa: E402
+from bench.baselines.transformer import Transformer  # noqa: E402
+from bench.measure import Bench, Contender, Work  # noqa: E402
+from bench.results import Row  # noqa: E402
+
+MARKED = (
+    "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbetween\n<!-- demo:begin -->\n<!-- demo:end -->\nafter\n"
+)
+
+
+class FixedRates:
+    """Rates that answer from a list, then stay at 100."""
+
+    def __init__(self, *samples: float) -> None:
+        self.samples = list(samples)
+
+    def sample(self, kind: str, nbytes: float = 0) -> float:
+        return self.samples.pop(0) if self.samples else 100.0
+
+
+class Pedantic:
+    """pytest-benchmark's fixture as far as it is used."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict = {}
+        self.group = None
+
+    def pedantic(self, target, setup, teardown, rounds) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+            teardown()
+
+
+def contender(name: str, error: float = 0.0, log: list | None = None) -> Contender:
+    return Contender(name, lambda: log.append(name) if log is not None else None, lambda: error, 1e-3)
+
+
+def content(rows: list[Row]) -> dict:
+    return {
+        "started": "2026-11-23T10:00:00+00:00",
+        "seconds": 60.0,
+        "quick": False,
+        "complete": True,
+        "machine": {"device": "A (R) CPU", "threads": 2, "instruction_set": "avx2", "versions": {}, "commit": "abc"},
+        "rates": {"sgemm": {"median": 1e11, "best": 1e11, "samples": 1}},
+        "demo": {"t2i_accuracy": 0.9412},
+        "claims": claims.judge(rows, {}),
+        "exponents": claims.exponents(rows),
+        "rows": results.as_json(rows),
+    }
+
+
+def layer_rows() -> list[Row]:
+    rows = []
+    for length in (1024, 2048, 4096, 32768):
+        rows.append(Row("layer forward", f"1 x {length}", "Mamba-2", 1e-6 * length, times_ours=1.0))
+        rows.append(Row("layer forward", f"1 x {length}", "attention", 1e-9 * length**2, times_ours=1e-3 * length))
+    return rows
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_growth_exponent_of_an_exact_power(power):
+    lengths = [1024, 2048, 4096, 65536]
+    assert claims.growth_exponent(lengths, [3.0 * n**power for n in lengths]) == pytest.approx(power, abs=1e-9)
+
+
+def test_growth_exponent_needs_two_points():
+    with pytest.raises(ValueError, match="2 or more"):
+        claims.growth_exponent([1024], [1.0])
+
+
+@pytest.mark.parametrize("error", [2e-3, float("nan"), float("inf")])
+def test_a_wrong_result_gets_a_reason_and_no_time(error):
+    bench, log = Bench(quick=True, rates=FixedRates()), []
+    wrong, right = bench.compare(
+        Pedantic(), "g", "c", [contender("wrong", error, log), contender("right")], Work("sgemm", flops=1.0)
+    )
+    assert wrong.seconds is None and wrong.reason.startswith("failed its check") and not log
+    assert right.seconds > 0 and right.reason is None
+
+
+def test_a_backend_that_cannot_run_gets_its_reason_and_other_errors_are_raised():
+    def refusing(message):
+        def check():
+            raise RuntimeError(message)
+
+        return [Contender("one", lambda: None, check, 1e-3)]
+
+    bench = Bench(quick=True, rates=FixedRates())
+    (row,) = bench.compare(Pedantic(), "g", "c", refusing("op: backend 'x' cannot run: no device"), Work("copy"))
+    assert (row.seconds, row.reason) == (None, "no device")
+    with pytest.raises(RuntimeError, match="broken"):
+        bench.compare(Pedantic(), "g", "c", refusing("broken"), Work("copy"))
+
+
+def test_peers_and_ours_take_turns():
+    log = []
+    found = [contender(name, log=log) for name in ("ours", "peer", "other")]
+    before, after = Bench(quick=True, rates=FixedRates())._rounds(
+        Pedantic(), found[0], found[1:], {"ours": 3, "peer": 3, "other": 1}, Work("sgemm", flops=1.0)
+    )
+    assert log == ["peer", "other", "ours", "peer", "ours", "peer", "ours"]
+    assert len(before) == len(after) == 3
+
+
+def test_rounds_with_a_slow_machine_are_dropped():
+    assert measure.quiet_rounds([100, 50, 99, 100], [100, 100, 98, 60]) == [0, 2]
+    assert measure.quiet_rounds([10], [100]) == [0]
+
+
+def test_relative_error_sees_what_is_not_finite():
+    ones = torch.ones(4)
+    assert measure.relative_error(1.01 * ones, ones) == pytest.approx(0.01, rel=1e-4)
+    assert measure.relative_error(ones * float("nan"), ones) == float("inf")
+    assert measure.relative_error(ones[:2], ones) == float("inf")
+
+
+def test_claims_judge_both_ways_and_admit_what_is_missing():
+    rows = layer_rows()
+    for share, passed in ((0.71, True), (0.69, False)):
+        row = Row("causal_conv1d forward", "1 x 4096 x 1792", "native", 1e-3, floor_share=share, times_ours=1.0)
+        verdicts = {c["what"]: c for c in claims.judge([*rows, row], {"t2i_accuracy": share})}
+        assert verdicts["conv1d with SiLU, 1 x 4096 x 1792, share of the copy speed"]["passed"] is passed
+        assert verdicts["make demo: t2i_accuracy"]["passed"] is False
+        assert verdicts["make demo: mmu_accuracy"]["passed"] is None
+        layer = verdicts["Mamba-2 layer at 32K tokens, against SDPA attention"]
+        assert layer["passed"] is True and "Mamba-2 1.00, attention 2.00" in layer["measured"]
+
+
+def test_readme_parts_are_replaced_and_the_rest_is_kept(tmp_path):
+    readme, result = tmp_path / "README.md", tmp_path / "result.json"
+    readme.write_text(MARKED)
+    results.save(result, content(layer_rows()))
+    arguments = ["--readme", str(readme), "--results", str(result)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nbetween\n" in text
+    assert "old" not in text and "| 32768 " in text and "0.9412" in text
+    assert report.main([*arguments, "--check"]) == 0
+    with pytest.raises(ValueError, match="not closed"):
+        report.filled("<!-- bench:begin -->\n", results.load(result))
+    with pytest.raises(ValueError, match="expected one of"):
+        report.filled("<!-- other:begin -->\n", results.load(result))
+
+
+def test_the_readme_shows_the_latest_results():
+    latest = results.latest()
+    if latest is None:
+        pytest.skip("no whole run is kept yet")
+    readme = (ROOT / "README.md").read_text()
+    assert report.filled(readme, results.load(latest)) == readme, "run python -m bench.report"
+
+
+def test_only_whole_runs_become_the_latest(tmp_path):
+    for name, started, changes in (
+        ("a.json", "2026-01-01", {}),
+        ("b.json", "2026-01-02", {"quick": True}),
+        ("c.json", "2026-01-03", {"complete": False}),
+    ):
+        results.save(tmp_path / "device" / name, {**content([]), "started": started, **changes})
+    (tmp_path / "device" / "other.json").write_text("{}")
+    assert results.latest(tmp_path) == tmp_path / "device" / "a.json"
+    assert results.file_name("2026-01-02", "abc", quick=True, complete=False) == "2026-01-02-abc-quick-partial.json"
+
+
+def test_saving_leaves_the_old_file_where_the_new_one_cannot_be_written(tmp_path):
+    path = tmp_path / "result.json"
+    results.save(path, {"kept": 1})
+    with pytest.raises(TypeError):
+        results.save(path, {"lost": object()})
+    assert json.loads(path.read_text()) == {"kept": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_device_slug():
+    assert machine.slug("Intel(R) Xeon(R) Platinum 8488C @ 2.4GHz") == "intel-xeon-platinum-8488c-2-4ghz"
+
+
+def test_quick_leaves_long_cases_out_and_keeps_every_file():
+    command = [sys.executable, "-m", "pytest", "bench", "--quick", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cases = [line for line in listed.splitlines() if "::" in line]
+    assert {line.split("::")[0] for line in cases} == {
+        f"bench/{path.name}" for path in (ROOT / "bench").glob("bench_*.py")
+    }
+    assert not [line for line in cases if "65536" in line or "4096, 64" in line]
+
+
+def test_attention_equals_its_definition():
+    torch.manual_seed(0)
+    layer = Attention(128).double()
+    u = torch.randn(2, 37, 128, dtype=torch.float64)
+    assert torch.allclose(layer(u), layer.plain(u), atol=1e-12)
+
+
+@torch.inference_mode()
+def test_the_cached_transformer_equals_the_whole_pass():
+    torch.manual_seed(0)
+    model = Transformer(width=128, layers=2, hidden=64, vocab=50).double()
+    ids = torch.randint(50, (2, 9))
+    cache = model.new_cache(2, 9)
+    steps = [model.step(ids[:, i], cache, i) for i in range(9)]
+    assert torch.allclose(torch.stack(steps, 1), model(ids), atol=1e-10)
