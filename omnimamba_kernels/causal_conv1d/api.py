@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import autograd, checks
 from ..backends import choose
 from ..compile import traceable
+from .layout import empty_like
 
 
 def _check_filter(weight: Tensor, bias: Tensor | None, channels: int, activation: str | None) -> None:
@@ -19,11 +20,9 @@ def _check_filter(weight: Tensor, bias: Tensor | None, channels: int, activation
 
 
 def _fake(x, weight, bias, initial_states, seq_idx, activation, return_final_states, backend) -> list[Tensor]:
-    b, d, l = x.shape
-    like = {"dtype": x.dtype, "device": x.device}
-    channel_last = x.stride(1) == 1 and x.stride(2) != 1
-    y = torch.empty(b, l, d, **like).transpose(1, 2) if channel_last else torch.empty(b, d, l, **like)
-    return [y, torch.empty(b, d, weight.shape[1] - 1, **like)] if return_final_states else [y]
+    b, d, _ = x.shape
+    final = torch.empty(b, d, weight.shape[1] - 1, dtype=x.dtype, device=x.device)
+    return [empty_like(x), final] if return_final_states else [empty_like(x)]
 
 
 @traceable(_fake)
@@ -143,7 +142,9 @@ def causal_conv1d_update(
     slots = b if conv_state_indices is None else conv_state.shape[0]
     checks.shape("conv_state", conv_state, slots, d, None, letters="(slots, d, state_len)")
     if conv_state.shape[2] < weight.shape[1] - 1:
-        raise ValueError(f"conv_state: got state_len {conv_state.shape[2]}, expected at least w - 1 = {weight.shape[1] - 1}")
+        raise ValueError(
+            f"conv_state: got state_len {conv_state.shape[2]}, expected at least w - 1 = {weight.shape[1] - 1}"
+        )
     checks.shape("cache_seqlens", cache_seqlens, b, letters="(b,)")
     checks.shape("conv_state_indices", conv_state_indices, b, letters="(b,)")
     checks.floating(x=x, conv_state=conv_state, weight=weight, bias=bias)
@@ -167,9 +168,7 @@ def _fake_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, backend: 
 
 @traceable(_fake_varlen_states)
 @torch.no_grad()
-def causal_conv1d_varlen_states(
-    x: Tensor, cu_seqlens: Tensor, state_len: int, *, backend: str | None = None
-) -> Tensor:
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, *, backend: str | None = None) -> Tensor:
     """The convolution states after each of several packed sequences. Not differentiable.
 
     Args:

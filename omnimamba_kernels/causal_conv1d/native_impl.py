@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
+from .layout import channel_last, empty_like
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,7 +36,7 @@ def forward(
     offset = None if bias is None else bias.float().contiguous()
     before = None if initial_states is None else _like(initial_states.to(x.dtype), x)
     live = None if seq_idx is None else _live_bits(seq_idx, w)
-    y = _empty_like(x)
+    y = empty_like(x)
     native.call(
         "causal_conv1d_forward", x=x, weight=taps, bias=offset, initial_states=before, live=live, y=y,
         **_sizes(x, w, activation),
@@ -55,7 +56,7 @@ def backward(
     x, weight, bias, initial_states, seq_idx = saved
     dy, dfinal = grads
     w = weight.shape[1]
-    dx = _empty_like(x)
+    dx = empty_like(x)
     dbefore = None if initial_states is None else _like(x.new_empty(x.shape[0], x.shape[1], w - 1), x)
     dweight = x.new_empty(w, x.shape[1], dtype=torch.float32)
     dbias = x.new_empty(x.shape[1], dtype=torch.float32)
@@ -135,28 +136,18 @@ def _sizes(x: Tensor, w: int, activation: bool) -> dict[str, int | bool]:
     return dict(batch=x.shape[0], channels=x.shape[1], length=x.shape[2], width=w, activation=activation)
 
 
-def _channel_last(x: Tensor) -> bool:
-    return x.stride(1) == 1
-
-
 def _laid_out(x: Tensor) -> Tensor:
     """x (b, d, l) with its channels or its times one element apart: itself where it can be."""
-    if _channel_last(x) or x.stride(2) == 1:
+    if channel_last(x) or x.stride(2) == 1:
         return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
     """t (b, d, any) with the same dimension as x's at unit stride."""
-    if t.stride(1 if _channel_last(x) else 2) == 1:
+    if t.stride(1 if channel_last(x) else 2) == 1:
         return t
-    return _empty_like(x, t.shape[2]).copy_(t)
-
-
-def _empty_like(x: Tensor, length: int | None = None) -> Tensor:
-    b, d, l = x.shape
-    l = l if length is None else length
-    return x.new_empty(b, l, d).transpose(1, 2) if _channel_last(x) else x.new_empty(b, d, l)
+    return empty_like(x, t.shape[2]).copy_(t)
 
 
 def _padded_ids(seq_idx: Tensor, w: int) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layout import empty_like
+
 
 def forward(
     x: Tensor,
@@ -51,10 +53,7 @@ def forward(
             live = (ids[:, l:] == ids[:, -1:]) & (ids[:, -1:] >= 0)
             final = final.masked_fill(~live[:, None], 0)
         final = final.contiguous()
-    y = y.to(x.dtype)
-    channel_last = x.stride(1) == 1 and x.stride(2) != 1
-    y = y.transpose(1, 2).contiguous().transpose(1, 2) if channel_last else y.contiguous()
-    return (y, final), ()
+    return (empty_like(x).copy_(y), final), ()
 
 
 def update(

@@ -35,9 +35,7 @@ def scan(x, dt, A, B, C, D, initial_states):
 
 def convolve(x, weight, bias, initial_states):
     x = x.transpose(1, 2)
-    return causal_conv1d_fn(
-        x, weight, bias, initial_states=initial_states, return_final_states=True, activation="silu"
-    )
+    return causal_conv1d_fn(x, weight, bias, initial_states=initial_states, return_final_states=True, activation="silu")
 
 
 def norm(x, weight, z):
@@ -158,7 +156,9 @@ def operator_calls():
     yield ops.causal_conv1d_varlen_states, (n["x"][0].detach(), torch.tensor([0, 4, L]), 3, None)
 
 
-@pytest.mark.parametrize("operator, arguments", list(operator_calls()), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "operator, arguments", list(operator_calls()), ids=lambda value: getattr(value, "__name__", "")
+)
 def test_operators_keep_the_promises_of_their_schemas(run, operator, arguments):
     """No undeclared mutation, no output that aliases an input, fakes with the true shapes and strides, gradients traced."""
     torch.library.opcheck(operator.default, arguments)
