@@ -8,6 +8,7 @@
 #include "common/types.h"
 #include "gated_norm/gated_norm.h"
 #include "lora_linear/lora_linear.h"
+#include "lora_linear/matmul.h"
 #include "mamba_mixer/mamba_mixer.h"
 #include "ssd_scan/ssd_scan.h"
 #include "state_update/state_update.h"
@@ -118,21 +119,43 @@ void bind_ssd_scan(py::module_& m) {
   kernel(m, "ssd_scan_short", &ssd_scan_short);
 }
 
-void bind_state_update(py::module_&) {}
+void bind_state_update(py::module_& m) {
+  using Params = StateUpdateParams;
+  params<Params>(m, "StateUpdateParams") FIELD(state) FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z)
+      FIELD(dt_bias) FIELD(state_batch_indices) FIELD(out) FIELD(batch) FIELD(heads) FIELD(width) FIELD(groups) FIELD(n)
+          FIELD(dt_softplus);
+  kernel(m, "state_update_forward", state_update_forward);
+}
 
-void bind_gated_norm(py::module_&) {}
+void bind_gated_norm(py::module_& m) {
+  using Params = GatedNormParams;
+  params<Params>(m, "GatedNormParams") FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(y) FIELD(dy) FIELD(dx)
+      FIELD(dz) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size)
+          FIELD(eps) FIELD(norm_before_gate);
+  kernel(m, "gated_norm_forward", gated_norm_forward);
+  kernel(m, "gated_norm_backward", gated_norm_backward);
+  kernel(m, "gated_norm_workspace", gated_norm_workspace);
+}
 
 void bind_lora_linear(py::module_& m) {
   {
     using Params = LoraLinearParams;
     params<Params>(m, "LoraLinearParams") FIELD(x) FIELD(weight) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task)
         FIELD(y) FIELD(workspace) FIELD(rows) FIELD(in) FIELD(out) FIELD(rank) FIELD(scale);
-    kernel(m, "lora_linear_forward", &lora_linear_forward);
+    kernel(m, "lora_linear_forward", lora_linear_forward);
   }
-  using Params = LoraDropoutParams;
-  params<Params>(m, "LoraDropoutParams") FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold)
-      FIELD(keep) FIELD(accumulate);
-  kernel(m, "lora_dropout", &lora_dropout);
+  {
+    using Params = LoraDropoutParams;
+    params<Params>(m, "LoraDropoutParams") FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold)
+        FIELD(keep) FIELD(accumulate);
+    kernel(m, "lora_dropout", lora_dropout);
+  }
+  {
+    using Params = MatmulParams;
+    params<Params>(m, "MatmulParams") FIELD(a) FIELD(b) FIELD(c) FIELD(workspace) FIELD(m) FIELD(n) FIELD(k)
+        FIELD(accumulate);
+    kernel(m, "matmul", matmul);
+  }
 }
 
 void bind_mamba_mixer(py::module_& m) {

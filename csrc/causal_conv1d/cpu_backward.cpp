@@ -7,10 +7,11 @@
 //
 // A step j whose bit in live[b, t] is not set is left out of all three; a row of no bits is padding and has g = 0.
 //
-// Plan, channels one element apart: a thread owns channels and walks their times in tiles of 64 rows, a vector of channels
-//   at a time, with the last w inputs and the w unfinished rows of dx in registers; g of the w - 1 rows after a tile is
-//   computed twice. Plan, times one element apart: a thread owns channels, in pieces of 256 times through float buffers.
-// The sums over b and t are float within a tile, double across tiles, always in the same order.
+// Plan, channels one element apart: a thread owns channels and walks their times in groups of 4 rows, each group from the
+//   first channel to the last, so that memory is read in rows. The w - 1 unfinished rows of dx and the sums lie in the
+//   workspace between groups. Plan, times one element apart: a thread owns channels, in pieces of 256 times through float
+//   buffers.
+// The sums over b and t are float within 256 times, double across them, always in the same order.
 // Traffic: 2 b d l elements read, b d l written: one pass.
 #include <algorithm>
 
@@ -20,121 +21,112 @@
 namespace omnimamba {
 namespace {
 
-constexpr int TILE = 64;   // rows in a tile
-constexpr int AHEAD = 12;  // rows fetched ahead of their use
+constexpr int ROWS = 4;  // rows in a group; PIECE is a multiple of it
 
-struct Tile {
-  int64_t b, first, last;  // gradients of rows first .. last - 1; first < 0 begins with the initial states
-  int64_t c;               // of channels c .. c + n - 1
+// The workspace, by rows of d: what lies between two groups of rows.
+struct Between {
+  double* totals;  // (w + 1): dweight, then dbias, over whole pieces
+  float* sums;     // (w + 1): the same over the piece under way
+  float* pending;  // (w - 1): the unfinished dx of the rows 1 .. w - 1 steps before the next
+
+  explicit Between(const CausalConv1dParams& p) {
+    totals = p.workspace.at<double>();
+    sums = reinterpret_cast<float*>(totals + (p.width + 1) * p.channels);
+    pending = sums + (p.width + 1) * p.channels;
+  }
 };
 
-// The walk of one vector of channels through the rows of one tile.
+// Rows first .. first + count - 1 of batch row b, for the channels c .. c + n - 1. dx is written at the end: rows of x that lie
+// a multiple of 4 KiB from a row being written would wait for it.
 template <class T, int N, bool Silu, bool Masked>
-struct Walk {
-  const CausalConv1dParams& p;
-  const Tile tile;
-  const int n;
-  vf weight[N], bias = {};   // weight[j] meets the input j steps back
-  vf x[N] = {}, dx[N] = {};  // inputs j steps back, and their unfinished gradients
-  vf dweight[N] = {}, dbias = {};
-
-  OM_INLINE Walk(const CausalConv1dParams& params, const Tile& where, int lanes) : p(params), tile(where), n(lanes) {
-    for (int j = 0; j < N; j++) weight[j] = load_some(p.weight.at<float>(N - 1 - j) + tile.c, n);
-    if (p.bias) bias = load_some(p.bias.at<float>() + tile.c, n);
-    const int64_t start = tile.first < 0 ? 0 : tile.first;
-    for (int j = 1; j < N; j++) {
-      const T* row = input_row<const T>(p.x, p.initial_states, tile.b, start - j, N);
-      if (row) x[j - 1] = load_some(row + tile.c, n);
-    }
+OM_INLINE void group(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t first, int count, int64_t c,
+                     int n) {
+  const int64_t d = p.channels;
+  vf weight[N], x[N] = {}, dx[N], sums[N + 1], finished[ROWS];  // index j: j steps back
+  for (int j = 0; j < N; j++) {
+    weight[j] = load_some(p.weight.at<float>(N - 1 - j, c), n);
+    sums[j] = load_some(w.sums + j * d + c, n);
   }
-
-  OM_INLINE void shift() {
+  sums[N] = load_some(w.sums + N * d + c, n);
+  const vf bias = p.bias ? load_some(p.bias.at<float>(c), n) : vf{};
+  for (int j = 0; j < N - 1; j++) {
+    const T* row = input_row<const T>(p.x, p.initial_states, b, first - 1 - j, N);
+    if (row) x[j] = load_some(row + c, n);
+    dx[j] = load_some(w.pending + j * d + c, n);
+  }
+  for (int i = 0; i < count; i++) {
+    const int64_t t = first + i;
     for (int j = N - 1; j > 0; j--) x[j] = x[j - 1], dx[j] = dx[j - 1];
+    x[0] = load_some(p.x.at<T>(b, c, t), n);
     dx[0] = vf{};
-  }
-
-  // Row t < length. Counted: t belongs to this tile, so its part of dweight and dbias does too.
-  template <bool Counted>
-  OM_INLINE void row(int64_t t) {
-    const T* here = p.x.at<T>(tile.b, 0, t) + tile.c;
-    const T* dy = p.dy.at<T>(tile.b, 0, t) + tile.c;
-    if (t + AHEAD < p.length) {
-      __builtin_prefetch(here + AHEAD * p.x.stride[2]);
-      __builtin_prefetch(dy + AHEAD * p.dy.stride[2]);
+    const int bits = Masked ? *p.live.at<int32_t>(b, t) : -1;
+    if (bits) {
+      vf g = load_some(p.dy.at<T>(b, c, t), n);
+      if (Silu) {
+        vf a = bias;
+        for (int j = N - 1; j >= 0; j--)
+          if (bits >> j & 1) a = a + weight[j] * x[j];
+        g = g * silu_slope(a);
+      }
+      for (int j = 0; j < N; j++) {
+        if (!(bits >> j & 1)) continue;
+        dx[j] = dx[j] + weight[j] * g;
+        sums[j] = sums[j] + g * x[j];
+      }
+      sums[N] = sums[N] + g;
     }
-    shift();
-    x[0] = load_some(here, n);
-    const int bits = Masked ? *p.live.at<int32_t>(tile.b, t) : -1;
-    if (Masked && !bits) return;
-    vf g = load_some(dy, n);
-    if (Silu) {
-      vf a = bias;
-      for (int j = N - 1; j >= 0; j--)
-        if (bits >> j & 1) a = a + weight[j] * x[j];
-      g = g * silu_slope(a);
-    }
-    for (int j = 0; j < N; j++) {
-      if (!(bits >> j & 1)) continue;
-      dx[j] = dx[j] + weight[j] * g;
-      if (Counted) dweight[j] = dweight[j] + g * x[j];
-    }
-    if (Counted) dbias = dbias + g;
+    finished[i] = dx[N - 1];
   }
-
-  // The gradient that row t finished: that of the row N - 1 earlier.
-  OM_INLINE void finish(int64_t t) {
-    const int64_t u = t - (N - 1);
-    if (u >= tile.first) store_some(input_row<T>(p.dx, p.dinitial_states, tile.b, u, N) + tile.c, dx[N - 1], n);
+  for (int i = 0; i < count; i++) {
+    T* row = input_row<T>(p.dx, p.dinitial_states, b, first + i - (N - 1), N);
+    if (row) store_some(row + c, finished[i], n);
   }
+  for (int j = 0; j <= N; j++) store_some(w.sums + j * d + c, sums[j], n);
+  for (int j = 0; j < N - 1; j++) store_some(w.pending + j * d + c, dx[j], n);
+}
 
-  OM_INLINE void run(double* totals) {
-    int64_t t = tile.first < 0 ? 0 : tile.first;
-    for (; t < tile.last; t++) row<true>(t), finish(t);
-    for (; t < tile.last + N - 1; t++) {
-      if (t < p.length)
-        row<false>(t);
-      else
-        shift();
-      finish(t);
-    }
-    for (int j = 0; j < N; j++) add(totals + (N - 1 - j) * p.channels, dweight[j]);
-    add(totals + N * p.channels, dbias);
-  }
-
-  OM_INLINE void add(double* totals, vf sums) {
-    float lane[W];
-    store(lane, sums);
-    for (int i = 0; i < n; i++) totals[tile.c + i] += static_cast<double>(lane[i]);
-  }
-};
-
+// Channels begin .. end - 1 of batch row b.
 template <class T, int N, bool Silu, bool Masked>
-void walk_channels(const CausalConv1dParams& p, int64_t begin, int64_t end, double* totals) {
-  for (int64_t b = 0; b < p.batch; b++) {
-    for (int64_t t = 0; t < p.length; t += TILE) {
-      const int64_t first = t == 0 && p.dinitial_states ? -(N - 1) : t;
-      const int64_t last = t + TILE < p.length ? t + TILE : p.length;
-      int64_t c = begin;
-      for (; c + W <= end; c += W) Walk<T, N, Silu, Masked>(p, {b, first, last, c}, W).run(totals);
-      if (c < end) Walk<T, N, Silu, Masked>(p, {b, first, last, c}, static_cast<int>(end - c)).run(totals);
-    }
+void walk(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t begin, int64_t end) {
+  const int64_t d = p.channels, l = p.length;
+  auto clear = [&](float* rows, int count) {
+    for (int j = 0; j < count; j++) std::fill(rows + j * d + begin, rows + j * d + end, 0.0f);
+  };
+  clear(w.pending, N - 1);
+  for (int64_t t = 0; t < l; t += ROWS) {
+    if (t % PIECE == 0) clear(w.sums, N + 1);
+    const int64_t last = t + ROWS < l ? t + ROWS : l;
+    int64_t c = begin;
+    if (last == t + ROWS)
+      for (; c + W <= end; c += W) group<T, N, Silu, Masked>(p, w, b, t, ROWS, c, W);
+    for (; c < end; c += W)
+      group<T, N, Silu, Masked>(p, w, b, t, static_cast<int>(last - t), c, end - c < W ? static_cast<int>(end - c) : W);
+    if (last % PIECE != 0 && last != l) continue;
+    for (int j = 0; j <= N; j++)
+      for (int64_t i = j * d + begin; i < j * d + end; i++) w.totals[i] += static_cast<double>(w.sums[i]);
+  }
+  for (int j = 0; j < N - 1; j++) {
+    T* row = input_row<T>(p.dx, p.dinitial_states, b, l - 1 - j, N);
+    for (int64_t c = begin; row && c < end; c++) row[c] = from_float<T>(w.pending[j * d + c]);
   }
 }
 
 template <class T, int N, bool Silu>
 void channel_last(const CausalConv1dParams& p) {
   const int64_t d = p.channels;
-  double* totals = p.workspace.at<double>();  // (w, d) of dweight, then (d,) of dbias
+  const Between w(p);
   parallel_parts(p.threads, (d + W - 1) / W, [&](int64_t first, int64_t last, int) {
     const int64_t begin = first * W, end = last * W < d ? last * W : d;
-    for (int k = 0; k <= N; k++) std::fill(totals + k * d + begin, totals + k * d + end, 0.0);
-    if (p.live)
-      walk_channels<T, N, Silu, true>(p, begin, end, totals);
-    else
-      walk_channels<T, N, Silu, false>(p, begin, end, totals);
+    for (int j = 0; j <= N; j++) std::fill(w.totals + j * d + begin, w.totals + j * d + end, 0.0);
+    for (int64_t b = 0; b < p.batch; b++) {
+      if (p.live)
+        walk<T, N, Silu, true>(p, w, b, begin, end);
+      else
+        walk<T, N, Silu, false>(p, w, b, begin, end);
+    }
     for (int64_t c = begin; c < end; c++) {
-      for (int k = 0; k < N; k++) *p.dweight.at<float>(k, c) = static_cast<float>(totals[k * d + c]);
-      *p.dbias.at<float>(c) = static_cast<float>(totals[N * d + c]);
+      for (int j = 0; j < N; j++) *p.dweight.at<float>(N - 1 - j, c) = static_cast<float>(w.totals[j * d + c]);
+      *p.dbias.at<float>(c) = static_cast<float>(w.totals[N * d + c]);
     }
   });
 }
@@ -222,7 +214,7 @@ void time_last(const CausalConv1dParams& p) {
 
 }  // namespace
 
-int64_t causal_conv1d_workspace(const CausalConv1dParams& p) { return 2 * (p.width + 1) * p.channels; }
+int64_t causal_conv1d_workspace(const CausalConv1dParams& p) { return (4 * p.width + 2) * p.channels; }
 
 void causal_conv1d_backward(const CausalConv1dParams& p) {
   for_instance(p, [&](auto type, auto width, auto activation) {

@@ -1,0 +1,53 @@
+// One row of the gated RMSNorm, for its own kernel and for the fused decode step.
+#pragma once
+#include <cmath>
+#include <type_traits>
+
+#include "../common/lanes.h"
+
+namespace omnimamba {
+
+enum class Gate { NONE, AFTER, BEFORE };  // where silu(z) stands: nowhere, on the norm's output, on its input
+
+// body(first, n) for the vectors of `count` values: full ones with n = W known to the compiler, then the rest.
+template <class Body>
+OM_INLINE void for_vectors(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) body(i, W);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
+// y = norm(x) silu(z), norm(x), or norm(x silu(z)), over each group of the d values; norm(u) = u r weight + bias with
+// r = 1 / sqrt(mean(u^2) + eps). z is read unless Where is NONE; bias may be null. y may be x.
+template <Gate Where, class X, class Z, class Y>
+void norm_row(const X* x, const Z* z, const float* weight, const float* bias, Y* y, int64_t d, int64_t group,
+              float eps) {
+  // A float y keeps x silu(z) until the group's mean is known; a shorter type would round it.
+  constexpr bool kept = Where == Gate::BEFORE && std::is_same_v<Y, float>;
+  for (int64_t first = 0; first < d; first += group) {
+    auto input = [&](int64_t i, int n) {
+      vf u = load_some(x + first + i, n);
+      return Where == Gate::BEFORE ? u * silu(load_some(z + first + i, n)) : u;
+    };
+    vf squares = {};
+    for_vectors(group, [&](int64_t i, int n) {
+      const vf u = input(i, n);
+      if constexpr (kept) store_some(y + first + i, u, n);
+      squares = squares + u * u;
+    });
+    const vf r = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(group) + eps));
+    for_vectors(group, [&](int64_t i, int n) {
+      vf v;
+      if constexpr (kept)
+        v = load_some(y + first + i, n);
+      else
+        v = input(i, n);
+      v = v * r * load_some(weight + first + i, n);
+      if (bias) v = v + load_some(bias + first + i, n);
+      if (Where == Gate::AFTER) v = v * silu(load_some(z + first + i, n));
+      store_some(y + first + i, v, n);
+    });
+  }
+}
+
+}  // namespace omnimamba

@@ -1,0 +1,102 @@
+"""The compiled CPU kernels of the gated RMSNorm (csrc/gated_norm)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    for t in tensors:
+        if t is not None and t.dtype not in _STORAGE:
+            return f"native kernels store float32, bfloat16 or float16, not {t.dtype}"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    save: bool = False,
+) -> tuple[tuple[Tensor], tuple]:
+    rows = _rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    native.call(
+        "gated_norm_forward",
+        x=rows,
+        z=None if z is None else _rows(z.to(x.dtype)),
+        weight=_floats(weight),
+        bias=None if bias is None else _floats(bias),
+        y=_rows(y),
+        **_sizes(rows),
+        group_size=group_size,
+        eps=eps,
+        norm_before_gate=norm_before_gate,
+    )
+    return (y,), (x, weight, bias, z) if save else ()
+
+
+def backward(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None],
+    needs: tuple[bool, ...],
+    *,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, z = saved
+    d = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dz = None if z is None else torch.empty_like(dx)
+    dweight, dbias = (x.new_empty(d, dtype=torch.float32) for _ in range(2))
+    rows = _rows(x)
+    arguments = dict(
+        x=rows,
+        z=None if z is None else _rows(z.to(x.dtype)),
+        weight=_floats(weight),
+        bias=None if bias is None else _floats(bias),
+        dy=_rows(grads[0]),
+        dx=_rows(dx),
+        dz=None if dz is None else _rows(dz),
+        dweight=dweight,
+        dbias=dbias,
+        **_sizes(rows),
+        group_size=group_size,
+        eps=eps,
+        norm_before_gate=norm_before_gate,
+    )
+    floats = native.call("gated_norm_workspace", **arguments)
+    native.call("gated_norm_backward", workspace=x.new_empty(floats, dtype=torch.float32), **arguments)
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if dz is None else dz.to(z.dtype),
+    )
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t as at most three dimensions, the last of them contiguous: a view where its strides allow one."""
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+    return t if t.dim() <= 3 else t.reshape(-1, t.shape[-2], t.shape[-1])
+
+
+def _sizes(rows: Tensor) -> dict[str, int]:
+    *leading, d = rows.shape
+    outer, inner = (*leading, 1, 1)[:2]
+    return {"outer": outer, "inner": inner, "width": d}
+
+
+def _floats(t: Tensor) -> Tensor:
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()

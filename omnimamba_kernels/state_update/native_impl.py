@@ -1,0 +1,69 @@
+"""The compiled CPU kernel of one decode step (csrc/state_update)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    for t in tensors:
+        if t is not None and t.dtype not in _STORAGE and t.is_floating_point():
+            return f"native kernels store float32, bfloat16 or float16, not {t.dtype}"
+    return None
+
+
+def forward(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_batch_indices: Tensor | None,
+    *,
+    dt_softplus: bool,
+    save: bool = False,
+) -> tuple[tuple[Tensor], tuple]:
+    dtype = x.dtype
+    if not (B.dtype is dtype and C.dtype is dtype and (z is None or z.dtype is dtype)):
+        x, B, C = x.float(), B.float(), C.float()
+        z = None if z is None else z.float()
+    b, h, d = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    native.call(
+        "state_update_forward",
+        state=state,
+        x=x,
+        dt=_floats(dt),
+        A=_floats(A),
+        B=B,
+        C=C,
+        D=None if D is None else _floats(D),
+        z=z,
+        dt_bias=None if dt_bias is None else _floats(dt_bias),
+        state_batch_indices=state_batch_indices,
+        out=out,
+        batch=b,
+        heads=h,
+        width=d,
+        groups=B.shape[1],
+        n=B.shape[2],
+        dt_softplus=dt_softplus,
+    )
+    return (out if out.dtype is dtype else out.to(dtype),), ()
+
+
+def _floats(t: Tensor) -> Tensor:
+    """t in float32; what is expanded stays expanded, so that the kernel sees which dimensions are tied."""
+    if t.dtype is torch.float32:
+        return t
+    single = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+    return single.float().expand_as(t)
