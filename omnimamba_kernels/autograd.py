@@ -36,7 +36,10 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
 
     The reference has no ``backward``: its forward is differentiable PyTorch.
     """
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    recorded = False
+    if torch.is_grad_enabled():
+        for t in tensors:
+            recorded = recorded or (t is not None and t.requires_grad)
     if recorded and hasattr(implementation, "backward"):
         return _Run.apply(implementation, options, *tensors)
     return implementation.forward(*tensors, save=recorded, **options)[0]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
+_FLOATS, _INTS = frozenset(FLOATS), frozenset(INTS)
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -16,7 +17,7 @@ def is_tensor(name: str, value: object) -> None:
 
 def shape(name: str, tensor: Tensor | None, *expected: int | None, letters: str = "") -> None:
     """Checks a tensor's shape; None in ``expected`` fits any size, a tensor that is None passes."""
-    if tensor is None:
+    if tensor is None or (isinstance(tensor, Tensor) and tensor.shape == expected):
         return
     is_tensor(name, tensor)
     fits = tensor.dim() == len(expected) and all(
@@ -31,44 +32,49 @@ def rank(name: str, tensor: Tensor, *ranks: int, letters: str = "") -> None:
     is_tensor(name, tensor)
     if tensor.dim() not in ranks:
         want = " or ".join(str(r) for r in ranks)
+        letters = letters and f": {letters}"
         raise ValueError(
-            f"{name}: got {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {want}{letters and f': {letters}'}"
+            f"{name}: got {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {want}{letters}"
         )
 
 
 def floating(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or (isinstance(tensor, Tensor) and tensor.dtype in _FLOATS):
             continue
         is_tensor(name, tensor)
-        if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name}: got {tensor.dtype}, expected float32, bfloat16, float16 or float64; convert it with .float()"
-            )
+        raise TypeError(
+            f"{name}: got {tensor.dtype}, expected float32, bfloat16, float16 or float64; convert it with .float()"
+        )
 
 
 def integer(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or (isinstance(tensor, Tensor) and tensor.dtype in _INTS):
             continue
         is_tensor(name, tensor)
-        if tensor.dtype not in INTS:
-            raise TypeError(f"{name}: got {tensor.dtype}, expected int32 or int64; convert it with .int()")
+        raise TypeError(f"{name}: got {tensor.dtype}, expected int32 or int64; convert it with .int()")
 
 
 def same_device(**tensors: Tensor | None) -> None:
     """All tensors on the device of the first."""
-    (first, reference), *rest = [(n, t) for n, t in tensors.items() if t is not None]
-    for name, tensor in rest:
-        if tensor.device != reference.device:
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise ValueError(
-                f"{name}: got device {tensor.device}, expected {reference.device} as {first}; move it with .to({first}.device)"
+                f"{name}: got device {tensor.device}, expected {device} as {first}; move it with .to({first}.device)"
             )
 
 
 def divisible(name: str, value: int, by_name: str, by: int) -> None:
     if by <= 0 or value % by:
-        raise ValueError(f"{name} = {value} is not a multiple of {by_name} = {by}; choose {by_name} so that it divides {name}")
+        raise ValueError(
+            f"{name} = {value} is not a multiple of {by_name} = {by}; choose {by_name} so that it divides {name}"
+        )
 
 
 def one_of(name: str, value: object, *allowed: object) -> None:

@@ -41,7 +41,7 @@ class Case:
 
 
 CASES = (
-    Case("one value", (1,)),
+    Case("one short row", (3,)),
     Case("one row", (1, 48), bias=True),
     Case("no gate", (5, 37), gate=False),
     Case("no gate, bias", (3, 64), gate=False, bias=True, groups=4),

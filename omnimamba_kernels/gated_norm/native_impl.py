@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -29,11 +29,11 @@ def forward(
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
     rows = _rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     native.call(
         "gated_norm_forward",
         x=rows,
-        z=None if z is None else _rows(z.to(x.dtype)),
+        z=None if z is None else _rows(z if z.dtype is x.dtype else z.to(x.dtype)),
         weight=_floats(weight),
         bias=None if bias is None else _floats(bias),
         y=_rows(y),
@@ -56,13 +56,13 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, z = saved
     d = x.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dz = None if z is None else torch.empty_like(dx)
     dweight, dbias = (x.new_empty(d, dtype=torch.float32) for _ in range(2))
     rows = _rows(x)
     arguments = dict(
         x=rows,
-        z=None if z is None else _rows(z.to(x.dtype)),
+        z=None if z is None else _rows(z if z.dtype is x.dtype else z.to(x.dtype)),
         weight=_floats(weight),
         bias=None if bias is None else _floats(bias),
         dy=_rows(grads[0]),
@@ -87,15 +87,16 @@ def backward(
 
 def _rows(t: Tensor) -> Tensor:
     """t as at most three dimensions, the last of them contiguous: a view where its strides allow one."""
-    if t.stride(-1) != 1:
+    strides = t.stride()
+    if strides[-1] != 1:
         t = t.contiguous()
-    return t if t.dim() <= 3 else t.reshape(-1, t.shape[-2], t.shape[-1])
+    return t if len(strides) <= 3 else t.reshape(-1, t.shape[-2], t.shape[-1])
 
 
 def _sizes(rows: Tensor) -> dict[str, int]:
-    *leading, d = rows.shape
-    outer, inner = (*leading, 1, 1)[:2]
-    return {"outer": outer, "inner": inner, "width": d}
+    shape = rows.shape
+    leading = len(shape) - 1
+    return {"outer": shape[0] if leading else 1, "inner": shape[1] if leading == 2 else 1, "width": shape[-1]}
 
 
 def _floats(t: Tensor) -> Tensor:

@@ -79,13 +79,15 @@ def _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> None:
     checks.rank("x", x, 3, letters="(b, h, d)")
     b, h, d = x.shape
     slots = b if state_batch_indices is None else state.shape[0]
-    checks.shape("state", state, slots, h, d, None, letters="(slots, h, d, n)")
     n = state.shape[3]
+    checks.shape("state", state, slots, h, d, n, letters="(slots, h, d, n)")
     checks.shape("dt", dt, b, h, d, letters="(b, h, d)")
     checks.shape("A", A, h, d, n, letters="(h, d, n)")
-    checks.shape("B", B, b, None, n, letters="(b, g, n)")
-    checks.shape("C", C, b, B.shape[1], n, letters="(b, g, n)")
-    checks.divisible("the number of heads h", h, "the number of groups g", B.shape[1])
+    checks.rank("B", B, 3, letters="(b, g, n)")
+    g = B.shape[1]
+    checks.shape("B", B, b, g, n, letters="(b, g, n)")
+    checks.shape("C", C, b, g, n, letters="(b, g, n)")
+    checks.divisible("the number of heads h", h, "the number of groups g", g)
     checks.shape("D", D, h, d, letters="(h, d)")
     checks.shape("z", z, b, h, d, letters="(b, h, d)")
     checks.shape("dt_bias", dt_bias, h, d, letters="(h, d)")

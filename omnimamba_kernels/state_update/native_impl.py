@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -37,7 +37,7 @@ def forward(
         x, B, C = x.float(), B.float(), C.float()
         z = None if z is None else z.float()
     b, h, d = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     native.call(
         "state_update_forward",
         state=state,
