@@ -83,10 +83,18 @@ def peer_dtype() -> str:
     return "bfloat16" if half >= 0.8 * single else "float32"
 
 
-def contender(who: str, dtype: str, context: int, name: str | None = None) -> Contender:
+def contender(who: str, dtype: str, context: int) -> Contender:
     decode = decoder(who, dtype, context)
     bound = inputs.BOUND[torch.bfloat16 if who == PEER and dtype == "bfloat16" else torch.float32]
-    return Contender(name or who, lambda: [decode() for _ in range(TOKENS)], lambda: step_error(who, dtype), 2 * bound)
+    run = lambda: [decode() for _ in range(TOKENS)]  # noqa: E731
+    return Contender(who, run, lambda: step_error(who, dtype), 2 * bound, work=work(who, dtype, context))
+
+
+def work(who: str, dtype: str, context: int) -> Work:
+    """The weights, and the cache up to here or the state there and back, once a token."""
+    network = model(who, dtype)
+    held = 2 * network.backbone.new_state(1).nbytes if who == OURS else network.new_cache(1, context).nbytes
+    return Work("read", bytes=TOKENS * (weight_bytes(network) + held))
 
 
 def weight_bytes(network: torch.nn.Module) -> int:
@@ -98,10 +106,7 @@ def weight_bytes(network: torch.nn.Module) -> int:
 def test_decode(bench, benchmark, context):
     dtypes = {OURS: "bfloat16", PEER: peer_dtype()}
     contenders = [contender(who, dtype, context) for who, dtype in dtypes.items()]
-    work = Work("read", bytes=TOKENS * weight_bytes(model(OURS, "bfloat16")))
-    rows = bench.compare(benchmark, GROUP, case(context), contenders, work, tokens=TOKENS)
+    rows = bench.compare(benchmark, GROUP, case(context), contenders, work(OURS, "bfloat16", context), tokens=TOKENS)
     for row in rows:
         row.note = f"{dtypes[row.who]} weights"
-        row.gb_s = row.gflop_s = None if row.who == PEER else row.gb_s
-        row.floor_share = None if row.who == PEER else row.floor_share
         bench.peaks([row], "generation", context=context, steps=2, dtype=dtypes[row.who])

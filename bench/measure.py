@@ -26,7 +26,7 @@ SLOW_RATE = 0.85
 _LOOP_FOR = 5e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
-_LONG_CHECK = 3.0
+_LONG = 3.0
 _REFUSAL = "cannot run: "
 """What a RuntimeError says where an implementation does not cover a case; any other error is one."""
 
@@ -54,10 +54,12 @@ class Contender:
     run: Callable[[], Any]
     check: Callable[[], float]
     bound: float
+    work: Work | None = None
+    """Its own floor, where it is not the case's."""
     calls: int = 1
     """Calls within one round."""
-    checked_in: float = 0.0
-    """Seconds the check took: at least one run."""
+    expected: float = 0.0
+    """Seconds of a run, where known beforehand or from the check, which is at least one run."""
     times: list[float] = field(default_factory=list)
     """Seconds a call, one entry a round."""
 
@@ -122,8 +124,8 @@ class Bench:
         return list(rows.values())
 
     def _rounds_for(self, taken: float) -> int:
-        """As many as the budget pays for, three at least; two of what takes over 4 s, one of what takes over 12 s."""
-        fewest = self.fewest if taken < 4 else 2 if taken < 12 else 1
+        """As many as the budget pays for, three at least; two of what takes over 8 s, one of what takes over 25 s."""
+        fewest = self.fewest if taken < 8 else 2 if taken < 25 else 1
         return min(self.most, max(fewest, int(self.budget / taken)))
 
     def peaks(self, rows: list[Row], task: str, **arguments: Any) -> None:
@@ -166,14 +168,14 @@ def _admit(contender: Contender, row: Row) -> bool:
     if not row.error <= contender.bound:
         row.reason = f"failed its check: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
         return False
-    contender.checked_in = time.perf_counter() - start
+    contender.expected = max(contender.expected, time.perf_counter() - start)
     return True
 
 
 def _settle(contender: Contender) -> float:
-    """Warms up (a long check has done so) and sets how many calls a round needs for the clock. Seconds of a round."""
-    if contender.checked_in > _LONG_CHECK:
-        return contender.checked_in
+    """Warms up, which a long run needs not, and sets how many calls a round needs for the clock. Seconds of a round."""
+    if contender.expected > _LONG:
+        return contender.expected
     taken = seconds(contender.run)
     if taken < _LOOP_FOR:
         taken = min(taken, *(seconds(contender.run) for _ in range(3)))
@@ -191,6 +193,7 @@ def quiet_rounds(before: list[float], after: list[float]) -> list[int]:
 def _fill(
     row: Row, contender: Contender, subject: Contender, kept: list[int], rate: list[float], work: Work, tokens: int
 ) -> None:
+    work = contender.work or work
     mine = [i for i in kept if i < len(contender.times)] or range(len(contender.times))
     row.seconds = statistics.median(contender.times[i] for i in mine)
     row.rounds, row.rounds_taken = len(mine), len(contender.times)

@@ -1,7 +1,9 @@
 """Tables from results: for the terminal, and for the README between its markers.
 
 ``python -m bench.report`` rewrites README.md from the latest whole run; ``--check`` only says whether that would
-change it. A README holds a part where it has ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; NAME is a key of ``PARTS``.
+change it.
+
+A README holds a part where it has ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; NAME is a key of ``PARTS``.
 """
 
 from __future__ import annotations
