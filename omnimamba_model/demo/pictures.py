@@ -56,31 +56,24 @@ def _show(ax: Axes, image: Tensor, title: str) -> None:
 
 
 def loss_figure(history: dict[str, list[dict[str, float]]]) -> Figure:
-    """Training losses over all steps, the phases side by side."""
+    """Training losses over all steps, each phase on a ground of its own."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
     ax = figure.subplots()
-    colours = {lesson: f"C{i}" for i, lesson in enumerate(dict.fromkeys(_lessons(history)))}
-    start, named = 0, set()
-    for phase, rows in history.items():
+    colours: dict[str, str] = {}
+    start = 0
+    for i, (phase, rows) in enumerate(history.items()):
+        end = start + len(rows)
+        ax.axvspan(start, end, color=str(0.84 + 0.04 * i), linewidth=0, label=phase)
         for lesson in rows[0]:
-            values = _smooth(torch.tensor([row[lesson] for row in rows]))
-            label = None if lesson in named else lesson
-            named.add(lesson)
-            ax.plot(range(start, start + len(rows)), values, color=colours[lesson], label=label)
-        ax.axvline(start, color="0.8", linewidth=1)
-        ax.text(start, 1.01, phase.replace(": ", ":\n"), transform=ax.get_xaxis_transform(), fontsize=7)
-        start += len(rows)
-    ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy, nats a token")
-    ax.set_ylim(bottom=0)
-    ax.legend()
+            label = None if lesson in colours else lesson
+            colour = colours.setdefault(lesson, f"C{len(colours)}")
+            ax.plot(range(start, end), _smooth(torch.tensor([row[lesson] for row in rows])), color=colour, label=label)
+        start = end
+    ax.set(xlabel="step", ylabel="cross-entropy, nats a token", xlim=(0, start), ylim=(0, None))
+    ax.legend(loc="upper right")
     return figure
-
-
-def _lessons(history: dict[str, list[dict[str, float]]]) -> list[str]:
-    return [lesson for rows in history.values() for lesson in rows[0]]
 
 
 def _smooth(values: Tensor, width: int = 25) -> Tensor:
