@@ -31,8 +31,12 @@ class Session:
         self.shown = 0
 
     def complete(self) -> bool:
-        """Whether every benchmark file took part and nothing broke."""
-        return not self.broken and self.collected == {path.name for path in HERE.glob("bench_*.py")}
+        """Whether every benchmark file took part, everything ran and nothing broke."""
+        return (
+            not self.broken
+            and self.done == self.total
+            and self.collected == {path.name for path in HERE.glob("bench_*.py")}
+        )
 
     def content(self) -> dict:
         rows, scores = self.bench.rows, claims.demo_scores()
@@ -102,9 +106,8 @@ class _Progress:
 
 
 def _line(row: results.Row) -> str:
-    return (
-        f"{row.group}, {row.case}: {row.who:24} {report.time_of(row)}  {report.floor_of(row)}  {report.ratio_of(row)}"
-    )
+    shown = report.time_of(row), report.floor_of(row), report.ratio_of(row)
+    return f"{row.group}, {row.case}: {row.who}: " + ", ".join(filter(None, shown))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -27,6 +27,7 @@ _LOOP_FOR = 5e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
 _LONG = 3.0
+_STOPPED = "an error stopped it"
 _REFUSAL = "cannot run: "
 """What a RuntimeError says where an implementation does not cover a case; any other error is one."""
 
@@ -106,7 +107,7 @@ class Bench:
         The contenders of a backend that cannot run, or whose result is wrong, are recorded with the reason.
         """
         benchmark.group = group
-        rows = {c.name: Row(group, case, c.name, note=note) for c in contenders}
+        rows = {c.name: Row(group, case, c.name, note=note, reason=_STOPPED) for c in contenders}
         self.rows += rows.values()
         passed = [c for c in contenders if _admit(c, rows[c.name])]
         if not passed:
@@ -193,7 +194,7 @@ def quiet_rounds(before: list[float], after: list[float]) -> list[int]:
 def _fill(
     row: Row, contender: Contender, subject: Contender, kept: list[int], rate: list[float], work: Work, tokens: int
 ) -> None:
-    work = contender.work or work
+    work, row.reason = contender.work or work, None
     mine = [i for i in kept if i < len(contender.times)] or range(len(contender.times))
     row.seconds = statistics.median(contender.times[i] for i in mine)
     row.rounds, row.rounds_taken = len(mine), len(contender.times)

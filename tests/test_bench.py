@@ -110,6 +110,7 @@ def test_a_backend_that_cannot_run_gets_its_reason_and_other_errors_are_raised()
     assert (row.seconds, row.reason) == (None, "no device")
     with pytest.raises(RuntimeError, match="broken"):
         bench.compare(Pedantic(), "g", "c", refusing("broken"), Work("copy"))
+    assert bench.rows[-1].seconds is None and bench.rows[-1].reason
 
 
 def test_peers_and_ours_take_turns():
