@@ -11,7 +11,7 @@
 //   first channel to the last, so that memory is read in rows. The w - 1 unfinished rows of dx and the sums lie in the
 //   workspace between groups. Plan, times one element apart: a thread owns channels, in pieces of 256 times through float
 //   buffers.
-// The sums over b and t are float within 256 times, double across them, always in the same order.
+// The sums over b and t are float within 64 rows or 256 times of a channel, double across them, always in the same order.
 // Traffic: 2 b d l elements read, b d l written: one pass.
 #include <algorithm>
 
@@ -21,12 +21,13 @@
 namespace omnimamba {
 namespace {
 
-constexpr int ROWS = 4;  // rows in a group; PIECE is a multiple of it
+constexpr int ROWS = 4;    // rows in a group
+constexpr int FLUSH = 64;  // rows after which float sums go into double ones: whole groups
 
 // The workspace, by rows of d: what lies between two groups of rows.
 struct Between {
-  double* totals;  // (w + 1): dweight, then dbias, over whole pieces
-  float* sums;     // (w + 1): the same over the piece under way
+  double* totals;  // (w + 1): dweight, then dbias, up to the last flush
+  float* sums;     // (w + 1): the same since then
   float* pending;  // (w - 1): the unfinished dx of the rows 1 .. w - 1 steps before the next
 
   explicit Between(const CausalConv1dParams& p) {
@@ -94,14 +95,14 @@ void walk(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t begi
   };
   clear(w.pending, N - 1);
   for (int64_t t = 0; t < l; t += ROWS) {
-    if (t % PIECE == 0) clear(w.sums, N + 1);
+    if (t % FLUSH == 0) clear(w.sums, N + 1);
     const int64_t last = t + ROWS < l ? t + ROWS : l;
     int64_t c = begin;
     if (last == t + ROWS)
       for (; c + W <= end; c += W) group<T, N, Silu, Masked>(p, w, b, t, ROWS, c, W);
     for (; c < end; c += W)
       group<T, N, Silu, Masked>(p, w, b, t, static_cast<int>(last - t), c, end - c < W ? static_cast<int>(end - c) : W);
-    if (last % PIECE != 0 && last != l) continue;
+    if (last % FLUSH != 0 && last != l) continue;
     for (int j = 0; j <= N; j++)
       for (int64_t i = j * d + begin; i < j * d + end; i++) w.totals[i] += static_cast<double>(w.sums[i]);
   }

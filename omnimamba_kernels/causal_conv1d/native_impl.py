@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import native
 from .layout import channel_last, empty_like
 
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:

@@ -90,7 +90,7 @@ def _rows(t: Tensor) -> Tensor:
     strides = t.stride()
     if strides[-1] != 1:
         t = t.contiguous()
-    return t if len(strides) <= 3 else t.reshape(-1, t.shape[-2], t.shape[-1])
+    return t if len(strides) <= 3 else t.flatten(0, -3)
 
 
 def _sizes(rows: Tensor) -> dict[str, int]:

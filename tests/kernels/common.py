@@ -70,7 +70,8 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))
 
 
 def evaluate(
@@ -158,8 +159,8 @@ class Framed:
 def framed(values: Tensor, order: tuple[int, ...] | None = None, margin: int = 3) -> Framed:
     """``values`` as a view with ``margin`` canaries (NaN, or a wild integer) around it along every dimension.
 
-    ``order`` names the dimensions from the slowest in memory to the fastest, as in ``permute``: (0, 2, 1) makes (b, d, l)
-    channel-last.
+    ``order`` names the dimensions from the slowest in memory to the fastest, as in ``permute``: (0, 2, 1) makes
+    (b, d, l) channel-last.
     """
     order = order or tuple(range(values.dim()))
     canary = float("nan") if values.is_floating_point() else -(2**30)

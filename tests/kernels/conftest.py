@@ -1,4 +1,4 @@
-"""Every kernel test runs in hostile memory; a test that takes ``run`` is repeated on every back end and instruction set."""
+"""Every kernel test runs in hostile memory; one that takes ``run`` is repeated on every back end and instruction set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ settings.register_profile(
     "kernels",
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("kernels")

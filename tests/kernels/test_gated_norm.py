@@ -1,0 +1,133 @@
+"""rmsnorm_fn: forward and gradients against float64, on hostile memory, at any strides and thread count."""
+
+import pytest
+import torch
+from common import DTYPES, check, evaluate, framed, same_bits, threads
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omnimamba_kernels import rmsnorm_fn
+from omnimamba_kernels.gated_norm.cases import CASES
+
+GRADS = ("x", "weight", "bias", "z")
+
+
+def oracle(x, weight, bias=None, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    """Group by group, from the definition."""
+    gate = 1 if z is None else z / (1 + torch.exp(-z))
+    u = x if norm_before_gate else x * gate
+    size = group_size or x.shape[-1]
+    groups = [part / (part.pow(2).mean(-1, keepdim=True) + eps).sqrt() for part in u.split(size, -1)]
+    y = torch.cat(groups, -1) * weight + (0 if bias is None else bias)
+    return y * gate if norm_before_gate else y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_matches_the_definition(run, case, dtype):
+    options = case.options
+    check(run, lambda **t: rmsnorm_fn(**t, **options), lambda **t: oracle(**t, **options), case.tensors(dtype), GRADS)
+
+
+@given(
+    leading=st.lists(st.integers(0, 3), max_size=3), size=st.integers(3, 40), groups=st.integers(1, 3),
+    step=st.integers(1, 2), gate=st.sampled_from([None, True, False]), bias=st.booleans(), swap=st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_stride(run, leading, size, groups, step, gate, bias, swap):
+    d = size * groups
+    g = torch.Generator().manual_seed(d)
+
+    def rows():
+        t = torch.randn(*leading, d * step, generator=g)[..., ::step]
+        return t.transpose(0, -2).contiguous().transpose(0, -2) if swap and len(leading) > 1 else t
+
+    tensors = {
+        "x": rows(),
+        "weight": torch.randn(d, 2, generator=g)[:, 1],
+        "bias": torch.randn(d, generator=g) if bias else None,
+        "z": None if gate is None else rows(),
+    }
+    options = {"group_size": size, "norm_before_gate": bool(gate)}
+    if 0 in leading:
+        got = evaluate(lambda **t: rmsnorm_fn(**t, **options), tensors, GRADS)
+        assert got["out 0"].shape == (*leading, d) and not got["grad weight"].any()
+        return
+    check(run, lambda **t: rmsnorm_fn(**t, **options), lambda **t: oracle(**t, **options), tensors, GRADS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_stays_inside_its_memory(run, case):
+    tensors = case.tensors()
+    frames = {k: framed(t) for k, t in tensors.items() if t is not None}
+    got = evaluate(
+        lambda **t: rmsnorm_fn(**t, **case.options),
+        {k: frames[k].tensor if k in frames else None for k in tensors},
+        GRADS,
+    )
+    plain = evaluate(lambda **t: rmsnorm_fn(**t, **case.options), tensors, GRADS)
+    for name in plain:
+        torch.testing.assert_close(got[name], plain[name], rtol=1e-4, atol=1e-5)
+    for name, frame in frames.items():
+        assert frame.intact() and same_bits(frame.tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_same_bits_at_every_run_thread_count_and_batch(run, case):
+    if run == "reference":
+        pytest.skip("torch's own kernels promise less")
+    tensors = case.tensors()
+
+    def at(count):
+        with threads(count):
+            return evaluate(lambda **t: rmsnorm_fn(**t, **case.options), tensors, GRADS)
+
+    first = at(1)
+    for other in (at(1), at(2), at(3)):
+        assert all(same_bits(first[name], other[name]) for name in first)
+    if len(case.shape) > 1:
+        row = {k: t[-1:] if k in ("x", "z") and t is not None else t for k, t in tensors.items()}
+        assert same_bits(rmsnorm_fn(**row, **case.options), first["out 0"][-1:])
+
+
+def test_groups_of_one(run):
+    """Each value over its own magnitude: the sign, and a gradient that cancels to almost nothing."""
+    x = torch.tensor([[-3.0, 0.5, 2.0, 1e-3]], requires_grad=True)
+    y = rmsnorm_fn(x, torch.ones(4), None, group_size=1, eps=1e-12)
+    torch.testing.assert_close(y, x.sign(), rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad[0, :3], torch.zeros(3), rtol=0, atol=1e-6)
+
+
+def test_gate_of_another_dtype(run):
+    x, z, weight = torch.randn(4, 24), torch.randn(4, 24).bfloat16().requires_grad_(), torch.randn(24).half()
+    y = rmsnorm_fn(x, weight, None, z)
+    torch.testing.assert_close(y, oracle(x, weight.float(), None, z.float()), rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(y.sum(), z)
+    assert grad.dtype == torch.bfloat16
+
+
+def test_expanded_gradient(run):
+    """The gradient of a sum is one number, expanded."""
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    weight = torch.randn(16)
+    (got,) = torch.autograd.grad(rmsnorm_fn(x, weight, None).sum(), x)
+    (expected,) = torch.autograd.grad(oracle(x, weight).sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_zeros_tiny_and_huge_rows(run, before):
+    x = torch.tensor([0.0, 1e-30, 1e15])[:, None].expand(3, 48).clone().requires_grad_()
+    z = torch.tensor([-1e4, 0.0, 1e4]).repeat(16).expand(3, 48).clone().requires_grad_()
+    y = rmsnorm_fn(x, torch.ones(48), None, z, norm_before_gate=before)
+    assert torch.isfinite(y).all() and not y[0].any()
+    grads = torch.autograd.grad(y.sum(), (x, z))
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_output_aliases_nothing(run):
+    x, z, weight = torch.randn(2, 16), torch.randn(2, 16), torch.randn(16)
+    before = [t.clone() for t in (x, z, weight)]
+    y = rmsnorm_fn(x, weight, None, z)
+    assert len({t.untyped_storage().data_ptr() for t in (x, z, weight, y)}) == 4
+    assert all(same_bits(a, b) for a, b in zip(before, (x, z, weight), strict=True))

@@ -1,0 +1,156 @@
+"""selective_state_update: output and state against float64, on hostile memory, at any strides and thread count."""
+
+import pytest
+import torch
+from common import DTYPES, assert_within_budget, double, framed, running, same_bits, threads
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omnimamba_kernels import mamba_chunk_scan_combined, selective_state_update
+from omnimamba_kernels.state_update.cases import CASES, Case
+
+PAIRS = ((torch.bfloat16, torch.float32), (torch.float32, torch.float16))  # of x's storage and the state's
+
+
+def oracle(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None):
+    """Row by row and head by head, from the definition. Returns out and the new state."""
+    state, out = state.clone(), torch.zeros_like(x)
+    heads = x.dim() == 3
+    for i in range(x.shape[0]):
+        slot = i if state_batch_indices is None else int(state_batch_indices[i])
+        if slot < 0:
+            continue
+        for h in range(x.shape[1]) if heads else [...]:
+            group = h // (x.shape[1] // B.shape[1]) if heads else ...
+            step = dt[i][h] + (0 if dt_bias is None else dt_bias[h])
+            step = torch.log1p(torch.exp(step)) if dt_softplus else step
+            new = torch.exp(step[:, None] * A[h]) * state[slot][h] + torch.outer(step * x[i][h], B[i][group])
+            y = new @ C[i][group] + (0 if D is None else D[h] * x[i][h])
+            out[i][h] = y if z is None else y * z[i][h] / (1 + torch.exp(-z[i][h]))
+            state[slot][h] = new
+    return out, state
+
+
+def step(run, tensors, **options):
+    """One step on ``run``: the output and the new state, the given state left as it was."""
+    state = tensors["state"].clone(memory_format=torch.preserve_format)
+    with running(run):
+        out = selective_state_update(**{**tensors, "state": state}, **options)
+    return out, state
+
+
+@pytest.mark.parametrize("dtype, state", [*zip(DTYPES, DTYPES, strict=True), *PAIRS], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_matches_the_definition(run, case, dtype, state):
+    tensors = case.tensors(dtype, state)
+    got, low = (step(name, tensors, **case.options) for name in (run, "reference"))
+    exact = oracle(**{k: double(t) for k, t in tensors.items()}, **case.options)
+    for name, *three in zip(("out", "state"), got, low, exact, strict=True):
+        assert_within_budget(name, *three)
+    indices = tensors["state_batch_indices"]
+    if indices is not None:
+        untouched = [s for s in range(case.slots) if s not in indices.tolist()]
+        assert same_bits(got[1][untouched], tensors["state"][untouched])
+        assert not got[0][indices < 0].any()
+
+
+@given(
+    b=st.integers(0, 3), h=st.integers(1, 4), d=st.integers(1, 20), n=st.integers(1, 40), general=st.booleans(),
+    order=st.permutations((0, 1, 2, 3)), last=st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_stride(run, b, h, d, n, general, order, last):
+    tensors = Case("", b, h, d, n, g=h, tied=not general).tensors(seed=d + n)
+    plain = step(run, tensors, dt_softplus=True)
+    frames = {}
+    for name, t in tensors.items():
+        if name == "state":
+            frames[name] = framed(t, tuple(order))
+        elif t is not None:
+            frames[name] = framed(t, tuple(reversed(range(t.dim()))) if last else None)
+    views = {k: frames[k].tensor if k in frames else None for k in tensors}
+    out = selective_state_update(**views, dt_softplus=True)
+    torch.testing.assert_close(out, plain[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(views["state"], plain[1], rtol=1e-5, atol=1e-5)
+    for name, frame in frames.items():
+        assert frame.intact(), name
+        assert name == "state" or same_bits(frame.tensor, tensors[name]), name
+
+
+def test_steps_are_the_scan(run):
+    g = torch.Generator().manual_seed(1)
+    b, l, h, p, n = 2, 11, 4, 8, 16
+    x, z = (torch.randn(b, l, h, p, generator=g) for _ in range(2))
+    dt, B, C = (torch.randn(b, l, *shape, generator=g) for shape in ((h,), (2, n), (2, n)))
+    A, D, bias = -torch.rand(h, generator=g), torch.randn(h, generator=g), torch.randn(h, generator=g)
+    with running("reference"):
+        y, final = mamba_chunk_scan_combined(
+            x, dt, A, B, C, 4, D=D, z=z, dt_bias=bias, dt_softplus=True, return_final_states=True
+        )
+    state = torch.zeros(b, h, p, n)
+    wide = (h, p)
+    for t in range(l):
+        out = selective_state_update(
+            state, x[:, t], dt[:, t, :, None].expand(b, *wide), A[:, None, None].expand(*wide, n), B[:, t], C[:, t],
+            D[:, None].expand(wide), z[:, t], bias[:, None].expand(wide), dt_softplus=True,
+        )  # fmt: skip
+        torch.testing.assert_close(out, y[:, t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_same_bits_at_every_run_thread_count_and_batch(run, case):
+    if run == "reference":
+        pytest.skip("torch's own kernels promise less")
+    tensors = case.tensors()
+    found = []
+    for count in (1, 1, 2, 3):
+        with threads(count):
+            found.append(step(run, tensors, **case.options))
+    for other in found[1:]:
+        assert all(same_bits(a, b) for a, b in zip(found[0], other, strict=True))
+    rows = ("x", "dt", "B", "C", "z", "state_batch_indices", *(() if case.slots else ("state",)))
+    alone = {k: t[-1:] if k in rows and t is not None else t for k, t in tensors.items()}
+    assert same_bits(step(run, alone, **case.options)[0], found[0][0][-1:])
+
+
+def test_mixed_dtypes(run):
+    """Whatever of x's companions has another dtype than x, the answer has x's."""
+    tensors = CASES[1].tensors()
+    mixed = {**tensors, "x": tensors["x"].bfloat16(), "dt": tensors["dt"].half(), "A": tensors["A"].bfloat16()}
+    out, state = step(run, mixed, dt_softplus=True)
+    exact = oracle(**{k: double(t) for k, t in mixed.items()}, dt_softplus=True)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(state.double(), exact[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [-1e4, -90.0, 25.0, 1e4])
+def test_extreme_steps(run, value):
+    """A step near 0 keeps the state, a huge one forgets it; nothing overflows."""
+    state = torch.ones(1, 1, 2, 3)
+    out = selective_state_update(
+        state, torch.zeros(1, 1, 2), torch.full((1, 1, 2), value), -torch.ones(1, 2, 3), *torch.ones(2, 1, 1, 3),
+        dt_softplus=True,
+    )  # fmt: skip
+    expected = 1.0 if value < 0 else 0.0
+    torch.testing.assert_close(state, torch.full_like(state, expected), rtol=0, atol=1e-10)
+    torch.testing.assert_close(out, torch.full_like(out, 3 * expected), rtol=0, atol=1e-10)
+
+
+def test_rows_that_share_a_slot_do_not_crash(run):
+    tensors = Case("", 4, 2, 8, 16, slots=6).tensors()
+    tensors["state_batch_indices"] = torch.tensor([2, 2, 2, -1])
+    out, state = step(run, tensors)
+    assert torch.isfinite(out).all() and torch.isfinite(state).all()
+    assert same_bits(state[[0, 1, 3, 4, 5]], tensors["state"][[0, 1, 3, 4, 5]])
+
+
+def test_output_aliases_nothing(run):
+    tensors = CASES[1].tensors()
+    before = {k: t.clone() for k, t in tensors.items() if t is not None}
+    out = selective_state_update(**tensors, dt_softplus=True)
+    assert out.untyped_storage().data_ptr() not in {
+        t.untyped_storage().data_ptr() for t in tensors.values() if t is not None
+    }
+    changed = {k for k in before if not same_bits(before[k], tensors[k])}
+    assert changed == {"state"}
