@@ -64,7 +64,8 @@ def test_forward(bench, benchmark, shape):
         )
 
     work = Work("copy", bytes=2 * values["x"].numel() * 4)
-    bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
+    rows = bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
+    bench.against_dram(rows, work)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
@@ -88,7 +89,8 @@ def test_backward(bench, benchmark, shape):
         return Contender(name, run, check, BOUND)
 
     work = Work("copy", bytes=3 * values["x"].numel() * 4)
-    bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
+    rows = bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
+    bench.against_dram(rows, work)
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(64, marks=full)])

@@ -57,7 +57,8 @@ def test_forward(bench, benchmark, shape):
         return Contender(name, run, lambda: worst_error((make()(**values),), (exact,)), BOUND)
 
     work = Work("copy", bytes=3 * values["x"].nbytes)
-    bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
+    rows = bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
+    bench.against_dram(rows, work)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(SHAPES[1], marks=full)], ids=str)
@@ -80,4 +81,5 @@ def test_backward(bench, benchmark, shape):
         return Contender(name, run, check, BOUND)
 
     work = Work("copy", bytes=5 * values["x"].nbytes)
-    bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
+    rows = bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
+    bench.against_dram(rows, work)

@@ -99,7 +99,7 @@ class _Progress:
         if report.when != "teardown":
             return
         session.done += 1
-        self.out.ensure_newline()
+        self.out.write("\n")
         for row in session.bench.rows[session.shown :]:
             self.out.write_line(f"[{session.done:2}/{session.total}] {_line(row)}")
         session.shown = len(session.bench.rows)

@@ -23,7 +23,7 @@ from .results import Row
 
 SLOW_RATE = 0.85
 """A round counts if the rate on both sides of it was at least this share of the case's best."""
-_LOOP_FOR = 5e-3
+_LOOP_FOR = 20e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
 _LONG = 3.0
@@ -134,6 +134,13 @@ class Bench:
         for row in rows:
             if row.seconds:
                 row.peak_bytes = memory.peak(task, who=row.who, **arguments)
+
+    def against_dram(self, rows: list[Row], work: Work) -> None:
+        """Adds the share of the speed of a copy far larger than the caches, where the case itself may fit in one."""
+        rate = statistics.median(self.rates.sample("far copy") for _ in range(3))
+        for row in rows:
+            if row.seconds:
+                row.far_share = work.bytes / rate / row.seconds
 
     def _rounds(
         self, benchmark: Any, subject: Contender, peers: list[Contender], wanted: dict[str, int], work: Work

@@ -27,6 +27,11 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _far_bytes() -> int:
+    """Twice the last cache, at least 256 MiB."""
+    return max(2 * last_level_cache(), 2**28)
+
+
 class Rates:
     """Samples of three rates; every one taken is kept in ``history`` for the record."""
 
@@ -35,12 +40,18 @@ class Rates:
         self._copied: tuple[Tensor, Tensor] | None = None
 
     def sample(self, kind: str, nbytes: float = 0) -> float:
-        """One sample of ``sgemm`` (FLOP/s), ``read`` (byte/s from DRAM) or ``copy`` (byte/s, reads plus writes).
+        """One sample of ``sgemm`` (FLOP/s), ``read`` (byte/s from DRAM), ``copy`` or ``far copy`` (byte/s, both ways).
 
         A copy moves ``nbytes`` in all, so that it finds its data where an operation of that size finds its own: in a
-        cache or in DRAM.
+        cache or in DRAM. A far copy moves as much as the buffer that ``read`` goes through.
         """
-        rate = {"sgemm": self._sgemm, "read": self._read, "copy": lambda: self._copy(nbytes)}[kind]()
+        ways = {
+            "sgemm": self._sgemm,
+            "read": self._read,
+            "copy": lambda: self._copy(nbytes),
+            "far copy": lambda: self._copy(_far_bytes()),
+        }
+        rate = ways[kind]()
         self.history[kind].append(rate)
         return rate
 
@@ -61,8 +72,7 @@ class Rates:
 
     @cached_property
     def _far(self) -> Tensor:
-        """A buffer of twice the last cache, at least 256 MiB."""
-        return torch.ones(max(2 * last_level_cache(), 2**28) // 4)
+        return torch.ones(_far_bytes() // 4)
 
     def _read(self) -> float:
         """The faster of two ways to read: a matrix times a vector that stays in cache, and a dot product."""

@@ -98,8 +98,12 @@ def generation(content: Content) -> str:
 def machine(content: Content) -> str:
     about, rates = content["machine"], content["rates"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    units = {"sgemm": ("GFLOP/s fp32 matmul", 1e9), "copy": ("GB/s copied", 1e9), "read": ("GB/s read from DRAM", 1e9)}
-    measured = ", ".join(f"{r['median'] / units[k][1]:.0f} {units[k][0]}" for k, r in rates.items())
+    units = {
+        "sgemm": ("GFLOP/s fp32 matmul", 1e9),
+        "far copy": ("GB/s copied in DRAM", 1e9),
+        "read": ("GB/s read from DRAM", 1e9),
+    }
+    measured = ", ".join(f"{r['median'] / units[k][1]:.0f} {units[k][0]}" for k, r in rates.items() if k in units)
     return (
         f"{about['device']}, {about['threads']} threads, {about['instruction_set'] or 'no native'} kernels; "
         f"{measured} (medians of the run); {versions}; commit {about['commit']}, {content['started'][:10]}, "

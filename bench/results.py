@@ -31,6 +31,8 @@ class Row:
     """What the floor is made of: sgemm, copy or read."""
     floor_share: float | None = None
     """Time of the floor over this time: 1 is as fast as the measured rate allows."""
+    far_share: float | None = None
+    """Bytes over the speed of a copy from DRAM to DRAM, over this time; above 1 where the data stays in a cache."""
     times_ours: float | None = None
     """This time over ours, the median over interleaved rounds: above 1 we are faster."""
     tokens_s: float | None = None

@@ -138,7 +138,7 @@ def test_relative_error_sees_what_is_not_finite():
 def test_claims_judge_both_ways_and_admit_what_is_missing():
     rows = layer_rows()
     for share, passed in ((0.71, True), (0.69, False)):
-        row = Row("causal_conv1d forward", "1 x 4096 x 1792", "native", 1e-3, floor_share=share, times_ours=1.0)
+        row = Row("causal_conv1d forward", "1 x 4096 x 1792", "native", 1e-3, far_share=share, times_ours=1.0)
         verdicts = {c["what"]: c for c in claims.judge([*rows, row], {"t2i_accuracy": share})}
         assert verdicts["conv1d with SiLU, 1 x 4096 x 1792, share of the copy speed"]["passed"] is passed
         assert verdicts["make demo: t2i_accuracy"]["passed"] is False
