@@ -117,6 +117,8 @@ void bind_ssd_scan(py::module_& m) {
   kernel(m, "ssd_scan_forward_workspace", &ssd_scan_forward_workspace);
   kernel(m, "ssd_scan_forward", &ssd_scan_forward);
   kernel(m, "ssd_scan_short", &ssd_scan_short);
+  kernel(m, "ssd_scan_backward_workspace", &ssd_scan_backward_workspace);
+  kernel(m, "ssd_scan_backward", &ssd_scan_backward);
 }
 
 void bind_state_update(py::module_& m) {

@@ -9,7 +9,7 @@
 //          rows; a panel meets four rows of x at a time in registers, while the next panel is prefetched.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
 // Traffic  the weights once (2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
-// Many rows are a matrix product, which the host code gives to torch's sgemm.
+// Many rows are a matrix product: matmul.h.
 #pragma once
 #include "common/types.h"
 

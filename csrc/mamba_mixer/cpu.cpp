@@ -1,10 +1,11 @@
 #include <algorithm>
-#include <cmath>
 
 #include "causal_conv1d/row.h"
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "gated_norm/row.h"
 #include "mamba_mixer/mamba_mixer.h"
+#include "state_update/row.h"
 
 namespace omnimamba {
 namespace {
@@ -13,11 +14,16 @@ using Params = MambaMixerStepParams;
 
 constexpr int64_t ENOUGH = 1 << 14;  // elements below which waking threads costs more than it saves
 
-// Where the parts of a row of zxbcdt and of the workspace begin.
+int threads_for(const Params& p, int64_t elements) { return elements < ENOUGH ? 1 : p.threads; }
+
+int64_t slot_of(const Params& p, int64_t b) { return p.state_batch_indices ? integer_at(p.state_batch_indices, b) : b; }
+
+// Where the parts of a row of zxbcdt begin, and those of the workspace.
 struct Layout {
   int64_t dim, channels, z, xbc, dt;
-  float *input, *mixed, *y, *weight,
-      *bias;  // workspace: before and after the convolution, the scan's output, the filter
+  float *input, *mixed, *y, *filter,
+      *bias;  // convolution before and after, the scan's output, the convolution's weights
+  float *steps, *A, *dt_bias, *D, *norm_weight;  // the small ones
 
   explicit Layout(const Params& p) {
     dim = p.heads * p.headdim;
@@ -25,73 +31,73 @@ struct Layout {
     z = 2 * p.extra;
     xbc = z + dim;
     dt = xbc + channels;
-    input = p.workspace.at<float>();
-    mixed = input + p.batch * channels;
-    y = mixed + p.batch * channels;
-    weight = y + p.batch * dim;
-    bias = weight + channels * p.width;
+    float* next = p.workspace.at<float>();
+    auto take = [&](int64_t count) { return next += count, next - count; };
+    input = take(p.batch * channels);
+    mixed = take(p.batch * channels);
+    y = take(p.batch * dim);
+    filter = take(p.width * channels);
+    bias = take(channels);
+    steps = take(p.batch * p.heads);
+    A = take(p.heads);
+    dt_bias = take(p.heads);
+    D = take(dim);
+    norm_weight = take(dim);
   }
 };
 
-int64_t slot_of(const Params& p, int64_t b) { return p.state_batch_indices ? integer_at(p.state_batch_indices, b) : b; }
-
-float float_at(const View& v, int64_t i, int64_t j = 0) {
-  float value = 0;
-  for_float_type(v.dtype, [&](auto type) { value = to_float(*v.at<decltype(type)>(i, j)); });
-  return value;
-}
-
-// Up to W values along dimension 1 of v, from (i, j) on.
-OM_INLINE vf row_part(const View& v, int64_t i, int64_t j, int n) {
-  vf value = {};
-  for_float_type(v.dtype, [&](auto type) { value = gather(v.at<decltype(type)>(i, j), v.stride[1], n); });
-  return value;
-}
-
-// ---- 1. convolution ----
-
-View floats(float* data, int64_t stride0, int64_t stride1) {
+View floats(float* data, int64_t stride0, int64_t stride1 = 0, int64_t stride2 = 0) {
   View v;
   v.data = data;
   v.stride[0] = stride0;
   v.stride[1] = stride1;
+  v.stride[2] = stride2;
   return v;
 }
 
-// The filter and the inputs of n channels as floats in the workspace.
-void unpack(const Params& p, const Layout& at, int64_t c, int n) {
-  for (int64_t k = 0; k < p.width; k++)
-    for_float_type(p.conv1d_weight.dtype, [&](auto type) {
-      const View& w = p.conv1d_weight;
-      store_some(at.weight + k * at.channels + c, gather(w.at<decltype(type)>(c, k), w.stride[0], n), n);
-    });
-  if (p.conv1d_bias)
-    for_float_type(p.conv1d_bias.dtype, [&](auto type) {
-      store_some(at.bias + c, gather(p.conv1d_bias.at<decltype(type)>(c), p.conv1d_bias.stride[0], n), n);
-    });
-  for (int64_t b = 0; b < p.batch; b++)
-    store_some(at.input + b * at.channels + c, row_part(p.zxbcdt, b, at.xbc + c, n), n);
+// to[i] = from[i * step] as floats, from the element of v that `from` names.
+void unpack(const View& v, int64_t row, int64_t column, int axis, int64_t count, float* to) {
+  for_float_type(v.dtype, [&](auto type) {
+    const auto* from = v.at<decltype(type)>(row, column);
+    const int64_t step = v.stride[axis];
+    for_vectors(count, [&](int64_t i, int n) { store_some(to + i, gather(from + i * step, step, n), n); });
+  });
 }
+
+void unpack_small(const Params& p, const Layout& at) {
+  for (int64_t b = 0; b < p.batch; b++) unpack(p.zxbcdt, b, at.dt, 1, p.heads, at.steps + b * p.heads);
+  unpack(p.A, 0, 0, 0, p.heads, at.A);
+  if (p.dt_bias) unpack(p.dt_bias, 0, 0, 0, p.heads, at.dt_bias);
+  if (p.D && p.headwise_D) unpack(p.D, 0, 0, 0, p.heads, at.D);
+  if (p.D && !p.headwise_D)
+    for (int64_t h = 0; h < p.heads; h++) unpack(p.D, h, 0, 1, p.headdim, at.D + h * p.headdim);
+  if (p.rmsnorm_weight) unpack(p.rmsnorm_weight, 0, 0, 0, at.dim, at.norm_weight);
+}
+
+// ---- 1. convolution ----
 
 void convolve(const Params& p, const Layout& at) {
   CausalConv1dUpdateParams conv;
   conv.x = floats(at.input, at.channels, 1);
   conv.y = floats(at.mixed, at.channels, 1);
   conv.conv_state = p.conv_state;
-  conv.weight = floats(at.weight, 1, at.channels);
-  if (p.conv1d_bias) conv.bias = floats(at.bias, 1, 0);
+  conv.weight = floats(at.filter, 1, at.channels);
+  if (p.conv1d_bias) conv.bias = floats(at.bias, 1);
   conv.batch = p.batch, conv.channels = at.channels, conv.length = 1, conv.width = p.width;
   conv.state_len = p.state_len, conv.activation = p.activation;
   for_float_type(p.conv_state.dtype, [&](auto state) {
     for_conv_width(p.width, [&](auto width) {
-      const int threads = p.batch * at.channels < ENOUGH ? 1 : p.threads;
-      parallel_for(threads, (at.channels + W - 1) / W, [&](int64_t block, int) {
+      parallel_for(threads_for(p, p.batch * at.channels), (at.channels + W - 1) / W, [&](int64_t block, int) {
         const int64_t c = block * W;
         const int n = static_cast<int>(std::min<int64_t>(W, at.channels - c));
-        unpack(p, at, c, n);
-        for (int64_t b = 0; b < p.batch; b++)
-          if (int64_t slot = slot_of(p, b); slot >= 0)
-            conv_update_row<float, decltype(state), float, width.value>(conv, b, slot, c, n);
+        for (int k = 0; k < width.value; k++) unpack(p.conv1d_weight, c, k, 0, n, at.filter + k * at.channels + c);
+        if (p.conv1d_bias) unpack(p.conv1d_bias, c, 0, 0, n, at.bias + c);
+        for (int64_t b = 0; b < p.batch; b++) {
+          const int64_t slot = slot_of(p, b);
+          if (slot < 0) continue;
+          unpack(p.zxbcdt, b, at.xbc + c, 1, n, at.input + b * at.channels + c);
+          conv_update_row<float, decltype(state), float, width.value>(conv, b, slot, c, n);
+        }
       });
     });
   });
@@ -99,123 +105,68 @@ void convolve(const Params& p, const Layout& at) {
 
 // ---- 2. the state ----
 
-// One channel: s = decay s + gain B over its n states, in place; returns the sum of s C.
-template <class S>
-OM_INLINE float update_channel(S* s, int64_t step, float decay, float gain, const float* B, const float* C, int64_t n) {
-  vf total = {};
-  auto part = [&](int64_t i, int count) {
-    vf next = splat(decay) * gather(s + i * step, step, count) + splat(gain) * load_some(B + i, count);
-    scatter(s + i * step, step, next, count);
-    total += next * load_some(C + i, count);
-  };
-  int64_t i = 0;
-  for (; i + W <= n; i += W) part(i, W);
-  if (i < n) part(i, static_cast<int>(n - i));
-  return sum(total);
-}
-
-template <class S>
-void update_head(const Params& p, const Layout& at, int64_t b, int64_t h) {
-  float* y = at.y + b * at.dim + h * p.headdim;
-  const int64_t slot = slot_of(p, b);
-  if (slot < 0) return;
-  const float* mixed = at.mixed + b * at.channels;
-  const float* x = mixed + h * p.headdim;
-  const float* B = mixed + at.dim + h / (p.heads / p.groups) * p.state;
-  const float* C = B + p.groups * p.state;
-  float dt = float_at(p.zxbcdt, b, at.dt + h);
-  if (p.dt_bias) dt += float_at(p.dt_bias, h);
-  dt = one([](vf v) { return softplus(v); }, dt);
-  const float decay = one([](vf v) { return vexp(v); }, dt * float_at(p.A, h));
-  for (int64_t i = 0; i < p.headdim; i++) {
-    S* s = p.ssm_state.at<S>(slot, h, i);
-    const int64_t step = p.ssm_state.stride[3];
-    // A constant step lets the compiler drop the gathers.
-    y[i] = step == 1 ? update_channel(s, 1, decay, dt * x[i], B, C, p.state)
-                     : update_channel(s, step, decay, dt * x[i], B, C, p.state);
-    if (p.D) y[i] += float_at(p.D, h, p.headwise_D ? 0 : i) * x[i];
-  }
-}
-
-// ---- 3. gate and norm ----
-
-// body(first column, how many) over `count` columns, a vector at a time.
-template <class Body>
-OM_INLINE void by_vectors(int64_t count, Body&& body) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) body(i, W);
-  if (i < count) body(i, static_cast<int>(count - i));
-}
-
-// Columns [begin, begin + count) of row b, one group of the norm: from y in the workspace to out.
-template <class X>
-void finish_group(const Params& p, const Layout& at, int64_t b, int64_t begin, int64_t count) {
-  float* y = at.y + b * at.dim + begin;
-  X* out = p.out.at<X>(b, p.extra + begin);
-  const X* z = p.zxbcdt.at<X>(b, at.z + begin);
-  const int64_t z_step = p.zxbcdt.stride[1], out_step = p.out.stride[1];
-  if (slot_of(p, b) < 0) {
-    by_vectors(count, [&](int64_t i, int n) { scatter(out + i * out_step, out_step, vf{}, n); });
-    return;
-  }
-  auto gate = [&](int64_t i, int n) { return silu(gather(z + i * z_step, z_step, n)); };
-  if (!p.rmsnorm_weight) {
-    by_vectors(count,
-               [&](int64_t i, int n) { scatter(out + i * out_step, out_step, load_some(y + i, n) * gate(i, n), n); });
-    return;
-  }
-  vf squares = {};
-  by_vectors(count, [&](int64_t i, int n) {
-    vf u = load_some(y + i, n);
-    if (!p.norm_before_gate) store_some(y + i, u = u * gate(i, n), n);
-    squares += u * u;
-  });
-  const vf scale = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(count) + p.eps));
-  for_float_type(p.rmsnorm_weight.dtype, [&](auto type) {
-    const auto* weight = p.rmsnorm_weight.at<decltype(type)>(begin);
-    const int64_t step = p.rmsnorm_weight.stride[0];
-    by_vectors(count, [&](int64_t i, int n) {
-      vf u = load_some(y + i, n) * scale * gather(weight + i * step, step, n);
-      scatter(out + i * out_step, out_step, p.norm_before_gate ? u * gate(i, n) : u, n);
+void scan(const Params& p, const Layout& at) {
+  StateUpdateParams step;
+  float* B = at.mixed + at.dim;
+  step.state = p.ssm_state;
+  step.x = floats(at.mixed, at.channels, p.headdim, 1);
+  step.B = floats(B, at.channels, p.state, 1);
+  step.C = floats(B + p.groups * p.state, at.channels, p.state, 1);
+  step.out = floats(at.y, at.dim, p.headdim, 1);
+  step.dt = floats(at.steps, p.heads, 1);
+  step.A = floats(at.A, 1);  // one rate a head: strides 0 over its channels and states
+  if (p.dt_bias) step.dt_bias = floats(at.dt_bias, 1);
+  if (p.D) step.D = p.headwise_D ? floats(at.D, 1) : floats(at.D, p.headdim, 1);
+  step.batch = p.batch, step.heads = p.heads, step.groups = p.groups, step.n = p.state;
+  step.dt_softplus = true;
+  for_float_type(p.ssm_state.dtype, [&](auto state) {
+    parallel_for(threads_for(p, p.batch * at.dim * p.state), p.batch * p.heads, [&](int64_t item, int) {
+      const int64_t b = item / p.heads, h = item % p.heads, slot = slot_of(p, b);
+      if (slot < 0) return;
+      for_vectors(p.headdim,
+                  [&](int64_t c, int rows) { advance_rows<decltype(state), float, float>(step, b, slot, h, c, rows); });
     });
   });
 }
 
-// silu(z0) x0: the columns beside the scan.
-template <class X>
-void pass_by(const Params& p, int64_t b) {
-  const int64_t step = p.zxbcdt.stride[1], out_step = p.out.stride[1];
-  const X* z0 = p.zxbcdt.at<X>(b);
-  const X* x0 = p.zxbcdt.at<X>(b, p.extra);
-  X* out = p.out.at<X>(b);
-  by_vectors(p.extra, [&](int64_t i, int n) {
-    vf gated = silu(gather(z0 + i * step, step, n)) * gather(x0 + i * step, step, n);
-    scatter(out + i * out_step, out_step, gated, n);
-  });
-}
+// ---- 3. gate and norm ----
 
 template <class X>
-void finish(const Params& p, const Layout& at) {
-  const int64_t group = at.dim / p.groups;
-  const int threads = p.batch * at.dim < ENOUGH ? 1 : p.threads;
-  parallel_for(threads, p.batch * p.groups, [&](int64_t item, int) {
-    const int64_t b = item / p.groups, g = item % p.groups;
-    if (g == 0 && p.extra) pass_by<X>(p, b);
-    finish_group<X>(p, at, b, g * group, group);
+void finish_row(const Params& p, const Layout& at, int64_t b) {
+  X* out = p.out.at<X>(b);
+  const int64_t step = p.zxbcdt.stride[1];
+  for_vectors(p.extra, [&](int64_t i, int n) {
+    const vf z0 = gather(p.zxbcdt.at<X>(b, i), step, n), x0 = gather(p.zxbcdt.at<X>(b, p.extra + i), step, n);
+    store_some(out + i, silu(z0) * x0, n);
   });
+  out += p.extra;
+  if (slot_of(p, b) < 0) {
+    std::fill(out, out + at.dim, X{});
+    return;
+  }
+  float *y = at.y + b * at.dim, *z = at.input + b * at.channels;  // the convolution's input is used up
+  unpack(p.zxbcdt, b, at.z, 1, at.dim, z);
+  const int64_t group = at.dim / p.groups;
+  if (!p.rmsnorm_weight)
+    for_vectors(at.dim,
+                [&](int64_t i, int n) { store_some(out + i, load_some(y + i, n) * silu(load_some(z + i, n)), n); });
+  else if (p.norm_before_gate)
+    norm_row<Gate::AFTER>(y, z, at.norm_weight, static_cast<float*>(nullptr), out, at.dim, group, p.eps);
+  else
+    norm_row<Gate::BEFORE>(y, z, at.norm_weight, static_cast<float*>(nullptr), out, at.dim, group, p.eps);
 }
 
 }  // namespace
 
 void mamba_mixer_step(const MambaMixerStepParams& p) {
   const Layout at(p);
+  unpack_small(p, at);
   convolve(p, at);
-  for_float_type(p.ssm_state.dtype, [&](auto state) {
-    const int threads = p.batch * at.dim * p.state < ENOUGH ? 1 : p.threads;
-    parallel_for(threads, p.batch * p.heads,
-                 [&](int64_t item, int) { update_head<decltype(state)>(p, at, item / p.heads, item % p.heads); });
+  scan(p, at);
+  for_float_type(p.zxbcdt.dtype, [&](auto type) {
+    parallel_for(threads_for(p, p.batch * at.dim), p.batch,
+                 [&](int64_t b, int) { finish_row<decltype(type)>(p, at, b); });
   });
-  for_float_type(p.zxbcdt.dtype, [&](auto type) { finish<decltype(type)>(p, at); });
 }
 
 }  // namespace omnimamba

@@ -5,7 +5,8 @@
 //          out = [silu(z0) x0, y silu(z)], or with a norm weight the gated RMSNorm of y over each of the g groups.
 // Shapes   zxbcdt (b, 2 extra + 2 h p + 2 g n + h), conv_state (slots, h p + 2 g n, state_len), ssm_state (slots, h, p, n),
 //          conv1d_weight (h p + 2 g n, w), dt_bias and A (h,), D (h,) or (h, p), rmsnorm_weight (h p,), out (b, extra + h p).
-//          Any float type and any strides each; both states change in place. A negative slot: output 0, states untouched.
+//          Any float type and any strides each (out: contiguous rows); both states change in place.
+//          A negative slot: output 0, states untouched.
 // Plan     1. the convolution, vectors of channels; 2. the state, one head of one row at a time: it is read and written
 //          once, its output summed on the way; 3. gate and norm, once all heads of a group are there. Threads share each,
 //          where there is enough of it; float32 between the three.
@@ -19,7 +20,7 @@ struct MambaMixerStepParams {
   View zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight;
   View state_batch_indices;  // (b,) int32 or int64; absent: row b has slot b
   View out;
-  View workspace;  // b (2 channels + h p) + channels (w + 1) floats, channels = h p + 2 g n
+  View workspace;  // b (2 channels + h p + h) + channels (w + 1) + 2 (h + h p) floats, channels = h p + 2 g n
   int64_t batch = 0, heads = 0, headdim = 0, groups = 1, state = 0, extra = 0, width = 0, state_len = 0;
   float eps = 0;
   bool norm_before_gate = true, activation = true, headwise_D = true;  // headwise_D: D is (h,)

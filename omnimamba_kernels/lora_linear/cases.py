@@ -35,11 +35,11 @@ SMALL = (
     Case((4,), 64, 40, rank=4),
     Case((2, 3), 37, 23, tasks=3, rank=5, bias=True),
     Case((16,), 129, 65, tasks=0, bias=True),
-    Case((17,), 33, 521, tasks=1, rank=2),
-    Case((3, 11), 70, 61, tasks=3, rank=3, bias=True),
-    Case((67,), 96, 530, tasks=2, rank=8),
+    Case((50,), 33, 131, tasks=1, rank=2),
+    Case((5, 11), 300, 61, tasks=3, rank=3, bias=True),
+    Case((67,), 96, 290, tasks=2, rank=8),
 )
-"""Few and many rows, primes, one of everything, more outputs than one panel."""
+"""Few and many rows, primes, one of everything, more of each than one block of the matrix product."""
 
 
 def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:

@@ -1,10 +1,10 @@
-"""The LoRA linear layer on a CPU: a kernel of our own for few rows, torch's sgemm for many.
+"""The LoRA linear layer on a CPU: one kernel for few rows, which reads the weights once, and one for matrix products.
 
     y_i = W x_i + bias + scale B_t A_t u_i,    u = dropout(x)
 
 Many rows: the adapters are concatenated by rank, S = (u [A_1; A_2; ..]^T) masked by the row's task, then
-S [B_1 | B_2 | ..]^T. 16-bit weights pass through a panel of float32 scratch: each is read once, and all arithmetic is float32. (torch's own
-16-bit product is fast only where the processor has instructions for it, and some 400 times slower elsewhere.)
+S [B_1 | B_2 | ..]^T is added to x W^T. All arithmetic is float32, whatever the operands are stored in, and has the same
+bits at every thread count; neither is true of torch's own products on a CPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import native
 
-# Up to so many rows one pass over the weights is faster than unpacking them for sgemm.
-FEW_ROWS = 16
-# Rows of 16-bit weights unpacked at a time: a panel of float32 that stays in cache.
-PANEL = 512
+# Up to so many rows, one pass over the weights beats unpacking them for a matrix product.
+FEW_ROWS = 48
+# The matrix product's blocks, as in matmul.h.
+DEPTH, COLUMNS = 256, 128
 
 
 def why_not(*tensors: Tensor | None, **options: object) -> str | None:
@@ -43,27 +43,12 @@ def forward(
     saved = (x, weight, lora_A, lora_B, task) if save else ()
     if x.shape[0] <= FEW_ROWS and not dropout_p and x.numel() and weight.numel():
         return (_few_rows(x, weight, lora_A, lora_B, bias, task, scale),), saved
-    x32 = x.float()
-    low = B = None
+    y = None if bias is None else bias.float().repeat(x.shape[0], 1)
+    y = _matmul(x, weight.T, onto=y)
     if task is not None:
         low = _low(_dropped(x, dropout_p, dropout_seed), lora_A, task, scale)
-        B = _by_rank(lora_B)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    whole = y.dtype == weight.dtype == torch.float32
-    scratch = None if whole else torch.empty(x.shape[0], PANEL)
-    for begin, panel in _panels(weight, whole):
-        end = begin + panel.shape[0]
-        part = y[:, begin:end]
-        sums = part if y.dtype == torch.float32 else scratch[:, : end - begin]
-        if bias is None:
-            torch.mm(x32, panel.T, out=sums)
-        else:
-            torch.addmm(bias[begin:end].float(), x32, panel.T, out=sums)
-        if low is not None:
-            sums.addmm_(low, B[:, begin:end])
-        if sums is not part:
-            part.copy_(sums)
-    return (y,), saved
+        _matmul(low, _by_rank(lora_B), onto=y)
+    return (y.to(x.dtype),), saved
 
 
 def backward(
@@ -79,25 +64,25 @@ def backward(
     dx = dweight = dA = dB = dbias = None
     if grads[0] is None:
         return None, None, None, None, None, None
-    dy = grads[0].float()
+    dy = grads[0]
     if needs[0]:
-        dx = _times_weight(dy, weight)
+        dx = _matmul(dy, weight)
     if needs[1]:
-        dweight = torch.mm(dy.T, x.float()).to(weight.dtype)
+        dweight = _matmul(dy.T, x).to(weight.dtype)
     if needs[4]:
-        dbias = dy.sum(0)
+        dbias = _matmul(torch.ones(1, dy.shape[0]), dy)[0]
     if task is not None and (needs[0] or needs[2] or needs[3]):
         u = _dropped(x, dropout_p, dropout_seed) if needs[2] or needs[3] else None
-        A, B = lora_A.flatten(0, 1).float(), _by_rank(lora_B)
-        dlow = torch.mm(dy, B.T).mul_(_routed(task, lora_A, scale))
+        A = lora_A.flatten(0, 1)
+        dlow = _matmul(dy, _by_rank(lora_B).T).mul_(_routed(task, lora_A, scale))
         if needs[0] and dropout_p:
-            _drop(torch.mm(dlow, A), dropout_p, dropout_seed, onto=dx)
+            _drop(_matmul(dlow, A), dropout_p, dropout_seed, onto=dx)
         elif needs[0]:
-            dx.addmm_(dlow, A)
+            _matmul(dlow, A, onto=dx)
         if needs[2]:
-            dA = torch.mm(dlow.T, u).view(lora_A.shape).to(lora_A.dtype)
+            dA = _matmul(dlow.T, u).view(lora_A.shape).to(lora_A.dtype)
         if needs[3]:
-            dB = torch.mm(_low(u, lora_A, task, scale).T, dy)
+            dB = _matmul(_low(u, lora_A, task, scale).T, dy)
             dB = dB.unflatten(0, lora_A.shape[:2]).transpose(1, 2).to(lora_B.dtype)
     return dx if dx is None else dx.to(x.dtype), dweight, dA, dB, dbias, None
 
@@ -137,30 +122,29 @@ def _few_rows(x, weight, lora_A, lora_B, bias, task, scale: float) -> Tensor:
 # ---- many rows ----
 
 
-def _panels(weight: Tensor, whole: bool):
-    """(first row, float32 weights) of one panel after another; float32 weights are not copied."""
-    if whole:
-        yield 0, weight
-        return
-    scratch = None if weight.dtype == torch.float32 else torch.empty(PANEL, weight.shape[1])
-    for begin in range(0, weight.shape[0], PANEL):
-        panel = weight[begin : begin + PANEL]
-        yield begin, panel if scratch is None else scratch[: panel.shape[0]].copy_(panel)
-
-
-def _times_weight(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy W in float32."""
-    if weight.dtype == torch.float32:
-        return torch.mm(dy, weight)
-    dx = torch.zeros(dy.shape[0], weight.shape[1])
-    for begin, panel in _panels(weight, whole=False):
-        dx.addmm_(dy[:, begin : begin + panel.shape[0]], panel)
-    return dx
+def _matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """a (m, k) b (k, n) in float32, of any strides; added to ``onto`` where it is given."""
+    (m, k), n = a.shape, b.shape[1]
+    c = torch.empty(m, n) if onto is None else onto
+    if not (m and n and k):
+        return c.zero_() if onto is None else c
+    native.call(
+        "matmul",
+        a=a,
+        b=b,
+        c=c,
+        workspace=torch.empty((m + 8 + torch.get_num_threads() * COLUMNS) * DEPTH),
+        m=m,
+        n=n,
+        k=k,
+        accumulate=onto is not None,
+    )
+    return c
 
 
 def _by_rank(lora_B: Tensor) -> Tensor:
-    """lora_B (tasks, out, r) as float32 (tasks r, out)."""
-    return lora_B.transpose(1, 2).flatten(0, 1).float()
+    """lora_B (tasks, out, r) as (tasks r, out)."""
+    return lora_B.transpose(1, 2).flatten(0, 1)
 
 
 def _routed(task: Tensor, lora_A: Tensor, scale: float) -> Tensor:
@@ -171,12 +155,12 @@ def _routed(task: Tensor, lora_A: Tensor, scale: float) -> Tensor:
 
 
 def _low(u: Tensor, lora_A: Tensor, task: Tensor, scale: float) -> Tensor:
-    return torch.mm(u, lora_A.flatten(0, 1).float().T).mul_(_routed(task, lora_A, scale))
+    return _matmul(u, lora_A.flatten(0, 1).T).mul_(_routed(task, lora_A, scale))
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: int) -> Tensor:
-    """u in float32: x itself without dropout."""
-    return _drop(x, dropout_p, seed) if dropout_p else x.float()
+    """u: x itself without dropout."""
+    return _drop(x, dropout_p, seed) if dropout_p else x
 
 
 def _drop(x: Tensor, dropout_p: float, seed: int, onto: Tensor | None = None) -> Tensor:

@@ -2,9 +2,9 @@
 
     y_i = W x_i + bias + scale B_t A_t (m_i * x_i)        the LoRA term is absent where t = -1
 
-m is the dropout mask over the LoRA input: keep(i, j) / (1 - dropout_p), a pure function of the seed and the position, so
-that a backward computes it again. Source: LoRA (arXiv 2106.09685), section 4; OmniMamba (arXiv 2503.08686) routes it by
-task.
+m is the dropout mask over the LoRA input: keep(i, j) / (1 - dropout_p), a pure function of the seed and the position,
+so that a backward computes it again. Source: LoRA (arXiv 2106.09685), section 4; OmniMamba (arXiv 2503.08686) routes it
+by task.
 """
 
 from __future__ import annotations

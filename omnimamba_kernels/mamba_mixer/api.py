@@ -99,6 +99,11 @@ def mamba_split_conv1d_scan_combined(
         )
     checks.shape("rmsnorm_weight", rmsnorm_weight, dim, letters="(dim,)")
     extra = _non_ssm_width(zxbcdt, dim, state_columns, h)
+    checks.shape("outproj_weight", outproj_weight, None, extra + dim, letters="(out, d_nonssm + dim)")
+    if outproj_bias is not None:
+        if outproj_weight is None:
+            raise ValueError("outproj_bias: got one without outproj_weight; pass both, or neither")
+        checks.shape("outproj_bias", outproj_bias, outproj_weight.shape[0], letters="(out,)")
     z0, x0, z, xBC, dt = zxbcdt.split([extra, extra, dim, dim + state_columns, h], dim=-1)
     xBC = causal_conv1d_fn(
         xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation, backend=backend
@@ -183,19 +188,46 @@ def mamba_mixer_step(
 
     Source: Mamba-2 (arXiv 2405.21060), the recurrent form of section 7.
     """
+    _, p = _head_sizes(A, D, headdim)
+    tensors = (
+        zxbcdt,
+        conv_state,
+        ssm_state,
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D,
+        rmsnorm_weight,
+        state_batch_indices,
+    )
+    options = {
+        "headdim": p,
+        "ngroups": ngroups,
+        "rmsnorm_eps": float(rmsnorm_eps),
+        "norm_before_gate": bool(norm_before_gate),
+        "activation": activation is not None,
+    }
+    _check_step(*tensors, p, ngroups, activation)
+    ((y,), _) = choose("mamba_mixer", backend, *tensors, **options).forward(*tensors, **options)
+    return y
+
+
+def _check_step(zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight,
+                state_batch_indices, p, ngroups, activation) -> None:  # fmt: skip
     checks.rank("zxbcdt", zxbcdt, 2, letters="(b, 2 d_nonssm + 2 dim + 2 g n + h)")
-    b = zxbcdt.shape[0]
-    h, p = _head_sizes(A, D, headdim)
-    dim = h * p
+    b, h, dim = zxbcdt.shape[0], A.shape[0], A.shape[0] * p
     checks.rank("ssm_state", ssm_state, 4, letters="(slots, h, p, n)")
     slots = b if state_batch_indices is None else ssm_state.shape[0]
     n = ssm_state.shape[3]
     checks.shape("ssm_state", ssm_state, slots, h, p, n, letters="(slots, h, p, n)")
     checks.divisible("the number of heads h", h, "ngroups", ngroups)
     channels = dim + 2 * ngroups * n
+    checks.rank("conv1d_weight", conv1d_weight, 2, letters="(dim + 2 g n, w)")
     checks.shape("conv1d_weight", conv1d_weight, channels, None, letters="(dim + 2 g n, w)")
     checks.one_of("conv1d_weight's width w", conv1d_weight.shape[1], 2, 3, 4)
     checks.shape("conv1d_bias", conv1d_bias, channels, letters="(dim + 2 g n,)")
+    checks.rank("conv_state", conv_state, 3, letters="(slots, dim + 2 g n, state_len)")
     checks.shape("conv_state", conv_state, slots, channels, None, letters="(slots, dim + 2 g n, state_len)")
     if conv_state.shape[2] < conv1d_weight.shape[1] - 1:
         raise ValueError(
@@ -224,24 +256,3 @@ def mamba_mixer_step(
     checks.integer(state_batch_indices=state_batch_indices)
     checks.same_device(**floats, state_batch_indices=state_batch_indices)
     checks.in_range("state_batch_indices", state_batch_indices, -(2**31), slots)
-    tensors = (
-        zxbcdt,
-        conv_state,
-        ssm_state,
-        conv1d_weight,
-        conv1d_bias,
-        dt_bias,
-        A,
-        D,
-        rmsnorm_weight,
-        state_batch_indices,
-    )
-    options = {
-        "headdim": p,
-        "ngroups": ngroups,
-        "rmsnorm_eps": float(rmsnorm_eps),
-        "norm_before_gate": bool(norm_before_gate),
-        "activation": activation is not None,
-    }
-    ((y,), _) = choose("mamba_mixer", backend, *tensors, **options).forward(*tensors, **options)
-    return y

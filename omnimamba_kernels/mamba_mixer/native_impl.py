@@ -53,7 +53,7 @@ def forward(
         rmsnorm_weight=rmsnorm_weight,
         state_batch_indices=state_batch_indices,
         out=out,
-        workspace=torch.empty(b * (2 * channels + dim) + channels * (w + 1)),
+        workspace=torch.empty(b * (2 * channels + dim + h) + channels * (w + 1) + 2 * (h + dim)),
         batch=b,
         heads=h,
         headdim=headdim,
