@@ -12,6 +12,8 @@ constexpr int STEP = 2 * W;             // weights taken at a time from each row
 constexpr int ROWS = 4;                 // rows of x in one tile
 constexpr int PANEL = W == 16 ? 4 : 2;  // weight rows in one tile: ROWS * PANEL accumulators stay in registers
 
+constexpr int64_t ENOUGH = 1 << 14;  // elements below which waking threads costs more than it saves
+
 static_assert(32 % STEP == 0, "the workspace pads rows to 32");
 int64_t padded(int64_t in) { return (in + 31) / 32 * 32; }
 
@@ -178,7 +180,8 @@ void lora_linear_forward(const LoraLinearParams& p) {
     using TW = decltype(w);
     for_float_type(p.x.dtype, [&](auto v) {
       using TX = decltype(v);
-      for (int64_t row = 0; row < p.rows; row++) unpack_row<TX, TW>(p.x.at<TX>(row), p.in, x + row * padded(p.in));
+      parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows,
+                   [&](int64_t row, int) { unpack_row<TX, TW>(p.x.at<TX>(row), p.in, x + row * padded(p.in)); });
       if (p.task) project_down(p, low);
       parallel_parts(p.threads, (p.out + PANEL - 1) / PANEL,
                      [&](int64_t begin, int64_t end, int) { panels<TW, TX>(p, x, low, begin, end); });

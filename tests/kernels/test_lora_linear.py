@@ -16,7 +16,7 @@ SCALE = 1.5
 FLOATS = ("x", "weight", "lora_A", "lora_B", "bias")
 MIXED = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + MIXED
-FEW, MANY = Case((5,), 45, 33, tasks=3, rank=3, bias=True), Case((41,), 45, 33, tasks=3, rank=3, bias=True)
+FEW, MANY = Case((5,), 45, 33, tasks=3, rank=3, bias=True), Case((71,), 45, 33, tasks=3, rank=3, bias=True)
 
 
 def layer(**tensors):
@@ -120,7 +120,9 @@ def test_mixed_tasks_equal_each_alone(run, dtype):
     together = layer(**t)
     for i, task in enumerate(t["task"].tolist()):
         alone = layer(**(t | {"x": t["x"][i : i + 1], "task": task}))
-        assert same_bits(alone[0], together[i]) or (run == "reference" and torch.allclose(alone[0], together[i]))
+        assert same_bits(alone[0], together[i]) or (
+            run == "reference" and torch.allclose(alone[0], together[i], atol=1e-5)
+        )
 
 
 @pytest.mark.parametrize("case", [FEW, MANY], ids=str)
@@ -145,7 +147,7 @@ def test_task_of_one_adapter_may_be_left_out(run):
 @given(data=st.data())
 def test_any_strides(run, data):
     """Every operand transposed, sliced out of a wider row or every other element of one; canaries stay."""
-    case = Case((data.draw(st.sampled_from([1, 3, 19])),), 35, 21, tasks=2, rank=3, bias=True)
+    case = Case((data.draw(st.sampled_from([1, 3, 51])),), 35, 21, tasks=2, rank=3, bias=True)
     dtype, weight_dtype = data.draw(st.sampled_from(PAIRS))
     plain = inputs(case, dtype, weight_dtype)
     frames = {}

@@ -209,6 +209,7 @@ CHANGES = [
     ("ssm_state", ValueError, {"ssm_state": torch.randn(2, 6, 17, 33)}),
     ("conv1d_weight", ValueError, {"conv1d_weight": torch.randn(ONE.channels, 5)}),
     ("conv1d_weight", ValueError, {"conv1d_weight": torch.randn(ONE.channels)}),
+    ("conv1d_weight", TypeError, {"conv1d_weight": None}),
     ("conv1d_bias", ValueError, {"conv1d_bias": torch.randn(2)}),
     ("dt_bias", ValueError, {"dt_bias": torch.randn(2)}),
     ("A", ValueError, {"A": torch.randn(6, 1)}),
