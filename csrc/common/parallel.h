@@ -5,6 +5,8 @@
 #include <omp.h>
 #endif
 
+#include "flush.h"
+
 namespace omnimamba {
 
 // body(begin, end, thread) for contiguous parts of [0, count), one part a thread.
@@ -12,18 +14,21 @@ template <class Body>
 void parallel_parts(int threads, int64_t count, Body&& body) {
   if (threads > count) threads = static_cast<int>(count);
   if (threads <= 1) {
+    FlushTinyResults flush;
     if (count > 0) body(int64_t{0}, count, 0);
     return;
   }
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
   {
+    FlushTinyResults flush;
     // The runtime may give fewer threads than asked for.
     int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t begin = count * me / team, end = count * (me + 1) / team;
     if (begin < end) body(begin, end, static_cast<int>(me));
   }
 #else
+  FlushTinyResults flush;
   body(int64_t{0}, count, 0);
 #endif
 }

@@ -53,13 +53,6 @@ struct Forward {
   float* scratch;
 };
 
-// One head in one chunk.
-struct Unit {
-  int64_t b, c, h;  // c counts from the row's first chunk
-  int64_t in_slab;  // and from the slab's first
-  Chunk chunk;
-};
-
 // x as it is and weighted by what the chunk's end keeps of it.
 template <class T>
 void pack_x(const Forward& f, const Unit& u, const Scratch& s) {
@@ -154,14 +147,12 @@ void output_padding(const Forward& f, const Unit& u) {
   }
 }
 
-enum class Work { All, States, Outputs };
-
 template <class T>
 void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
   float* next = f.states.at(u.b, u.c + 1, u.h);
   if (u.chunk.kind == ChunkKind::Padding) {
     if (work != Work::States) output_padding<T>(f, u);
-    if (work != Work::Outputs) std::memset(next, 0, sizeof(float) * static_cast<size_t>(f.z.state_floats));
+    if (work != Work::Rest) std::memset(next, 0, sizeof(float) * static_cast<size_t>(f.z.state_floats));
     return;
   }
   Scratch s = f.of_thread(thread);
@@ -241,7 +232,7 @@ void run(const Forward& f) {
     } else {
       scan_units<T>(f, c0, Work::States);
       join_states(f, c0);
-      scan_units<T>(f, c0, Work::Outputs);
+      scan_units<T>(f, c0, Work::Rest);
     }
   }
 }

@@ -49,6 +49,14 @@ inline void pack_columns(const float* rows, int64_t row, int length, int width, 
 // A head's rows (t, p) as panels of kTileColumns columns: panel j begins at j * panel_floats().
 constexpr int64_t panel_floats() { return int64_t{kRow} * kTileColumns; }
 
+template <class T>
+void pack_panels(const T* in, int64_t step, int length, const Sizes& z, float* out) {
+  for (int j = 0; j < z.panels; j++, out += panel_floats())
+    for (int t = 0; t < length; t++)
+      for (int v = 0; v < kTileColumns; v += W)
+        store(out + t * kTileColumns + v, load_left(in + t * step + j * kTileColumns + v, z.p - j * kTileColumns - v));
+}
+
 // One panel of a state, n x kTileColumns inside, (p, n) rows outside.
 inline void load_state(const float* in, int64_t p_step, int64_t n_step, const Sizes& z, int panel, float* out) {
   int columns = std::min(kTileColumns, z.p - panel * kTileColumns);

@@ -20,4 +20,14 @@ inline bool chunks_side_by_side(const SsdScanParams& q, int64_t units) {
 // next = decay * state + own, where the chunk continues; the same expression in both schedules, for the same bits.
 OM_INLINE vf carried(vf state, float decay, vf own) { return state * splat(decay) + own; }
 
+// One head in one chunk.
+struct Unit {
+  int64_t b, c, h;  // c counts from the row's first chunk
+  int64_t in_slab;  // and from the slab's first
+  Chunk chunk;
+};
+
+// What a visit to a unit does: everything, or where chunks run side by side first the states, later the rest.
+enum class Work { All, States, Rest };
+
 }  // namespace omnimamba::ssd

@@ -110,7 +110,9 @@ def mamba_chunk_scan_combined(
     b, l = x.shape[:2]
     if cu_seqlens is None:
         if return_varlen_states:
-            raise ValueError("return_varlen_states: got True without cu_seqlens; pass the offsets of the packed sequences")
+            raise ValueError(
+                "return_varlen_states: got True without cu_seqlens; pass the offsets of the packed sequences"
+            )
     else:
         if b != 1:
             raise ValueError(f"cu_seqlens: got a batch of {b}, expected 1 that holds all sequences one after another")

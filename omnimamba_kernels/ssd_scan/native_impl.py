@@ -18,8 +18,6 @@ CONTINUES, FRESH, PADDING = 0, 1, 2  # ChunkKind in csrc/ssd_scan/ssd_scan.h
 def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
     if any(t is not None and t.dtype == torch.float64 for t in (x, dt, A, B, *tensors)):
         return "its arithmetic is float32 and an argument is float64"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, *tensors)):
-        return "it has no backward yet"
     if 0 in x.shape[2:] or 0 in B.shape[2:]:
         return f"it needs at least one head, channel, group and state: x is {tuple(x.shape)}, B is {tuple(B.shape)}"
     return None
@@ -52,7 +50,7 @@ def forward(
     fields |= dict(y=y, final_states=final, varlen_states=varlen)
     if l == 0:
         final.copy_(initial_states) if initial_states is not None else final.zero_()
-        return (y.to(x.dtype), final, varlen), (x, dt, A, B, C, D, z, dt_bias, initial_states, *[None] * 5)
+        return (y.to(x.dtype), final, varlen), (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, *[None] * 4)
     if l <= SHORT and seq_idx is None and cu_seqlens is None and not save:
         native.call("ssd_scan_short", **fields)
         return (y.to(x.dtype), final, None), ()
@@ -68,6 +66,58 @@ def forward(
     native.call("ssd_scan_forward", workspace=workspace, **fields)
     saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunks, first, states, ungated)
     return (y.to(x.dtype), final, varlen), saved if save else ()
+
+
+def backward(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    *,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> tuple[Tensor | None, ...]:
+    *inputs, cu_seqlens, chunks, first, states, ungated = saved
+    x, dt, A, B, C, D, z, dt_bias, initial_states = inputs
+    b, l, h, p = x.shape
+    fields = _fields(*inputs, dt_softplus, dt_limit)
+    storage = fields["x"].dtype
+    dy, dfinal, dvarlen = (None if t is None else _rows(t, dtype) for t, dtype in zip(grads, _types(storage)))
+    made = {
+        "dx": torch.empty(x.shape, dtype=storage),
+        "ddt": torch.empty(dt.shape),
+        "dA": torch.zeros(h),
+        "dB": torch.empty(B.shape, dtype=storage),
+        "dC": torch.empty(C.shape, dtype=storage),
+        "dD": torch.zeros(h, p),
+        "dz": None if z is None else torch.empty(z.shape, dtype=storage),
+        "ddt_bias": torch.zeros(h),
+        "dinitial_states": None if initial_states is None else torch.zeros(b, h, p, B.shape[3]),
+    }
+    if l:
+        if states.shape[-1] != native.call("ssd_scan_state_floats", **fields):
+            raise RuntimeError("ssd_scan: backward runs on another instruction set than its forward; use one for both")
+        fields |= dict(chunks=chunks, first_chunk=first, max_chunks=states.shape[1] - 1, states=states, ungated=ungated)
+        fields |= dict(
+            dy=torch.zeros_like(made["dx"]) if dy is None else dy, dfinal_states=dfinal, dvarlen_states=dvarlen
+        )
+        workspace = torch.empty(native.call("ssd_scan_backward_workspace", **fields))
+        native.call("ssd_scan_backward", workspace=workspace, **fields, **made)
+    dinitial = made["dinitial_states"]
+    if dinitial is not None:
+        if l == 0 and dfinal is not None:
+            dinitial += dfinal
+        if dvarlen is not None and len(dvarlen) and cu_seqlens[1] == 0:
+            dinitial[0] += dvarlen[0]
+    dD = made["dD"] if D is None or D.dim() == 2 else made["dD"].sum(1)
+    found = (*(made[f"d{name}"] for name in ("x", "dt", "A", "B", "C")), dD, made["dz"], made["ddt_bias"], dinitial)
+    cast = (None if t is None or not need else grad.to(t.dtype) for t, grad, need in zip(inputs, found, needs))
+    return (*cast, None, None)
+
+
+def _types(storage: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Of the gradients that come in: y's, the final states', the varlen states'."""
+    return storage, torch.float32, torch.float32
 
 
 def _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit) -> dict[str, Any]:

@@ -98,7 +98,6 @@ def _varlen(ended: dict[int, Tensor], offsets: list[int]) -> Tensor:
     """The state after each packed sequence; an empty one has the state it starts from."""
     blank = torch.zeros_like(ended[0][0])
     states = [
-        ended[end][0] if end > start or end == 0 else blank
-        for start, end in zip(offsets, offsets[1:], strict=False)
+        ended[end][0] if end > start or end == 0 else blank for start, end in zip(offsets, offsets[1:], strict=False)
     ]
     return torch.stack(states) if states else blank.new_zeros(0, *blank.shape)
