@@ -65,7 +65,7 @@ def test_forward(bench, benchmark, shape):
 
     work = Work("copy", bytes=2 * values["x"].numel() * 4)
     rows = bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
-    bench.against_dram(rows, work)
+    bench.against_dram(benchmark, rows, work)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
@@ -90,7 +90,7 @@ def test_backward(bench, benchmark, shape):
 
     work = Work("copy", bytes=3 * values["x"].numel() * 4)
     rows = bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
-    bench.against_dram(rows, work)
+    bench.against_dram(benchmark, rows, work)
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(64, marks=full)])

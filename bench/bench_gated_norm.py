@@ -58,7 +58,7 @@ def test_forward(bench, benchmark, shape):
 
     work = Work("copy", bytes=3 * values["x"].nbytes)
     rows = bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
-    bench.against_dram(rows, work)
+    bench.against_dram(benchmark, rows, work)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(SHAPES[1], marks=full)], ids=str)
@@ -82,4 +82,4 @@ def test_backward(bench, benchmark, shape):
 
     work = Work("copy", bytes=5 * values["x"].nbytes)
     rows = bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
-    bench.against_dram(rows, work)
+    bench.against_dram(benchmark, rows, work)

@@ -115,4 +115,4 @@ def test_decode(bench, benchmark, context):
     rows = bench.compare(benchmark, GROUP, case(context), contenders, work(OURS, "bfloat16", context), tokens=TOKENS)
     for row in rows:
         row.note = f"{dtypes[row.who]} weights"
-        bench.peaks([row], "generation", context=context, steps=2, dtype=dtypes[row.who])
+        bench.peaks(benchmark, [row], "generation", context=context, steps=2, dtype=dtypes[row.who])

@@ -95,4 +95,4 @@ def test_training(bench, benchmark, shape):
     work = Work("sgemm", flops=3 * inputs.scan_flops(*shape))
     rows = bench.compare(benchmark, TRAINING, case(*shape), Problem(*shape).contenders(True), work)
     if shape[2] == 24:
-        bench.peaks(rows, "scan_training", b=shape[0], l=shape[1], h=shape[2])
+        bench.peaks(benchmark, rows, "scan_training", b=shape[0], l=shape[1], h=shape[2])

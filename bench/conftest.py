@@ -115,6 +115,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(torch.get_num_threads())
 
 
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    machine_info["omnimamba"] = machine.describe()
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
     if not session.bench.rows:

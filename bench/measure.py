@@ -22,7 +22,7 @@ from .rates import Rates, seconds
 from .results import Row
 
 SLOW_RATE = 0.85
-"""A round counts if the rate on both sides of it was at least this share of the case's best."""
+"""A round counts if the rate on both sides of it was at least this share of the upper quartile of the case's rates."""
 _LOOP_FOR = 20e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
@@ -120,8 +120,7 @@ class Bench:
         rate = [(b + a) / 2 for b, a in zip(before, after, strict=True)]
         for contender in passed:
             _fill(rows[contender.name], contender, subject, kept, rate, work, tokens)
-        for row in rows.values():
-            benchmark.extra_info[row.who] = {k: v for k, v in vars(row).items() if v not in (None, "")}
+        _publish(benchmark, list(rows.values()))
         return list(rows.values())
 
     def _rounds_for(self, taken: float) -> int:
@@ -129,18 +128,20 @@ class Bench:
         fewest = self.fewest if taken < 8 else 2 if taken < 25 else 1
         return min(self.most, max(fewest, int(self.budget / taken)))
 
-    def peaks(self, rows: list[Row], task: str, **arguments: Any) -> None:
+    def peaks(self, benchmark: Any, rows: list[Row], task: str, **arguments: Any) -> None:
         """Adds peak memory to the rows that have a time; ``task`` is one of bench.memory's."""
         for row in rows:
             if row.seconds:
                 row.peak_bytes = memory.peak(task, who=row.who, **arguments)
+        _publish(benchmark, rows)
 
-    def against_dram(self, rows: list[Row], work: Work) -> None:
+    def against_dram(self, benchmark: Any, rows: list[Row], work: Work) -> None:
         """Adds the share of the speed of a copy far larger than the caches, where the case itself may fit in one."""
         rate = statistics.median(self.rates.sample("far copy") for _ in range(3))
         for row in rows:
             if row.seconds:
                 row.far_share = work.bytes / rate / row.seconds
+        _publish(benchmark, rows)
 
     def _rounds(
         self, benchmark: Any, subject: Contender, peers: list[Contender], wanted: dict[str, int], work: Work
@@ -161,6 +162,12 @@ class Bench:
         )
         after += before[len(after) :]  # with timing disabled pytest-benchmark runs no teardown
         return before, after
+
+
+def _publish(benchmark: Any, rows: list[Row]) -> None:
+    """Hands pytest-benchmark what its own JSON should hold of each contender."""
+    for row in rows:
+        benchmark.extra_info[row.who] = {k: v for k, v in vars(row).items() if v not in (None, "")}
 
 
 def _admit(contender: Contender, row: Row) -> bool:
@@ -194,7 +201,8 @@ def _settle(contender: Contender) -> float:
 def quiet_rounds(before: list[float], after: list[float]) -> list[int]:
     """The rounds with a fast rate on both sides; the best round at least."""
     worst = [min(pair) for pair in zip(before, after, strict=True)]
-    kept = [i for i, rate in enumerate(worst) if rate >= SLOW_RATE * max(before + after)]
+    fair = sorted(before + after)[int(0.75 * len(before + after))]
+    kept = [i for i, rate in enumerate(worst) if rate >= SLOW_RATE * fair]
     return kept or [worst.index(max(worst))]
 
 
