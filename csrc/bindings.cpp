@@ -1,6 +1,10 @@
-// The only pybind11 file. A kernel takes one Params struct; Python fills it by field name, a torch tensor becoming a View.
+// The only pybind11 file. A kernel takes one Params struct; Python gives its members by name, a torch tensor becoming a View.
 // The module is compiled once for each instruction set (OMNIMAMBA_MODULE names it); native.py loads the one to use.
 #include <pybind11/pybind11.h>
+
+#include <string>
+#include <type_traits>
+#include <vector>
 
 #include "causal_conv1d/causal_conv1d.h"
 #include "common/isa.h"
@@ -31,142 +35,214 @@ DType dtype_of(PyObject* torch_dtype) {
   throw py::type_error("native kernels take float32, bfloat16, float16, int32 and int64 tensors");
 }
 
-}  // namespace
+// ---- from a Python value to a member of a Params struct ----
 
-namespace pybind11::detail {
+void assign(View& view, PyObject* tensor) {
+  view = View{};
+  if (tensor == Py_None) return;
+  static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* stride = PyUnicode_InternFromString("stride");
+  static PyObject* dtype = PyUnicode_InternFromString("dtype");
+  auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
+  auto strides = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, stride));
+  auto type = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
+  if (!address || !strides || !type) throw py::error_already_set();
+  view.data = PyLong_AsVoidPtr(address.ptr());
+  view.dtype = dtype_of(type.ptr());
+  Py_ssize_t rank = PyTuple_Size(strides.ptr());
+  if (rank < 0 || rank > 4) throw py::value_error("native kernels take tensors of at most 4 dimensions");
+  for (Py_ssize_t i = 0; i < rank; i++) view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
+}
 
-template <>
-struct type_caster<View> {
-  PYBIND11_TYPE_CASTER(View, const_name("torch.Tensor | None"));
+void assign(bool& flag, PyObject* value) { flag = PyObject_IsTrue(value) == 1; }
 
-  bool load(handle tensor, bool) {
-    value = View{};
-    if (tensor.is_none()) return true;
-    static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-    static PyObject* stride = PyUnicode_InternFromString("stride");
-    static PyObject* dtype = PyUnicode_InternFromString("dtype");
-    auto address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
-    auto strides = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
-    auto type = reinterpret_steal<object>(PyObject_GetAttr(tensor.ptr(), dtype));
-    if (!address || !strides || !type) throw error_already_set();
-    value.data = PyLong_AsVoidPtr(address.ptr());
-    value.dtype = dtype_of(type.ptr());
-    Py_ssize_t rank = PyTuple_Size(strides.ptr());
-    if (rank < 0 || rank > 4) throw value_error("native kernels take tensors of at most 4 dimensions");
-    for (Py_ssize_t i = 0; i < rank; i++) value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
-    return true;
+template <class Number, std::enable_if_t<std::is_arithmetic_v<Number>, int> = 0>
+void assign(Number& number, PyObject* value) {
+  if constexpr (std::is_floating_point_v<Number>)
+    number = static_cast<Number>(PyFloat_AsDouble(value));
+  else
+    number = static_cast<Number>(PyLong_AsLongLong(value));
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+// ---- a kernel as a Python function of keywords: kernels[name](x=x, batch=b, ...) ----
+
+int torch_threads() {
+  static PyObject* get_num_threads = py::object(py::module_::import("torch").attr("get_num_threads")).release().ptr();
+  return py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get_num_threads)).cast<int>();
+}
+
+// The members of a Params struct by name. It lives as long as the process, as the kernels that refer to it do.
+template <class Params>
+struct Fields {
+  struct Field {
+    PyObject* name;
+    void (*set)(Params&, PyObject*);
+  };
+  std::vector<Field> all;
+
+  template <auto member>
+  Fields& add(const char* name) {
+    all.push_back({PyUnicode_InternFromString(name), [](Params& p, PyObject* value) { assign(p.*member, value); }});
+    return *this;
   }
 
-  static handle cast(const View&, return_value_policy, handle) { return none().release(); }
+  // Keywords written in Python source are interned, so the first loop nearly always finds them.
+  void set(Params& p, PyObject* name, PyObject* value) const {
+    for (const Field& field : all)
+      if (field.name == name) return field.set(p, value);
+    for (const Field& field : all)
+      if (PyUnicode_Compare(field.name, name) == 0) return field.set(p, value);
+    throw py::type_error("this kernel has no field " + py::handle(name).cast<std::string>());
+  }
 };
 
-}  // namespace pybind11::detail
-
-namespace {
-
-// A Params class, with the field that all of them have.
-template <class Params>
-py::class_<Params> params(py::module_& m, const char* name) {
-  return py::class_<Params>(m, name, py::module_local()).def(py::init<>()).def_readwrite("threads", &Params::threads);
-}
-
-// kernels[name] = (Params class, function): what native.call looks up. The interpreter is free while a kernel runs.
 template <class Params, class Result>
-void kernel(py::module_& m, const char* name, Result (*function)(const Params&)) {
-  py::dict kernels = m.attr("kernels");
-  py::cpp_function call(function, py::call_guard<py::gil_scoped_release>());
-  kernels[name] = py::make_tuple(py::type::of<Params>(), call);
+struct Kernel {
+  const Fields<Params>* fields;
+  Result (*function)(const Params&);
+  PyMethodDef definition;
+
+  static PyObject* call(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+    try {
+      auto* kernel = static_cast<Kernel*>(PyCapsule_GetPointer(self, nullptr));
+      if (positional) throw py::type_error("kernels take keywords only");
+      Params p;
+      for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++)
+        kernel->fields->set(p, PyTuple_GET_ITEM(names, i), values[i]);
+      p.threads = torch_threads();
+      return run(kernel->function, p).release().ptr();
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+  // The interpreter is free for other threads while a kernel runs.
+  static py::object run(Result (*function)(const Params&), const Params& p) {
+    if constexpr (std::is_void_v<Result>) {
+      py::gil_scoped_release free;
+      function(p);
+      return py::none();
+    } else {
+      return py::cast(([&] {
+        py::gil_scoped_release free;
+        return function(p);
+      })());
+    }
+  }
+};
+
+template <class Params>
+Fields<Params>& params() {
+  return *new Fields<Params>;
 }
 
-#define FIELD(name) .def_readwrite(#name, &Params::name)
+template <class Params, class Result>
+void kernel(py::module_& m, const Fields<Params>& fields, const char* name, Result (*function)(const Params&)) {
+  using Bound = Kernel<Params, Result>;
+  auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Bound::call));
+  auto* bound = new Bound{&fields, function, {name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}};
+  auto self = py::reinterpret_steal<py::object>(PyCapsule_New(bound, nullptr, nullptr));
+  py::dict kernels = m.attr("kernels");
+  kernels[name] = py::reinterpret_steal<py::object>(PyCFunction_New(&bound->definition, self.ptr()));
+}
+
+#define FIELD(name) .add<&Params::name>(#name)
 
 void bind_causal_conv1d(py::module_& m) {
   {
     using Params = CausalConv1dParams;
-    params<Params>(m, "CausalConv1dParams") FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live)
-        FIELD(y) FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(batch)
+    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live) FIELD(y)
+        FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(batch)
             FIELD(channels) FIELD(length) FIELD(width) FIELD(activation);
-    kernel(m, "causal_conv1d_forward", causal_conv1d_forward);
-    kernel(m, "causal_conv1d_backward", causal_conv1d_backward);
-    kernel(m, "causal_conv1d_workspace", causal_conv1d_workspace);
+    kernel(m, fields, "causal_conv1d_forward", causal_conv1d_forward);
+    kernel(m, fields, "causal_conv1d_backward", causal_conv1d_backward);
+    kernel(m, fields, "causal_conv1d_workspace", causal_conv1d_workspace);
   }
   {
     using Params = CausalConv1dUpdateParams;
-    params<Params>(m, "CausalConv1dUpdateParams") FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias)
-        FIELD(cache_seqlens) FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length) FIELD(width)
-            FIELD(state_len) FIELD(activation);
-    kernel(m, "causal_conv1d_update", causal_conv1d_update);
+    auto& fields = params<Params>() FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias) FIELD(cache_seqlens)
+        FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length) FIELD(width) FIELD(state_len)
+            FIELD(activation);
+    kernel(m, fields, "causal_conv1d_update", causal_conv1d_update);
   }
   {
     using Params = CausalConv1dVarlenParams;
-    params<Params>(m, "CausalConv1dVarlenParams") FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences)
-        FIELD(channels) FIELD(state_len);
-    kernel(m, "causal_conv1d_varlen_states", causal_conv1d_varlen_states);
+    auto& fields =
+        params<Params>() FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences) FIELD(channels) FIELD(state_len);
+    kernel(m, fields, "causal_conv1d_varlen_states", causal_conv1d_varlen_states);
   }
 }
 
 void bind_ssd_scan(py::module_& m) {
   using Params = SsdScanParams;
-  params<Params>(m, "SsdScanParams") FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z) FIELD(dt_bias)
+  auto& fields = params<Params>() FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z) FIELD(dt_bias)
       FIELD(initial_states) FIELD(chunks) FIELD(first_chunk) FIELD(y) FIELD(final_states) FIELD(varlen_states)
           FIELD(ungated) FIELD(states) FIELD(workspace) FIELD(dy) FIELD(dfinal_states) FIELD(dvarlen_states) FIELD(dx)
               FIELD(ddt) FIELD(dA) FIELD(dB) FIELD(dC) FIELD(dD) FIELD(dz) FIELD(ddt_bias) FIELD(dinitial_states)
                   FIELD(batch) FIELD(length) FIELD(heads) FIELD(headdim) FIELD(groups) FIELD(state) FIELD(max_chunks)
                       FIELD(dt_softplus) FIELD(dt_low) FIELD(dt_high);
-  kernel(m, "ssd_scan_state_floats", &ssd_scan_state_floats);
-  kernel(m, "ssd_scan_forward_workspace", &ssd_scan_forward_workspace);
-  kernel(m, "ssd_scan_forward", &ssd_scan_forward);
-  kernel(m, "ssd_scan_short", &ssd_scan_short);
-  kernel(m, "ssd_scan_backward_workspace", &ssd_scan_backward_workspace);
-  kernel(m, "ssd_scan_backward", &ssd_scan_backward);
+  kernel(m, fields, "ssd_scan_state_floats", &ssd_scan_state_floats);
+  kernel(m, fields, "ssd_scan_forward_workspace", &ssd_scan_forward_workspace);
+  kernel(m, fields, "ssd_scan_forward", &ssd_scan_forward);
+  kernel(m, fields, "ssd_scan_short", &ssd_scan_short);
+  kernel(m, fields, "ssd_scan_backward_workspace", &ssd_scan_backward_workspace);
+  kernel(m, fields, "ssd_scan_backward", &ssd_scan_backward);
 }
 
 void bind_state_update(py::module_& m) {
   using Params = StateUpdateParams;
-  params<Params>(m, "StateUpdateParams") FIELD(state) FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z)
+  auto& fields = params<Params>() FIELD(state) FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z)
       FIELD(dt_bias) FIELD(state_batch_indices) FIELD(out) FIELD(batch) FIELD(heads) FIELD(width) FIELD(groups) FIELD(n)
           FIELD(dt_softplus);
-  kernel(m, "state_update_forward", state_update_forward);
+  kernel(m, fields, "state_update_forward", state_update_forward);
 }
 
 void bind_gated_norm(py::module_& m) {
   using Params = GatedNormParams;
-  params<Params>(m, "GatedNormParams") FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(y) FIELD(dy) FIELD(dx)
-      FIELD(dz) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size)
-          FIELD(eps) FIELD(norm_before_gate);
-  kernel(m, "gated_norm_forward", gated_norm_forward);
-  kernel(m, "gated_norm_backward", gated_norm_backward);
-  kernel(m, "gated_norm_workspace", gated_norm_workspace);
+  auto& fields = params<Params>() FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(y) FIELD(dy) FIELD(dx) FIELD(dz)
+      FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size) FIELD(eps)
+          FIELD(norm_before_gate);
+  kernel(m, fields, "gated_norm_forward", gated_norm_forward);
+  kernel(m, fields, "gated_norm_backward", gated_norm_backward);
+  kernel(m, fields, "gated_norm_workspace", gated_norm_workspace);
 }
 
 void bind_lora_linear(py::module_& m) {
   {
     using Params = LoraLinearParams;
-    params<Params>(m, "LoraLinearParams") FIELD(x) FIELD(weight) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task)
-        FIELD(y) FIELD(workspace) FIELD(rows) FIELD(in) FIELD(out) FIELD(rank) FIELD(scale);
-    kernel(m, "lora_linear_forward", lora_linear_forward);
+    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task) FIELD(y)
+        FIELD(workspace) FIELD(rows) FIELD(in) FIELD(out) FIELD(rank) FIELD(scale);
+    kernel(m, fields, "lora_linear_forward", lora_linear_forward);
   }
   {
     using Params = LoraDropoutParams;
-    params<Params>(m, "LoraDropoutParams") FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold)
-        FIELD(keep) FIELD(accumulate);
-    kernel(m, "lora_dropout", lora_dropout);
+    auto& fields = params<Params>() FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold) FIELD(keep)
+        FIELD(accumulate);
+    kernel(m, fields, "lora_dropout", lora_dropout);
   }
   {
     using Params = MatmulParams;
-    params<Params>(m, "MatmulParams") FIELD(a) FIELD(b) FIELD(c) FIELD(workspace) FIELD(m) FIELD(n) FIELD(k)
-        FIELD(accumulate);
-    kernel(m, "matmul", matmul);
+    auto& fields =
+        params<Params>() FIELD(a) FIELD(b) FIELD(c) FIELD(workspace) FIELD(m) FIELD(n) FIELD(k) FIELD(accumulate);
+    kernel(m, fields, "matmul", matmul);
   }
 }
 
 void bind_mamba_mixer(py::module_& m) {
   using Params = MambaMixerStepParams;
-  params<Params>(m, "MambaMixerStepParams") FIELD(zxbcdt) FIELD(conv_state) FIELD(ssm_state) FIELD(conv1d_weight)
+  auto& fields = params<Params>() FIELD(zxbcdt) FIELD(conv_state) FIELD(ssm_state) FIELD(conv1d_weight)
       FIELD(conv1d_bias) FIELD(dt_bias) FIELD(A) FIELD(D) FIELD(rmsnorm_weight) FIELD(state_batch_indices) FIELD(out)
           FIELD(workspace) FIELD(batch) FIELD(heads) FIELD(headdim) FIELD(groups) FIELD(state) FIELD(extra) FIELD(width)
               FIELD(state_len) FIELD(eps) FIELD(norm_before_gate) FIELD(activation) FIELD(headwise_D);
-  kernel(m, "mamba_mixer_step", mamba_mixer_step);
+  kernel(m, fields, "mamba_mixer_step", mamba_mixer_step);
 }
 
 #undef FIELD

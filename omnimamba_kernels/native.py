@@ -11,7 +11,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
 
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: str | None = None
@@ -76,9 +75,4 @@ def call(kernel: str, **fields: Any) -> Any:
 
     Threads follow ``torch.get_num_threads()``.
     """
-    params_type, function = _load(_chosen or instruction_set()).kernels[kernel]
-    params = params_type()
-    for name, value in fields.items():
-        setattr(params, name, value)
-    params.threads = torch.get_num_threads()
-    return function(params)
+    return _load(_chosen or instruction_set()).kernels[kernel](**fields)
