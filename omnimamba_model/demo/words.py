@@ -43,7 +43,7 @@ FACTS = (
 def caption(phrasing: str, digit: int) -> str:
     """One of ``CAPTIONS`` with the digit's name in it."""
     name = NAMES[digit]
-    article = "an" if name[0] in "aeiou" else "a"
+    article = "an" if name == "eight" else "a"
     return phrasing.replace("{a digit}", f"{article} {name}").replace("{digit}", name)
 
 
