@@ -61,16 +61,14 @@ struct Backward {
 
 // own = C^T (exp(c) dy), and the state's gradient before the chunk: exp(c_q) dnext + own, or own alone.
 void retreat(const BackwardUnit& u, const float* dnext, float* dstate) {
-  for (int j = 0; j < u.z.panels; j++)
-    for (int i = 0; i < u.z.state_rows; i += kTileRows) {
+  for (int i = 0; i < u.z.state_rows; i += kTileRows)
+    for (int j = 0; j < u.z.panels; j++) {
       Tile tile;
       tile_add<1>(tile, u.at.chunk.length, u.pack.C_rows + i, u.z.bc_row, u.s.weighted + j * panel_floats(),
                   kTileColumns);
       const int64_t at = j * u.z.state_panel + i * kTileColumns;
-      tile_each(tile, [&](int r, int v, vf& acc) {
-        const int64_t here = at + r * kTileColumns + v * W;
-        store(dstate + here, dnext ? carried(load(dnext + here), u.s.decay->whole, acc) : acc);
-      });
+      if (dnext) tile_carry(tile, dnext + at, u.s.decay->whole);
+      tile_store(tile, dstate + at);
     }
 }
 

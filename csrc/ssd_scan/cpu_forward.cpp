@@ -69,55 +69,71 @@ void pack_x(const Forward& f, const Unit& u, const Scratch& s) {
   }
 }
 
-// Rows t0 .. of one panel of y: skip connection, gate, and out to the caller.
+// Rows of one panel of y on their way to the caller: gated, converted, cut to the caller's width.
 template <class T>
-OM_INLINE void store_y(const Forward& f, const Unit& u, const Scratch& s, Tile& tile, int t0, int panel) {
+void store_y(const Forward& f, const Unit& u, const float* rows, int t0, int panel) {
   const SsdScanParams& q = f.q;
-  const int column = panel * kTileColumns, rows = u.chunk.length - t0;
-  const float* x = s.x + panel * panel_floats() + t0 * kTileColumns;
-  tile_each(tile, [&](int r, int v, vf& acc) {
-    const int left = f.z.p - column - v * W;
-    if (r >= rows || left <= 0) return;
-    if (q.D) acc += load(s.D + column + v * W) * load(x + r * kTileColumns + v * W);
-    if (q.z) {
-      if (q.ungated) store_left(q.ungated.at<float>(u.b, u.chunk.start + t0 + r, u.h) + column + v * W, acc, left);
-      acc = acc * silu(load_left(q.z.at<T>(u.b, u.chunk.start + t0 + r, u.h) + column + v * W, left));
+  const int column = panel * kTileColumns, count = std::min(kTileRows, u.chunk.length - t0);
+  for (int r = 0; r < count; r++, rows += kTileColumns) {
+    const int64_t t = u.chunk.start + t0 + r;
+    T* y = q.y.at<T>(u.b, t, u.h) + column;
+    for (int v = 0; v < kTileColumns && column + v < f.z.p; v += W) {
+      const int left = f.z.p - column - v;
+      vf value = load(rows + v);
+      if (q.ungated) store_left(q.ungated.at<float>(u.b, t, u.h) + column + v, value, left);
+      if (q.z) value *= silu(load_left(q.z.at<T>(u.b, t, u.h) + column + v, left));
+      store_left(y + v, value, left);
     }
-    store_left(q.y.at<T>(u.b, u.chunk.start + t0 + r, u.h) + column + v * W, acc, left);
-  });
+  }
+}
+
+// The rows of x that the next head will read come into the second cache level meanwhile.
+template <class T>
+OM_INLINE void prefetch_next(const Forward& f, const Unit& u, int t0) {
+  if (u.h + 1 == f.q.heads) return;
+  for (int t = t0; t < std::min(t0 + kTileRows, u.chunk.length); t++) {
+    const char* row = reinterpret_cast<const char*>(f.q.x.at<T>(u.b, u.chunk.start + t, u.h + 1));
+    for (int i = 0; i < f.z.p * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
 }
 
 // y = exp(c) (C S) + M x, a tile at a time in the same registers.
 template <class T>
 void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state) {
   const int length = u.chunk.length;
-  for (int64_t c = 0; c < f.z.p && f.q.D; c++) s.D[c] = *f.q.D.at<float>(u.h, c);
-  for (int j = 0; j < f.z.panels; j++)
+  for (int64_t c = 0; c < f.z.p; c++) s.D[c] = f.q.D ? *f.q.D.at<float>(u.h, c) : 0.0f;
+  alignas(64) float rows[kTileRows * kTileColumns];
+  for (int j = 0; j < f.z.panels; j++) {
+    const vf skip[kTileVectors] = {load(s.D + j * kTileColumns), load(s.D + j * kTileColumns + W)};
     for (int t0 = 0; t0 < length; t0 += kTileRows) {
+      const float *x = s.x + j * panel_floats(), *x0 = x + t0 * kTileColumns;
       Tile tile;
       if (state) {
+        const float* from_start = s.decay->from_start + t0;
         tile_add<1>(tile, f.z.n, pack.C_columns + t0, kRow, state + j * f.z.state_panel, kTileColumns);
-        tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(s.decay->from_start[t0 + r]); });
+        tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(from_start[r]); });
       }
-      tile_add<kRow>(tile, std::min(length, t0 + kTileRows), s.M + t0 * kRow, 1, s.x + j * panel_floats(),
-                     kTileColumns);
-      store_y<T>(f, u, s, tile, t0, j);
+      tile_add<kRow>(tile, std::min(length, t0 + kTileRows), s.M + t0 * kRow, 1, x, kTileColumns);
+      tile_each(tile, [&](int r, int v, vf& acc) {
+        store(rows + r * kTileColumns + v * W, acc + skip[v] * load(x0 + r * kTileColumns + v * W));
+      });
+      store_y<T>(f, u, rows, t0, j);
+      if (j == 0) prefetch_next<T>(f, u, t0);
     }
+  }
 }
 
 // next = exp(c_q) state + B^T (w x); without a state, the chunk's own part alone.
 void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state,
              float* next) {
   const float whole = s.decay->whole;
-  for (int j = 0; j < f.z.panels; j++)
-    for (int i = 0; i < f.z.state_rows; i += kTileRows) {
+  for (int i = 0; i < f.z.state_rows; i += kTileRows)
+    for (int j = 0; j < f.z.panels; j++) {
       Tile tile;
       tile_add<1>(tile, u.chunk.length, pack.B_rows + i, f.z.bc_row, s.weighted + j * panel_floats(), kTileColumns);
       const int64_t at = j * f.z.state_panel + i * kTileColumns;
-      tile_each(tile, [&](int r, int v, vf& acc) {
-        const int64_t here = at + r * kTileColumns + v * W;
-        store(next + here, state ? carried(load(state + here), whole, acc) : acc);
-      });
+      if (state) tile_carry(tile, state + at, whole);
+      tile_store(tile, next + at);
     }
 }
 

@@ -71,7 +71,7 @@ def forward(
         Bg, Cg = B[:, at], C[:, at]
         xh = xdt[:, at].unflatten(2, (g, h // g))
         same = run[:, at, None] == run[:, None, at]
-        mask = (same & torch.ones_like(same[0]).tril()).unsqueeze(-1)
+        mask = (same & same.new_ones(same.shape[1:]).tril()).unsqueeze(-1)
         decay = (total[:, :, None] - total[:, None]).masked_fill(~mask, -torch.inf).exp().unflatten(3, (g, h // g))
         scores = torch.einsum("btgn,bsgn->btsg", Cg, Bg)
         y = torch.einsum("btsg,btsgh,bsghp->btghp", scores, decay, xh)
@@ -97,7 +97,6 @@ def forward(
 def _varlen(ended: dict[int, Tensor], offsets: list[int]) -> Tensor:
     """The state after each packed sequence; an empty one has the state it starts from."""
     blank = torch.zeros_like(ended[0][0])
-    states = [
-        ended[end][0] if end > start or end == 0 else blank for start, end in zip(offsets, offsets[1:], strict=False)
-    ]
+    spans = enumerate(zip(offsets, offsets[1:], strict=False))
+    states = [ended[end][0] if end > start or i == 0 else blank for i, (start, end) in spans]
     return torch.stack(states) if states else blank.new_zeros(0, *blank.shape)

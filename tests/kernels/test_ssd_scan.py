@@ -1,0 +1,237 @@
+"""mamba_chunk_scan_combined: forward and gradients against float64, at any strides and thread count."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import DTYPES, check, evaluate, framed, same_bits, threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omnimamba_kernels import mamba_chunk_scan_combined
+from omnimamba_kernels.ssd_scan.cases import CASES, Case
+
+GRADS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+
+
+def oracle(
+    x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None, *,
+    dt_softplus=False, dt_limit=(0.0, float("inf")), return_varlen_states=False, **_,
+):  # fmt: skip
+    """Position by position, from the definition: y, the last state, and the state after each packed sequence."""
+    b, l, h, p = x.shape
+    per_group = h // B.shape[2]
+    B, C = (t.repeat_interleave(per_group, 2) for t in (B, C))
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    if cu_seqlens is not None and seq_idx is None:
+        seq_idx = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())[None]
+    ids = torch.zeros(b, l, dtype=torch.long) if seq_idx is None else seq_idx.long()
+    state = x.new_zeros(b, h, p, B.shape[3]) if initial_states is None else initial_states
+    before, ys, ended = torch.zeros(b, dtype=torch.long), [], {0: state}
+    for t in range(l):
+        state = torch.where((ids[:, t] == before)[:, None, None, None], state, 0.0)
+        pushed = torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + pushed
+        state = torch.where((ids[:, t] >= 0)[:, None, None, None], state, 0.0)
+        y = torch.einsum("bhpn,bhn->bhp", state, C[:, t])
+        y = y if D is None else y + x[:, t] * (D[:, None] if D.dim() == 1 else D)
+        y = y if z is None else y * F.silu(z[:, t])
+        ys.append(torch.where((ids[:, t] >= 0)[:, None, None], y, 0.0))
+        before = ids[:, t]
+        ended[t + 1] = state
+    y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
+    if not return_varlen_states:
+        return y, state
+    first = [initial_states[0] if initial_states is not None else torch.zeros_like(state[0])]
+    blank = [torch.zeros_like(state[0])] * len(cu_seqlens)
+    spans = list(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False))
+    starts = first + blank
+    return y, state, torch.stack([ended[e][0] if e > s else starts[i] for i, (s, e) in enumerate(spans)])
+
+
+def scan(options):
+    return lambda **tensors: mamba_chunk_scan_combined(**tensors, **options)
+
+
+def exact(options):
+    return lambda **tensors: oracle(**tensors, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_matches_the_recurrence(run, case, dtype):
+    check(run, scan(case.options), exact(case.options), case.tensors(dtype), GRADS)
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda c: c.name)
+def test_without_gradients(run, case):
+    """Nothing is kept for a backward, and very short sequences take another path."""
+    check(run, scan(case.options), exact(case.options), case.tensors())
+
+
+@settings(max_examples=15)
+@given(
+    b=st.integers(1, 2), l=st.integers(1, 70), g=st.integers(1, 2), per_group=st.integers(1, 3), p=st.integers(1, 34),
+    n=st.integers(1, 34), skip=st.integers(0, 2), gate=st.booleans(), initial=st.booleans(), packed=st.booleans(),
+    turned=st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_stride(run, b, l, g, per_group, p, n, skip, gate, initial, packed, turned):
+    case = Case("drawn", b, l, g * per_group, p, g, n, skip=skip, gate=gate, initial_states=initial,
+                sequences="seq_idx" if packed else None)  # fmt: skip
+    tensors = case.tensors(seed=l)
+    if turned:
+        order = {"x": (3, 1, 0, 2), "B": (2, 3, 1, 0), "dt": (2, 0, 1), "initial_states": (3, 2, 1, 0)}
+        for name, dims in order.items():
+            if tensors[name] is not None:
+                tensors[name] = framed(tensors[name], dims).tensor
+    check(run, scan(case.options), exact(case.options), tensors, GRADS)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[8], CASES[9]], ids=lambda c: c.name)
+def test_stays_inside_its_memory(run, case):
+    tensors = case.tensors()
+    frames = {name: framed(t) for name, t in tensors.items() if t is not None and name not in ("seq_idx", "cu_seqlens")}
+    views = tensors | {name: frame.tensor for name, frame in frames.items()}
+    got, plain = evaluate(scan(case.options), views, GRADS), evaluate(scan(case.options), tensors, GRADS)
+    for name in plain:
+        torch.testing.assert_close(got[name], plain[name], rtol=1e-4, atol=1e-4)
+    for name, frame in frames.items():
+        assert frame.intact() and same_bits(frame.tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[5], CASES[8], CASES[9]], ids=lambda c: c.name)
+def test_same_bits_at_any_thread_count(run, case):
+    if run == "reference":
+        pytest.skip("torch's own kernels split sums by thread")
+    found = []
+    for count in (1, 2, 3, 2):
+        with threads(count):
+            found.append(evaluate(scan(case.options), case.tensors(), GRADS))
+    for other in found[1:]:
+        for name in other:
+            assert same_bits(other[name], found[0][name]), name
+
+
+def test_saving_for_a_backward_changes_no_bit(run):
+    case = CASES[4]
+    tensors = case.tensors()
+    plain, recorded = evaluate(scan(case.options), tensors), evaluate(scan(case.options), tensors, GRADS)
+    assert all(same_bits(plain[name], recorded[name]) for name in plain)
+
+
+def test_segmented_is_whole(run):
+    case = CASES[4]
+    tensors = case.tensors()
+    y, final = mamba_chunk_scan_combined(**tensors, **case.options)
+    cuts, parts, state = (0, 1, 64, 130, 137, 140), [], None
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        part = {k: t[:, start:end] if k in ("x", "dt", "B", "C") else t for k, t in tensors.items()}
+        out, state = mamba_chunk_scan_combined(**part | {"initial_states": state}, **case.options)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_row_alone_is_the_same(run):
+    case = CASES[8]
+    tensors = case.tensors()
+    y, final = mamba_chunk_scan_combined(**tensors, **case.options)
+    alone = {k: t[1:] if t is not None and k not in ("A", "D", "dt_bias") else t for k, t in tensors.items()}
+    y1, final1 = mamba_chunk_scan_combined(**alone, **case.options)
+    torch.testing.assert_close(y1, y[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final1, final[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_garbage_in_the_padding_stays_there(run):
+    case = CASES[8]
+    tensors = case.tensors()
+    padded = tensors["seq_idx"] < 0
+    assert padded.any()
+    dirty = dict(tensors)
+    for name in ("x", "dt", "B", "C", "z"):
+        dirty[name] = tensors[name].clone()
+        dirty[name][padded] = float("nan")
+    got, plain = evaluate(scan(case.options), dirty, GRADS), evaluate(scan(case.options), tensors, GRADS)
+    for name in plain:
+        if run == "reference" and name.startswith("grad"):
+            continue  # autograd multiplies NaN by zero
+        assert same_bits(got[name], plain[name]), name
+    assert not got["out 0"][padded].any()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 50.0, 1e30])
+def test_extreme_steps(run, size):
+    case = Case("extreme", 1, 140, 2, 16, skip=1, softplus=False, bias=False, initial_states=True)
+    tensors = case.tensors()
+    tensors["dt"] = tensors["dt"].clone()
+    tensors["dt"][:, ::5] = size
+    tensors["x"] = tensors["x"] * 1e-3
+    if size <= 50:
+        check(run, scan(case.options), exact(case.options), tensors, GRADS)
+    elif run != "reference":  # whose float32 sums of dt A keep no digit beside 1e30
+        got, right = evaluate(scan(case.options), tensors, GRADS), oracle(**tensors, **case.options)
+        assert all(torch.isfinite(t).all() for t in got.values())
+        torch.testing.assert_close(got["out 0"], right[0], rtol=1e-4, atol=1e23)
+        torch.testing.assert_close(got["out 1"], right[1], rtol=1e-4, atol=1e22)
+
+
+@pytest.mark.parametrize("b, l", [(1, 0), (0, 5), (2, 0)])
+def test_empty(run, b, l):
+    case = Case("empty", b, l, 2, 8, skip=1, gate=True, initial_states=True)
+    tensors = case.tensors()
+    check(run, scan(case.options), exact(case.options), tensors)
+    leaf = tensors["initial_states"].requires_grad_()
+    y, final = mamba_chunk_scan_combined(**tensors, **case.options)
+    final.sum().backward()
+    assert y.shape == (b, l, 2, 8) and torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+def test_mixed_types_follow_x(run):
+    case = CASES[7]
+    tensors = case.tensors()
+    tensors["x"], tensors["B"] = tensors["x"].bfloat16(), tensors["B"].half()
+    check(run, scan(case.options), exact(case.options), tensors, GRADS)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_gradient_through_one_output_alone(run, index):
+    case = CASES[9]
+    wanted = ("x", "dt", "A", "B", "initial_states")
+
+    def one(function):
+        return lambda **tensors: function(**tensors)[index]
+
+    check(run, one(scan(case.options)), one(exact(case.options)), case.tensors(), wanted)
+
+
+def test_native_names_float64_as_its_limit():
+    with pytest.raises(RuntimeError, match="float64"):
+        mamba_chunk_scan_combined(**Case("", 1, 4, 1, 4).tensors(torch.float64), chunk_size=4, backend="native")
+
+
+def call(**changes):
+    tensors = Case("", 1, 12, 4, 8, g=2).tensors() | changes
+    return mamba_chunk_scan_combined(**{"chunk_size": 4, **tensors})
+
+
+@pytest.mark.parametrize(
+    "error, name, changes",
+    [
+        (ValueError, "x", dict(x=torch.zeros(1, 12, 32))),
+        (ValueError, "dt", dict(dt=torch.zeros(1, 12, 3))),
+        (ValueError, "A", dict(A=torch.zeros(5))),
+        (ValueError, "C", dict(C=torch.zeros(1, 12, 2, 5))),
+        (ValueError, "groups", dict(B=torch.zeros(1, 12, 3, 16), C=torch.zeros(1, 12, 3, 16))),
+        (ValueError, "D", dict(D=torch.zeros(4, 9))),
+        (ValueError, "z", dict(z=torch.zeros(1, 12, 4, 9))),
+        (ValueError, "initial_states", dict(initial_states=torch.zeros(1, 4, 16, 8))),
+        (ValueError, "chunk_size", dict(chunk_size=0)),
+        (ValueError, "dt_limit", dict(dt_limit=(1.0, 0.0))),
+        (ValueError, "cu_seqlens", dict(cu_seqlens=torch.tensor([0, 5, 13]))),
+        (TypeError, "x", dict(x=torch.zeros(1, 12, 4, 8, dtype=torch.int32))),
+        (TypeError, "seq_idx", dict(seq_idx=torch.zeros(1, 12))),
+    ],
+)
+def test_bad_arguments(error, name, changes):
+    with pytest.raises(error, match=name):
+        call(**changes)
