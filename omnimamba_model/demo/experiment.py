@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +50,22 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     training, scored = split(validate)
     words = tokenizer()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         pixels = PatchTokenizer(settings.codes, settings.patch, (8, 8))
         pixels.fit(training.images, torch.Generator().manual_seed(seed))
         model = build(settings, words, pixels)
         history = teach(model, settings, training, words, pixels, seed, progress)
-    drawn = make_drawings(model, words, pixels, settings.drawings, Sampling(settings.temperature, seed=seed))
-    said = make_answers(model, words, pixels, scored.images)
-    result = {
-        **metrics(model, words, pixels, training, scored, drawn, said),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": {phase.name: phase.steps for phase in settings.phases},
-        "temperature": settings.temperature,
-        "seed": seed,
-        "scored_on": "validation part of the training split" if validate else "held-out scans",
-    }
+        drawn = make_drawings(model, words, pixels, settings.drawings, Sampling(settings.temperature, seed=seed))
+        said = make_answers(model, words, pixels, scored.images)
+        result = {
+            **metrics(model, words, pixels, training, scored, drawn, said),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": {phase.name: phase.steps for phase in settings.phases},
+            "temperature": settings.temperature,
+            "seed": seed,
+            "scored_on": "validation part of the training split" if validate else "held-out scans",
+        }
     samples, curves = samples_figure(drawn, scored, said), loss_figure(history)
     result["seconds"] = round(time.perf_counter() - started, 1)
     save(model, out, tokenizer=words.to_json())
@@ -72,6 +74,17 @@ def run(
     write_whole(out / "loss.png", lambda path: curves.savefig(path, format="png"))
     write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
     return result
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For tensors this small a second thread brings next to nothing, and costs much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def build(settings: Settings, words: WordTokenizer, pixels: PatchTokenizer) -> OmniMamba:

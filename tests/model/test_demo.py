@@ -53,11 +53,14 @@ def test_everything_is_written(made):
     assert isinstance(load(folder), OmniMamba)
 
 
-def test_a_seed_fixes_the_metrics_and_leaves_the_callers_random_numbers_alone(made, tmp_path):
+def test_a_seed_fixes_the_metrics_and_the_callers_settings_stay(made, tmp_path):
     torch.manual_seed(123)
-    before = torch.get_rng_state()
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
     again = run(tmp_path, settings=SHORT, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     other = run(tmp_path, seed=1, settings=SHORT, progress=False)
     metrics = made[1]
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
