@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--question", required=True)
     ask.set_defaults(run=_ask)
 
-    for command, temperature in ((generate, 1.0), (ask, 0.0)):
+    for command, temperature in ((generate, 0.7), (ask, 0.0)):
         command.add_argument("--checkpoint", type=Path, required=True, help="a folder that the demo wrote")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
