@@ -57,8 +57,11 @@ def exact(options):
     return lambda **tensors: oracle(**tensors, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, dtype) for i, case in enumerate(CASES) for dtype in (DTYPES if i in (1, 3, 8) else (torch.float32,))],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_matches_the_recurrence(run, case, dtype):
     check(run, scan(case.options), exact(case.options), case.tensors(dtype), GRADS)
 
@@ -69,7 +72,7 @@ def test_without_gradients(run, case):
     check(run, scan(case.options), exact(case.options), case.tensors())
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     b=st.integers(1, 2), l=st.integers(1, 70), g=st.integers(1, 2), per_group=st.integers(1, 3), p=st.integers(1, 34),
     n=st.integers(1, 34), skip=st.integers(0, 2), gate=st.booleans(), initial=st.booleans(), packed=st.booleans(),
@@ -123,7 +126,7 @@ def test_segmented_is_whole(run):
     case = CASES[4]
     tensors = case.tensors()
     y, final = mamba_chunk_scan_combined(**tensors, **case.options)
-    cuts, parts, state = (0, 1, 64, 130, 137, 140), [], None
+    cuts, parts, state = (0, 1, 5, 60, 69, 70), [], None
     for start, end in zip(cuts, cuts[1:], strict=False):
         part = {k: t[:, start:end] if k in ("x", "dt", "B", "C") else t for k, t in tensors.items()}
         out, state = mamba_chunk_scan_combined(**part | {"initial_states": state}, **case.options)
