@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
 _FLOATS, _INTS = frozenset(FLOATS), frozenset(INTS)
+
+
+def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of shapes, dtypes and devices alone, not repeated for arguments of a kind that has passed it before.
+
+    A decode loop calls the same functions on the same kinds of arguments thousands of times a second.
+    """
+    passed: set[tuple] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        kind = tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments])
+        try:
+            if kind in passed:
+                return None
+        except TypeError:  # an argument without a hash: the check itself knows what to say
+            return check(*arguments)
+        check(*arguments)
+        if len(passed) >= 4096:
+            passed.clear()
+        passed.add(kind)
+
+    return checked
 
 
 def is_tensor(name: str, value: object) -> None:

@@ -135,6 +135,19 @@ def causal_conv1d_update(
 
     Source: the function of the same name in causal-conv1d.
     """
+    _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    checks.in_range("conv_state_indices", conv_state_indices, -(2**31), conv_state.shape[0])
+    checks.in_range("cache_seqlens", cache_seqlens, 0, 2**62)
+    module = choose("causal_conv1d", backend, x, weight, bias, conv_state)
+    x3 = x if x.dim() == 3 else x.unsqueeze(-1)
+    y = module.update(
+        x3, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation=activation is not None
+    )
+    return y if x.dim() == 3 else y.squeeze(-1)
+
+
+@checks.once_a_kind
+def _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices) -> None:
     checks.rank("x", x, 2, 3, letters="(b, d) or (b, d, l)")
     b, d = x.shape[:2]
     _check_filter(weight, bias, d, activation)
@@ -152,14 +165,6 @@ def causal_conv1d_update(
     checks.same_device(
         x=x, conv_state=conv_state, weight=weight, bias=bias, cache_seqlens=cache_seqlens, indices=conv_state_indices
     )
-    checks.in_range("conv_state_indices", conv_state_indices, -(2**31), slots)
-    checks.in_range("cache_seqlens", cache_seqlens, 0, 2**62)
-    module = choose("causal_conv1d", backend, x, weight, bias, conv_state)
-    x3 = x if x.dim() == 3 else x.unsqueeze(-1)
-    y = module.update(
-        x3, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation=activation is not None
-    )
-    return y if x.dim() == 3 else y.squeeze(-1)
 
 
 def _fake_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, backend: str | None) -> list[Tensor]:

@@ -49,6 +49,15 @@ def rmsnorm_fn(
 
     Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.
     """
+    _check(x, weight, bias, z, group_size)
+    group = x.shape[-1] if group_size is None else group_size
+    tensors = (x, weight, bias, z)
+    options = {"eps": float(eps), "group_size": group, "norm_before_gate": bool(norm_before_gate)}
+    return autograd.run(choose("gated_norm", backend, *tensors, **options), *tensors, **options)[0]
+
+
+@checks.once_a_kind
+def _check(x, weight, bias, z, group_size) -> None:
     checks.is_tensor("x", x)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., d) with d at least 1")
@@ -56,10 +65,6 @@ def rmsnorm_fn(
     checks.shape("weight", weight, d, letters="(d,)")
     checks.shape("bias", bias, d, letters="(d,)")
     checks.shape("z", z, *x.shape, letters="x's shape")
-    group = d if group_size is None else group_size
-    checks.divisible("x's last dimension", d, "group_size", group)
+    checks.divisible("x's last dimension", d, "group_size", d if group_size is None else group_size)
     checks.floating(x=x, weight=weight, bias=bias, z=z)
     checks.same_device(x=x, weight=weight, bias=bias, z=z)
-    tensors = (x, weight, bias, z)
-    options = {"eps": float(eps), "group_size": group, "norm_before_gate": bool(norm_before_gate)}
-    return autograd.run(choose("gated_norm", backend, *tensors, **options), *tensors, **options)[0]

@@ -75,16 +75,8 @@ def lora_linear(
 
     Source: LoRA (arXiv 2106.09685), section 4; routing by task as in OmniMamba (arXiv 2503.08686).
     """
-    checks.is_tensor("x", x)
-    checks.rank("weight", weight, 2, letters="(out, in)")
-    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (out, in)")
-    if (lora_A is None) != (lora_B is None):
-        raise ValueError("lora_A, lora_B: got one without the other; pass both, or neither for the base layer alone")
-    tasks = _check_adapters(weight, lora_A, lora_B)
-    checks.shape("bias", bias, weight.shape[0], letters="(out,)")
-    checks.floating(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    checks.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    _check(x, weight, lora_A, lora_B, bias)
+    tasks = 0 if lora_A is None else lora_A.shape[0]
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
     if dropout_p and dropout_seed is None:
@@ -99,14 +91,22 @@ def lora_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check_adapters(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> int:
-    if lora_A is None:
-        return 0
-    checks.rank("lora_A", lora_A, 3, letters="(tasks, r, in)")
-    tasks, r, _ = lora_A.shape
-    checks.shape("lora_A", lora_A, tasks, r, weight.shape[1], letters="(tasks, r, in)")
-    checks.shape("lora_B", lora_B, tasks, weight.shape[0], r, letters="(tasks, out, r)")
-    return tasks
+@checks.once_a_kind
+def _check(x, weight, lora_A, lora_B, bias) -> None:
+    checks.is_tensor("x", x)
+    checks.rank("weight", weight, 2, letters="(out, in)")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (out, in)")
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A, lora_B: got one without the other; pass both, or neither for the base layer alone")
+    if lora_A is not None:
+        checks.rank("lora_A", lora_A, 3, letters="(tasks, r, in)")
+        tasks, r, _ = lora_A.shape
+        checks.shape("lora_A", lora_A, tasks, r, weight.shape[1], letters="(tasks, r, in)")
+        checks.shape("lora_B", lora_B, tasks, weight.shape[0], r, letters="(tasks, out, r)")
+    checks.shape("bias", bias, weight.shape[0], letters="(out,)")
+    checks.floating(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    checks.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
 
 
 def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:

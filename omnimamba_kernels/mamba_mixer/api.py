@@ -209,10 +209,12 @@ def mamba_mixer_step(
         "activation": activation is not None,
     }
     _check_step(*tensors, p, ngroups, activation)
+    checks.in_range("state_batch_indices", state_batch_indices, -(2**31), ssm_state.shape[0])
     ((y,), _) = choose("mamba_mixer", backend, *tensors, **options).forward(*tensors, **options)
     return y
 
 
+@checks.once_a_kind
 def _check_step(zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight,
                 state_batch_indices, p, ngroups, activation) -> None:  # fmt: skip
     checks.rank("zxbcdt", zxbcdt, 2, letters="(b, 2 d_nonssm + 2 dim + 2 g n + h)")
@@ -255,4 +257,3 @@ def _check_step(zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bi
     checks.floating(**floats)
     checks.integer(state_batch_indices=state_batch_indices)
     checks.same_device(**floats, state_batch_indices=state_batch_indices)
-    checks.in_range("state_batch_indices", state_batch_indices, -(2**31), slots)

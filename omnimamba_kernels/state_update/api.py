@@ -69,12 +69,14 @@ def selective_state_update(
         z = None if z is None else z.unsqueeze(1)
         D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (D, dt_bias))
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    checks.in_range("state_batch_indices", state_batch_indices, -(2**31), state.shape[0])
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     options = {"dt_softplus": bool(dt_softplus)}
     ((out,), _) = choose("state_update", backend, *tensors, **options).forward(*tensors, **options)
     return out if heads else out.squeeze(1)
 
 
+@checks.once_a_kind
 def _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> None:
     checks.rank("x", x, 3, letters="(b, h, d)")
     b, h, d = x.shape
@@ -97,4 +99,3 @@ def _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> None:
     checks.same_device(
         state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_batch_indices=state_batch_indices
     )
-    checks.in_range("state_batch_indices", state_batch_indices, -(2**31), slots)
