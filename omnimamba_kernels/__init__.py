@@ -1,7 +1,7 @@
 """Hand-written kernels of Mamba-2 and of task-routed LoRA, forward and backward, under the field's own names.
 
-Every function takes ``backend=None``, keyword only: the best implementation for the device is chosen, ``backends()`` says
-which can run and why the others cannot, ``use_backend(name)`` fixes one for a block.
+Every function takes ``backend=None``, keyword only: the best implementation for the device is chosen. ``backends()``
+says which can run and why the others cannot, ``use_backend(name)`` fixes one for a block.
 """
 
 from .backends import backends, use_backend

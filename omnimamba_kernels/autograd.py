@@ -30,7 +30,7 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
 
     An implementation exports
 
-    * ``forward(*tensors, save, **options) -> (outputs, saved)``: two tuples; ``save`` says whether a backward will follow,
+    * ``forward(*tensors, save, **options) -> (outputs, saved)``: two tuples; ``save``: a backward will follow,
     * ``backward(saved, grads, needs, **options) -> grads``: one gradient a tensor of ``forward``; ``needs`` says which
       are wanted, an entry of ``grads`` is None where that output was not used.
 

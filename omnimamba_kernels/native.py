@@ -11,7 +11,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: str | None = None
 
@@ -33,7 +32,9 @@ def build_info() -> dict[str, Any]:
     try:
         return dict(importlib.import_module(f"{__package__}._build_info").INFO)
     except ImportError:
-        return {"reason": "omnimamba runs from a source tree that was never built: run 'make native' or 'pip install .'"}
+        return {
+            "reason": "omnimamba runs from a source tree that was never built: run 'make native' or 'pip install .'"
+        }
 
 
 @cache

@@ -76,10 +76,10 @@ OM_INLINE vh to_bits(vf v, f16) {
   vu u = (vu)v;
   vu sign = (u >> 16) & 0x8000u;
   vu a = u & 0x7fffffffu;
-  vu normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;    // rounds to nearest even
-  vu tiny = (vu)((vf)a + splat(0.5f)) - 0x3f000000u;                   // below 2^-14: the adder rounds to 2^-24
+  vu normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;  // rounds to nearest even
+  vu tiny = (vu)((vf)a + splat(0.5f)) - 0x3f000000u;                 // below 2^-14: the adder rounds to 2^-24
   vu is_tiny = (vu)((vi)a < splat_int(113 << 23));
-  vu is_big = (vu)((vi)a >= splat_int(0x477ff000));                    // rounds to 65536 or is inf
+  vu is_big = (vu)((vi)a >= splat_int(0x477ff000));  // rounds to 65536 or is inf
   vu is_nan = (vu)((vi)a > splat_int(0x7f800000));
   vu half = (tiny & is_tiny) | (normal & ~is_tiny);
   half = (half & ~is_big) | (0x7c00u & is_big);

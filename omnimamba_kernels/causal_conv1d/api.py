@@ -123,7 +123,7 @@ def causal_conv1d_update(
         weight: (d, w), w from 2 to 4.
         bias: (d,).
         activation: None, "silu" or "swish".
-        cache_seqlens: (b,) inputs seen so far: the state is then a ring, and x goes to slot cache_seqlens % state_len on.
+        cache_seqlens: (b,) inputs seen so far: the state is then a ring, x goes to slot cache_seqlens % state_len on.
         conv_state_indices: (b,) the slot of each row; a negative one is padding: output 0, no state touched.
         backend: one of ``backends()``; None chooses.
 

@@ -47,7 +47,7 @@ class Case:
 
 
 def packed_ids(b: int, l: int, generator: torch.Generator) -> Tensor:
-    """(b, l) int32: sequences 0, 1, ... one after another, some of a single position, some positions of padding (-1)."""
+    """(b, l) int32: sequences 0, 1, ... one after another, some of one position, some positions of padding (-1)."""
     starts = torch.rand(b, l, generator=generator) < 0.2
     ids = starts.cumsum(1)
     return torch.where(torch.rand(b, l, generator=generator) < 0.1, -1, ids).to(torch.int32)

@@ -2,8 +2,8 @@
 
     y[b, d, t] = act(bias[d] + sum_k weight[d, k] x[b, d, t - (w - 1) + k])
 
-x before t = 0 is ``initial_states`` (b, d, w - 1), or zero. With ``seq_idx`` (b, l) a tap reaches only elements of its own
-sequence, the initial states belong to sequence 0, and a negative index is padding, whose output is 0.
+x before t = 0 is ``initial_states`` (b, d, w - 1), or zero. With ``seq_idx`` (b, l) a tap reaches only elements of
+its own sequence, the initial states belong to sequence 0, and a negative index is padding, whose output is 0.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def update(
 
 
 def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
-    """The last ``state_len`` inputs of each packed sequence, right-aligned and zero-filled: (sequences, d, state_len)."""
+    """(sequences, d, state_len): the last inputs of each packed sequence, right-aligned and zero-filled."""
     ends = cu_seqlens[1:].long()
     at = ends[:, None] + torch.arange(-state_len, 0, device=x.device)
     inside = at >= cu_seqlens[:-1, None]

@@ -45,7 +45,7 @@ def rmsnorm_fn(
         y like x. Gradients reach x, weight, bias and z.
 
     Raises:
-        ValueError: a shape or group size does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot run.
+        ValueError: a shape or group size does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot.
 
     Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.
     """

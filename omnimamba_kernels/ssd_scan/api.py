@@ -88,7 +88,7 @@ def mamba_chunk_scan_combined(
         z: (b, l, h, p), the gate.
         dt_bias: (h,).
         initial_states: (b, h, p, n), the state before the first position; with ``seq_idx`` it belongs to sequence 0.
-        seq_idx: (b, l) integers; the state restarts wherever the index changes, -1 is padding: output 0 and a zero state.
+        seq_idx: (b, l) integers; the state restarts wherever the index changes; -1 is padding: output and state 0.
         cu_seqlens: (sequences + 1,) rising offsets from 0 to l of sequences packed into a batch of 1.
         dt_softplus: apply softplus (identity above 20) to dt + dt_bias.
         dt_limit: bounds of dt after softplus.
@@ -98,11 +98,12 @@ def mamba_chunk_scan_combined(
         backend: one of ``backends()``; None chooses.
 
     Returns:
-        y (b, l, h, p) in x's dtype, then, if asked for, final_states (b, h, p, n), then varlen_states (sequences, h, p, n).
+        y (b, l, h, p) in x's dtype, then, where asked for, final_states (b, h, p, n) and varlen_states
+        (sequences, h, p, n).
         Gradients reach x, dt, A, B, C, D, z, dt_bias and initial_states through every output.
 
     Raises:
-        ValueError: a shape, index or limit does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot run.
+        ValueError: a shape, index or limit does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot.
 
     Source: Mamba-2 (arXiv 2405.21060), section 6; the function of the same name in mamba_ssm.
     """

@@ -4,9 +4,9 @@
     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T          state (p, n) of a head, from initial_states or zero
     y_t = (S_t C_t + D x_t) * silu(z_t)
 
-Within a chunk y = (L o C B^T) (dt x) with L_ts = exp(sum of dt A over s < r <= t), t >= s; chunks hand the state on. A run of
-equal ``seq_idx`` is a sequence: the state restarts at each. Index -1 is padding: no state, output 0. What comes before the
-first position counts as sequence 0. Source: Mamba-2 (arXiv 2405.21060), sections 3 and 6.
+Within a chunk y = (L o C B^T) (dt x) with L_ts = exp(sum of dt A over s < r <= t), t >= s; chunks hand the state on. A
+run of equal ``seq_idx`` is a sequence: the state restarts at each. Index -1 is padding: no state, output 0. What comes
+before the first position counts as sequence 0. Source: Mamba-2 (arXiv 2405.21060), sections 3 and 6.
 """
 
 from __future__ import annotations

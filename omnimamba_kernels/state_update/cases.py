@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One call of ``selective_state_update``: b batch, h heads (0: tensors without that dimension), d width, n state."""
+    """One call of ``selective_state_update``: b batch, h heads (0: no such dimension), d width, n state."""
 
     name: str
     b: int

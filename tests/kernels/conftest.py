@@ -1,4 +1,4 @@
-"""Every kernel test runs in hostile memory; one that takes ``run`` is repeated on every back end and instruction set."""
+"""Every kernel test runs in hostile memory; one that takes ``run`` is repeated on each back end and instruction set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under torch.compile each public function is one operator: no graph break, the eager values and gradients, honest schemas."""
+"""Under torch.compile each public function is one operator: no graph break, eager values, true schemas."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def operator_calls():
     "operator, arguments", list(operator_calls()), ids=lambda value: getattr(value, "__name__", "")
 )
 def test_operators_keep_the_promises_of_their_schemas(run, operator, arguments):
-    """No undeclared mutation, no output that aliases an input, fakes with the true shapes and strides, gradients traced."""
+    """No undeclared mutation, no output that aliases an input, fakes of the true shapes and strides."""
     torch.library.opcheck(operator.default, arguments)
 
 
