@@ -47,7 +47,7 @@ def forward(
     out_dtype = x.dtype
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     b, l, h, p = x.shape
-    g, n = B.shape[2:]
+    n = B.shape[3]
     x, dt, A, B, C = (t.to(compute) for t in (x, dt, A, B, C))
     if dt_bias is not None:
         dt = dt + dt_bias.to(compute)
@@ -67,21 +67,9 @@ def forward(
     ys, ended = [], {0: state}
     for start, end in _pieces(l, chunk_size, cu_seqlens):
         at = slice(start, end)
-        total = a[:, at].cumsum(1)
-        Bg, Cg = B[:, at], C[:, at]
-        xh = xdt[:, at].unflatten(2, (g, h // g))
-        same = run[:, at, None] == run[:, None, at]
-        mask = (same & same.new_ones(same.shape[1:]).tril()).unsqueeze(-1)
-        decay = (total[:, :, None] - total[:, None]).masked_fill(~mask, -torch.inf).exp().unflatten(3, (g, h // g))
-        scores = torch.einsum("btgn,bsgn->btsg", Cg, Bg)
-        y = torch.einsum("btsg,btsgh,bsghp->btghp", scores, decay, xh)
-        carried = (total.exp() * (run[:, at] == before)[..., None]).unflatten(2, (g, h // g))
-        grouped = state.unflatten(1, (g, h // g))
-        y = y + torch.einsum("btgn,bghpn,btgh->btghp", Cg, grouped, carried)
-        state = torch.einsum("bsgn,bsghp,bsgh->bghpn", Bg, xh, decay[:, -1]) + grouped * carried[:, -1, ..., None, None]
-        state, before = state.flatten(1, 2), run[:, end - 1 : end]
-        ended[end] = state
-        ys.append(y.flatten(2, 3))
+        y, state = _chunk(state, xdt[:, at], a[:, at].cumsum(1), B[:, at], C[:, at], run[:, at], before)
+        before, ended[end] = run[:, end - 1 : end], state
+        ys.append(y)
     y = torch.cat(ys, dim=1) if ys else x.new_zeros(b, 0, h, p)
     if D is not None:
         y = y + x * (D[:, None] if D.dim() == 1 else D).to(compute)
@@ -89,9 +77,28 @@ def forward(
         y = y * F.silu(z.to(compute))
     if seq_idx is not None:
         y = y.masked_fill(pad[..., None], 0.0)
-        state = state.masked_fill((seq_idx[:, -1:] < 0)[..., None, None] if l else False, 0.0)
     varlen = None if cu_seqlens is None else _varlen(ended, cu_seqlens.tolist())
     return (y.to(out_dtype), state, varlen), ()
+
+
+def _chunk(
+    state: Tensor, xdt: Tensor, total: Tensor, B: Tensor, C: Tensor, run: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y (b, q, h, p) and the next state (b, h, p, n) of q positions; ``total`` (b, q, h) sums dt A from their start,
+    ``run`` numbers the sequences, ``before`` is the one that the state comes from."""
+    g = B.shape[2]
+    by_group = (g, total.shape[2] // g)
+    xdt = xdt.unflatten(2, by_group)
+    same = run[:, :, None] == run[:, None]
+    mask = (same & same.new_ones(same.shape[1:]).tril()).unsqueeze(-1)
+    decay = (total[:, :, None] - total[:, None]).masked_fill(~mask, -torch.inf).exp().unflatten(3, by_group)
+    scores = torch.einsum("btgn,bsgn->btsg", C, B)
+    y = torch.einsum("btsg,btsgh,bsghp->btghp", scores, decay, xdt)
+    carried = (total.exp() * (run == before)[..., None]).unflatten(2, by_group)
+    state = state.unflatten(1, by_group)
+    y = y + torch.einsum("btgn,bghpn,btgh->btghp", C, state, carried)
+    state = torch.einsum("bsgn,bsghp,bsgh->bghpn", B, xdt, decay[:, -1]) + state * carried[:, -1, ..., None, None]
+    return y.flatten(2, 3), state.flatten(1, 2)
 
 
 def _varlen(ended: dict[int, Tensor], offsets: list[int]) -> Tensor:
