@@ -1,0 +1,1 @@
+"""Ways for other people's models to run on these kernels."""
