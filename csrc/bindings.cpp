@@ -126,15 +126,15 @@ struct Kernel {
 
   // The interpreter is free for other threads while a kernel runs.
   static py::object run(Result (*function)(const Params&), const Params& p) {
-    if constexpr (std::is_void_v<Result>) {
+    auto released = [&] {
       py::gil_scoped_release free;
-      function(p);
+      return function(p);
+    };
+    if constexpr (std::is_void_v<Result>) {
+      released();
       return py::none();
     } else {
-      return py::cast(([&] {
-        py::gil_scoped_release free;
-        return function(p);
-      })());
+      return py::cast(released());
     }
   }
 };
