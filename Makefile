@@ -33,6 +33,7 @@ format: $(READY)
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs -r $(BIN)/clang-format -i
 
 # A copy of the packages and tests with modules that stop at the first bad read, write or undefined operation.
+# Only what runs compiled kernels is repeated.
 SANITIZED := build/sanitized
 test-sanitize: $(READY)
 	rm -rf $(SANITIZED)
@@ -41,7 +42,7 @@ test-sanitize: $(READY)
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels
+	    $(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider -k "native and not compile" tests/kernels
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
