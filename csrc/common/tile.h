@@ -1,14 +1,18 @@
 // A register tile of a matrix product in float32: kTileRows x (kTileVectors vectors) accumulators, one pass over k.
 // The row operand is broadcast, the column operand is loaded as vectors; neither needs a packed copy of its own, only a
-// constant step from one k to the next. The shape keeps both multiplier ports of a core busy from registers alone:
-// 8 x 2 of 32 registers with AVX-512, 6 x 2 of 16 (SSE, AVX2) or of 32 (NEON).
+// constant step from one k to the next. The shape keeps the multipliers of a core busy from registers alone: 6 x 4
+// accumulators of 32 registers (AVX-512, NEON), 6 x 2 of 16 (SSE, AVX2).
 #pragma once
 #include "simd.h"
 
 namespace omnimamba {
 
-constexpr int kTileRows = W == 16 ? 8 : 6;
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;
+#else
 constexpr int kTileVectors = 2;
+#endif
 constexpr int kTileColumns = kTileVectors * W;
 
 struct Tile {

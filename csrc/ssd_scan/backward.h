@@ -113,7 +113,7 @@ void input_gradient(const BackwardUnit& u) {
     for (int s0 = 0; s0 < chunk.length; s0 += kTileRows) {
       const float* dy = u.s.dy + j * panel_floats() + s0 * kTileColumns;
       Tile tile;
-      tile_add<1>(tile, u.z.n, u.pack.B_columns + s0, kRow, u.dnext + j * u.z.state_panel, kTileColumns);
+      tile_add<1>(tile, u.z.n, u.pack.B_positions + s0 * u.z.n, kTileRows, u.dnext + j * u.z.state_panel, kTileColumns);
       tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(u.s.decay->weight[s0 + r]); });
       tile_add<1>(tile, chunk.length - s0, u.s.M + s0 * kRow + s0, kRow, dy, kTileColumns);
       tile_each(tile, [&](int r, int v, vf& acc) {

@@ -64,8 +64,8 @@ void retreat(const BackwardUnit& u, const float* dnext, float* dstate) {
   for (int i = 0; i < u.z.state_rows; i += kTileRows)
     for (int j = 0; j < u.z.panels; j++) {
       Tile tile;
-      tile_add<1>(tile, u.at.chunk.length, u.pack.C_rows + i, u.z.bc_row, u.s.weighted + j * panel_floats(),
-                  kTileColumns);
+      tile_add<1>(tile, u.at.chunk.length, u.pack.C_states + i * u.at.chunk.length, kTileRows,
+                  u.s.weighted + j * panel_floats(), kTileColumns);
       const int64_t at = j * u.z.state_panel + i * kTileColumns;
       if (dnext) tile_carry(tile, dnext + at, u.s.decay->whole);
       tile_store(tile, dstate + at);

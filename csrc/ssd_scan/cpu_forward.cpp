@@ -1,4 +1,5 @@
 // The chunked scan, forward. The maths and the plan are in ssd_scan.h.
+#include "../common/pages.h"
 #include "prepare.h"
 #include "states.h"
 
@@ -69,72 +70,97 @@ void pack_x(const Forward& f, const Unit& u, const Scratch& s) {
   }
 }
 
-// Rows of one panel of y on their way to the caller: gated, converted, cut to the caller's width.
+// Rows of one panel of y on their way to the caller through the gate, and before it to whom the backward will ask.
 template <class T>
-void store_y(const Forward& f, const Unit& u, const float* rows, int t0, int panel) {
+void store_gated(const Forward& f, const Unit& u, Tile& tile, int t0, int panel) {
   const SsdScanParams& q = f.q;
-  const int column = panel * kTileColumns, count = std::min(kTileRows, u.chunk.length - t0);
-  for (int r = 0; r < count; r++, rows += kTileColumns) {
+  alignas(64) float rows[kTileRows * kTileColumns];
+  tile_each(tile, [&](int r, int v, vf& acc) { store(rows + r * kTileColumns + v * W, acc); });
+  const int column = panel * kTileColumns;
+  for (int r = 0; r < std::min(kTileRows, u.chunk.length - t0); r++) {
     const int64_t t = u.chunk.start + t0 + r;
-    T* y = q.y.at<T>(u.b, t, u.h) + column;
     for (int v = 0; v < kTileColumns && column + v < f.z.p; v += W) {
       const int left = f.z.p - column - v;
-      vf value = load(rows + v);
+      const vf value = load(rows + r * kTileColumns + v);
       if (q.ungated) store_left(q.ungated.at<float>(u.b, t, u.h) + column + v, value, left);
-      if (q.z) value *= silu(load_left(q.z.at<T>(u.b, t, u.h) + column + v, left));
-      store_left(y + v, value, left);
+      const vf z = load_left(q.z.at<T>(u.b, t, u.h) + column + v, left);
+      store_left(q.y.at<T>(u.b, t, u.h) + column + v, value * silu(z), left);
     }
   }
 }
 
-// The rows of x that the next head will read come into the second cache level meanwhile.
+// The same without a gate.
 template <class T>
-OM_INLINE void prefetch_next(const Forward& f, const Unit& u, int t0) {
-  if (u.h + 1 == f.q.heads) return;
-  for (int t = t0; t < std::min(t0 + kTileRows, u.chunk.length); t++) {
-    const char* row = reinterpret_cast<const char*>(f.q.x.at<T>(u.b, u.chunk.start + t, u.h + 1));
-    for (int i = 0; i < f.z.p * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(row + i, 0, 2);
-  }
+void store_plain(const Forward& f, const Unit& u, Tile& tile, int t0, int panel) {
+  const int rows = u.chunk.length - t0, columns = f.z.p - panel * kTileColumns;
+  T* y = f.q.y.at<T>(u.b, u.chunk.start + t0, u.h) + panel * kTileColumns;
+  tile_each(tile, [&](int r, int v, vf& acc) {
+    if (r < rows) store_left(y + r * f.q.y.stride[1] + v * W, acc, columns - v * W);
+  });
 }
 
-// y = exp(c) (C S) + M x, a tile at a time in the same registers.
+// The rows of x and y that the next head will touch come near while this head computes, one row a call: many at once
+// would fill the queue of misses and stall the arithmetic.
+class Ahead {
+ public:
+  template <class T>
+  Ahead(const Forward& f, const Unit& u, T)
+      : rows_(u.h + 1 < f.q.heads ? u.chunk.length : 0), bytes_(f.z.p * static_cast<int>(sizeof(T))) {
+    if (rows_ == 0) return;
+    x_ = reinterpret_cast<const char*>(f.q.x.at<T>(u.b, u.chunk.start, u.h + 1));
+    y_ = reinterpret_cast<const char*>(f.q.y.at<T>(u.b, u.chunk.start, u.h + 1));
+    x_step_ = f.q.x.stride[1] * static_cast<int64_t>(sizeof(T));
+    y_step_ = f.q.y.stride[1] * static_cast<int64_t>(sizeof(T));
+  }
+  OM_INLINE void row() {
+    if (rows_ == 0) return;
+    for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(x_ + i, 0, 2), __builtin_prefetch(y_ + i, 1, 2);
+    x_ += x_step_, y_ += y_step_, rows_--;
+  }
+
+ private:
+  int rows_, bytes_;
+  const char *x_ = nullptr, *y_ = nullptr;
+  int64_t x_step_ = 0, y_step_ = 0;
+};
+
+// One panel of y = exp(c) (C S) + M x, a tile at a time in the same registers.
 template <class T>
-void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state) {
+void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state, int panel,
+            Ahead& ahead) {
+  constexpr int part = 32;  // of the states, from one row ahead to the next
   const int length = u.chunk.length;
-  for (int64_t c = 0; c < f.z.p; c++) s.D[c] = f.q.D ? *f.q.D.at<float>(u.h, c) : 0.0f;
-  alignas(64) float rows[kTileRows * kTileColumns];
-  for (int j = 0; j < f.z.panels; j++) {
-    const vf skip[kTileVectors] = {load(s.D + j * kTileColumns), load(s.D + j * kTileColumns + W)};
-    for (int t0 = 0; t0 < length; t0 += kTileRows) {
-      const float *x = s.x + j * panel_floats(), *x0 = x + t0 * kTileColumns;
-      Tile tile;
-      if (state) {
-        const float* from_start = s.decay->from_start + t0;
-        tile_add<1>(tile, f.z.n, pack.C_columns + t0, kRow, state + j * f.z.state_panel, kTileColumns);
-        tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(from_start[r]); });
+  const float *x = s.x + panel * panel_floats(), *D = s.D + panel * kTileColumns;
+  for (int t0 = 0; t0 < length; t0 += kTileRows) {
+    const float* x0 = x + t0 * kTileColumns;
+    Tile tile;
+    if (state) {
+      const float *C = pack.C_positions + t0 * f.z.n, *from_start = s.decay->from_start + t0;
+      for (int k = 0; k < f.z.n; k += part) {
+        ahead.row();
+        tile_add<1>(tile, std::min(part, f.z.n - k), C + k * kTileRows, kTileRows, state + k * kTileColumns,
+                    kTileColumns);
       }
-      tile_add<kRow>(tile, std::min(length, t0 + kTileRows), s.M + t0 * kRow, 1, x, kTileColumns);
-      tile_each(tile, [&](int r, int v, vf& acc) {
-        store(rows + r * kTileColumns + v * W, acc + skip[v] * load(x0 + r * kTileColumns + v * W));
-      });
-      store_y<T>(f, u, rows, t0, j);
-      if (j == 0) prefetch_next<T>(f, u, t0);
+      tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(from_start[r]); });
     }
+    tile_add<kRow>(tile, std::min(length, t0 + kTileRows), s.M + t0 * kRow, 1, x, kTileColumns);
+    tile_each(tile, [&](int r, int v, vf& acc) { acc += load(D + v * W) * load(x0 + r * kTileColumns + v * W); });
+    f.q.z ? store_gated<T>(f, u, tile, t0, panel) : store_plain<T>(f, u, tile, t0, panel);
   }
 }
 
-// next = exp(c_q) state + B^T (w x); without a state, the chunk's own part alone.
-void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state,
-             float* next) {
+// One panel of next = exp(c_q) state + B^T (w x); without a state, the chunk's own part alone.
+void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state, float* next,
+             int panel, Ahead& ahead) {
   const float whole = s.decay->whole;
-  for (int i = 0; i < f.z.state_rows; i += kTileRows)
-    for (int j = 0; j < f.z.panels; j++) {
-      Tile tile;
-      tile_add<1>(tile, u.chunk.length, pack.B_rows + i, f.z.bc_row, s.weighted + j * panel_floats(), kTileColumns);
-      const int64_t at = j * f.z.state_panel + i * kTileColumns;
-      if (state) tile_carry(tile, state + at, whole);
-      tile_store(tile, next + at);
-    }
+  for (int i = 0; i < f.z.state_rows; i += kTileRows) {
+    ahead.row();
+    Tile tile;
+    tile_add<1>(tile, u.chunk.length, pack.B_states + i * u.chunk.length, kTileRows,
+                s.weighted + panel * panel_floats(), kTileColumns);
+    if (state) tile_carry(tile, state + i * kTileColumns, whole);
+    tile_store(tile, next + i * kTileColumns);
+  }
 }
 
 // The state before a row's first chunk, one panel.
@@ -178,12 +204,17 @@ void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
   pack_x<T>(f, u, s);
   if (work != Work::States) {
     fill_scores(*s.decay, pack.G, u.chunk.length, s.M);
-    output<T>(f, u, s, pack, state);
-  }
-  if (work == Work::All) advance(f, u, s, pack, state, next);
-  if (work == Work::States) {
-    advance(f, u, s, pack, nullptr, next);
+    for (int64_t c = 0; c < f.z.p; c++) s.D[c] = f.q.D ? *f.q.D.at<float>(u.h, c) : 0.0f;
+  } else {
     f.whole[(u.b * f.z.slab + u.in_slab) * f.q.heads + u.h] = s.decay->whole;
+  }
+  // Panel by panel: a panel of the state stays in the first cache level from the output to its advance.
+  Ahead ahead(f, u, T{});
+  for (int j = 0; j < f.z.panels; j++) {
+    const float* panel = state ? state + j * f.z.state_panel : nullptr;
+    if (work != Work::States) output<T>(f, u, s, pack, panel, j, ahead);
+    if (work == Work::Rest) continue;
+    advance(f, u, s, pack, work == Work::All ? panel : nullptr, next + j * f.z.state_panel, j, ahead);
   }
 }
 
@@ -241,6 +272,8 @@ template <class T>
 void run(const Forward& f) {
   for (int thread = 0; thread < f.q.threads; thread++)
     std::memset(f.of_thread(thread).M, 0, sizeof(float) * kRow * kRow);
+  const int64_t outputs = f.q.batch * f.q.length * f.q.heads * f.q.headdim;
+  claim_pages(f.q.y.data, outputs * static_cast<int64_t>(sizeof(T)), f.q.threads);
   for (int64_t c0 = 0; c0 < f.q.max_chunks; c0 += f.z.slab) {
     prepare_slab<T>(f.q, f.z, f.prepared, c0);
     if (!f.side_by_side) {

@@ -26,15 +26,14 @@ struct Decay {
 inline void fill_decay(const float* dt, float A, int length, Decay& d) {
   constexpr int blocks = kChunk / kBlock;
   for (int t = 0; t < kRow; t += W) store(d.dt + t, load_left(dt + t, std::min(length, kChunk) - t));
-  for (int i = 0; i < blocks; i++) {
-    float sum = 0;
-    for (int t = i * kBlock; t < (i + 1) * kBlock; t++) {
-      float a = d.dt[t] * A;
-      sum += a > kForgotten ? a : t < length ? kForgotten : 0.0f;
-      d.local[t] = sum;
+  std::fill_n(d.block, blocks, 0.0f);
+  for (int k = 0; k < kBlock; k++)
+    for (int i = 0; i < blocks; i++) {  // the blocks' sums do not wait for one another
+      const int t = i * kBlock + k;
+      const float a = d.dt[t] * A;
+      d.block[i] += a > kForgotten ? a : t < length ? kForgotten : 0.0f;
+      d.local[t] = d.block[i];
     }
-    d.block[i] = sum;
-  }
   float before = 0, all = 0;
   for (int i = 0; i < blocks; i++) all += d.block[i];
   for (int i = 0; i < blocks; i++) {

@@ -79,13 +79,26 @@ struct Chunks {
   int64_t first, count;
 };
 
-// B and C of one chunk and group in float32, by rows [t][n] and by columns [n][t], zero outside, and G = C B^T
-// [t][s], right for s <= t.
+// B and C of one chunk and group in float32, zero outside: by rows [t][n], by columns [n][t], and for the products that
+// read them row by row in strips (pack.h), of positions (n deep) or of states (as deep as the chunk).
 struct GroupPack {
-  float *B_rows, *C_rows, *B_columns, *C_columns, *G;
-  static GroupPack take(Arena& arena, const Sizes& z) {
-    int64_t rows = int64_t{kChunk} * z.bc_row, columns = int64_t{z.state_rows} * kRow;
-    return {arena.take(rows), arena.take(rows), arena.take(columns), arena.take(columns), arena.take(kRow * kRow)};
+  float *B_rows, *C_rows, *B_columns, *C_columns;
+  float *C_positions, *B_states;  // the forward's strips
+  float *B_positions, *C_states;  // the backward's as well
+  float* G;                       // C B^T [t][s], right for s <= t
+
+  void take_rows(Arena& arena, const Sizes& z) {
+    const int64_t rows = int64_t{kChunk} * z.bc_row, columns = int64_t{z.state_rows} * kRow;
+    for (float** part : {&B_rows, &C_rows}) *part = arena.take(rows);
+    for (float** part : {&B_columns, &C_columns}) *part = arena.take(columns);
+  }
+  void take_strips(Arena& arena, const Sizes& z, bool backward) {
+    const int64_t positions = round_up(kChunk, kTileRows) * z.n, states = int64_t{kChunk} * z.state_rows;
+    C_positions = arena.take(positions);
+    B_states = arena.take(states);
+    B_positions = backward ? arena.take(positions) : nullptr;
+    C_states = backward ? arena.take(states) : nullptr;
+    G = arena.take(kRow * kRow);
   }
 };
 

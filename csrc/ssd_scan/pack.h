@@ -2,6 +2,7 @@
 #pragma once
 #include <cstring>
 
+#include "../common/transpose.h"
 #include "layout.h"
 
 namespace omnimamba::ssd {
@@ -20,16 +21,6 @@ OM_INLINE void store_left(T* p, vf v, int left) {
   }
 }
 
-// out[c][r] = in[r][c].
-inline void transpose(const float* in, int64_t in_row, int rows, int columns, float* out, int64_t out_row) {
-  for (int r0 = 0; r0 < rows; r0 += 16)
-    for (int c0 = 0; c0 < columns; c0 += 16) {
-      int r1 = std::min(rows, r0 + 16), c1 = std::min(columns, c0 + 16);
-      for (int c = c0; c < c1; c++)
-        for (int r = r0; r < r1; r++) out[c * out_row + r] = in[r * in_row + c];
-    }
-}
-
 // `length` rows of `width` values, one every `step`, into rows of `out_row` floats.
 template <class T>
 void pack_rows(const T* in, int64_t step, int length, int width, float* out, int64_t out_row) {
@@ -44,6 +35,12 @@ inline void pack_columns(const float* rows, int64_t row, int length, int width, 
     int from = c < width ? length : 0;
     std::memset(out + c * kRow + from, 0, sizeof(float) * static_cast<size_t>(kRow - from));
   }
+}
+
+// The row operand of a product in strips of kTileRows rows: out[strip][k][r] = columns[k][strip * kTileRows + r], k < depth.
+inline void pack_strips(const float* columns, int64_t step, int strips, int depth, float* out) {
+  for (int strip = 0; strip < strips; strip++, columns += kTileRows)
+    for (int k = 0; k < depth; k++, out += kTileRows) std::memcpy(out, columns + k * step, sizeof(float) * kTileRows);
 }
 
 // A head's rows (t, p) as panels of kTileColumns columns: panel j begins at j * panel_floats().
@@ -62,6 +59,7 @@ inline void load_state(const float* in, int64_t p_step, int64_t n_step, const Si
   int columns = std::min(kTileColumns, z.p - panel * kTileColumns);
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(z.state_panel));
   in += panel * kTileColumns * p_step;
+  if (n_step == 1) return transpose(in, p_step, columns, z.n, out, kTileColumns);
   for (int c = 0; c < columns; c++)
     for (int i = 0; i < z.n; i++) out[i * kTileColumns + c] = in[c * p_step + i * n_step];
 }
@@ -69,6 +67,7 @@ inline void load_state(const float* in, int64_t p_step, int64_t n_step, const Si
 inline void store_state(const float* in, const Sizes& z, int panel, float* out, int64_t p_step, int64_t n_step) {
   int columns = std::min(kTileColumns, z.p - panel * kTileColumns);
   out += panel * kTileColumns * p_step;
+  if (n_step == 1) return transpose(in, kTileColumns, z.n, columns, out, p_step);
   for (int c = 0; c < columns; c++)
     for (int i = 0; i < z.n; i++) out[c * p_step + i * n_step] = in[i * kTileColumns + c];
 }

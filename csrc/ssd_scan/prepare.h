@@ -1,5 +1,6 @@
 // Step 1 of a slab: what all heads of a group share, and the steps dt of every head.
 #pragma once
+#include "../common/lanes.h"
 #include "../common/parallel.h"
 #include "decay.h"
 
@@ -7,25 +8,34 @@ namespace omnimamba::ssd {
 
 // Results of step 1 for the chunks of one slab of every batch row.
 struct Prepared {
-  Prepared(Arena& arena, const SsdScanParams& q, const Sizes& z, bool slopes)
-      : slab(z.slab), groups(q.groups), heads(q.heads), sizes(z) {
+  Prepared(Arena& arena, const SsdScanParams& q, const Sizes& z, bool for_backward)
+      : slab(z.slab), groups(q.groups), heads(q.heads), backward(for_backward), sizes(z) {
     Arena counter(nullptr);
-    GroupPack::take(counter, z);
-    step = counter.used();
-    packs = arena.take(q.batch * slab * groups * step);
+    GroupPack{}.take_rows(counter, z);
+    rows_step = counter.used();
+    GroupPack{}.take_strips(counter, z, backward);
+    strips_step = counter.used() - rows_step;
+    rows = arena.take((backward ? q.batch * slab * groups : q.threads) * rows_step);
+    strips = arena.take(q.batch * slab * groups * strips_step);
     dt = arena.take(q.batch * slab * heads * kChunk);
-    slope = slopes ? arena.take(q.batch * slab * heads * kChunk) : nullptr;
+    slope = backward ? arena.take(q.batch * slab * heads * kChunk) : nullptr;
   }
-  // c counts chunks from the slab's first.
-  GroupPack group(int64_t b, int64_t c, int64_t g) const {
-    Arena arena(packs + ((b * slab + c) * groups + g) * step);
-    return GroupPack::take(arena, sizes);
+  // c counts chunks from the slab's first. In a forward pass the rows and columns are the thread's, for step 1 alone.
+  GroupPack group(int64_t b, int64_t c, int64_t g, int thread = 0) const {
+    const int64_t at = (b * slab + c) * groups + g;
+    Arena rows_at(rows + (backward ? at : thread) * rows_step), strips_at(strips + at * strips_step);
+    GroupPack pack;
+    pack.take_rows(rows_at, sizes);
+    pack.take_strips(strips_at, sizes, backward);
+    return pack;
   }
   int64_t head(int64_t b, int64_t c, int64_t h) const { return ((b * slab + c) * heads + h) * kChunk; }
 
-  int64_t slab, groups, heads, step;
+  int64_t slab, groups, heads;
+  bool backward;
   const Sizes& sizes;
-  float* packs;
+  int64_t rows_step, strips_step;
+  float *rows, *strips;
   float* dt;     // clamp(softplus(dt + bias)), a row of kChunk a head
   float* slope;  // its derivative by dt
 };
@@ -45,22 +55,25 @@ OM_INLINE vf step_slope(const SsdScanParams& q, vf raw) {
   return select(dt < splat(q.dt_low), vf{}, select(dt > splat(q.dt_high), vf{}, slope));
 }
 
-// dt of heads [h0, h1), W heads at a time; a head's steps then lie side by side.
+// dt of heads [h0, h1) and its slope, W heads by W positions at a time; a head's steps then lie side by side.
 inline void prepare_steps(const SsdScanParams& q, const Prepared& out, int64_t b, int64_t c, Chunk chunk, int64_t h0,
                           int64_t h1) {
   for (int64_t h = h0; h < h1; h += W) {
-    int heads = static_cast<int>(std::min<int64_t>(W, h1 - h));
-    vf bias{};
-    for (int i = 0; i < heads && q.dt_bias; i++) bias[i] = *q.dt_bias.at<float>(h + i);
-    for (int t = 0; t < chunk.length; t++) {
-      float raw[W] = {}, dt[W], slope[W];
-      for (int i = 0; i < heads; i++) raw[i] = *q.dt.at<float>(b, chunk.start + t, h + i);
-      store(dt, step_size(q, load(raw) + bias));
-      if (out.slope) store(slope, step_slope(q, load(raw) + bias));
-      for (int i = 0; i < heads; i++) {
-        out.dt[out.head(b, c, h + i) + t] = dt[i];
-        if (out.slope) out.slope[out.head(b, c, h + i) + t] = slope[i];
+    const int heads = static_cast<int>(std::min<int64_t>(W, h1 - h));
+    const vf bias = q.dt_bias ? gather(q.dt_bias.at<float>(h), q.dt_bias.stride[0], heads) : vf{};
+    for (int t = 0; t < chunk.length; t += W) {
+      const int length = std::min(W, chunk.length - t);
+      vf dt[W] = {}, slope[W] = {};
+      for (int i = 0; i < length; i++) {
+        const vf raw = gather(q.dt.at<float>(b, chunk.start + t + i, h), q.dt.stride[2], heads) + bias;
+        dt[i] = step_size(q, raw);
+        if (out.slope) slope[i] = step_slope(q, raw);
       }
+      transpose(dt);
+      for (int i = 0; i < heads; i++) store(out.dt + out.head(b, c, h + i) + t, dt[i]);
+      if (!out.slope) continue;
+      transpose(slope);
+      for (int i = 0; i < heads; i++) store(out.slope + out.head(b, c, h + i) + t, slope[i]);
     }
   }
 }
@@ -70,32 +83,39 @@ inline void group_scores(const GroupPack& pack, int n, int length) {
   for (int t = 0; t < length; t += kTileRows)
     for (int s = 0; s < std::min(length, t + kTileRows); s += kTileColumns) {
       Tile tile;
-      tile_add<1>(tile, n, pack.C_columns + t, kRow, pack.B_columns + s, kRow);
+      tile_add<1>(tile, n, pack.C_positions + t * n, kTileRows, pack.B_columns + s, kRow);
       tile_each(tile, [&](int r, int v, vf& acc) { store(pack.G + (t + r) * kRow + s + v * W, acc); });
     }
 }
 
 template <class T>
 void prepare_group(const SsdScanParams& q, const Sizes& z, const Prepared& out, int64_t b, int64_t c, Chunk chunk,
-                   int64_t g) {
+                   int64_t g, int thread) {
   prepare_steps(q, out, b, c, chunk, g * z.per_group, (g + 1) * z.per_group);
-  GroupPack pack = out.group(b, c, g);
+  GroupPack pack = out.group(b, c, g, thread);
   pack_rows(q.B.at<T>(b, chunk.start, g), q.B.stride[1], chunk.length, z.n, pack.B_rows, z.bc_row);
   pack_rows(q.C.at<T>(b, chunk.start, g), q.C.stride[1], chunk.length, z.n, pack.C_rows, z.bc_row);
   pack_columns(pack.B_rows, z.bc_row, chunk.length, z.n, z.state_rows, pack.B_columns);
   pack_columns(pack.C_rows, z.bc_row, chunk.length, z.n, z.state_rows, pack.C_columns);
+  const int position_strips = (chunk.length + kTileRows - 1) / kTileRows, state_strips = z.state_rows / kTileRows;
+  pack_strips(pack.C_columns, kRow, position_strips, z.n, pack.C_positions);
+  pack_strips(pack.B_rows, z.bc_row, state_strips, chunk.length, pack.B_states);
+  if (out.backward) {
+    pack_strips(pack.B_columns, kRow, position_strips, z.n, pack.B_positions);
+    pack_strips(pack.C_rows, z.bc_row, state_strips, chunk.length, pack.C_states);
+  }
   group_scores(pack, z.n, chunk.length);
 }
 
 // Chunks [c0, c0 + slab) of every batch row.
 template <class T>
 void prepare_slab(const SsdScanParams& q, const Sizes& z, const Prepared& out, int64_t c0) {
-  parallel_for(q.threads, q.batch * z.slab * q.groups, [&](int64_t unit, int) {
+  parallel_for(q.threads, q.batch * z.slab * q.groups, [&](int64_t unit, int thread) {
     int64_t g = unit % q.groups, c = unit / q.groups % z.slab, b = unit / q.groups / z.slab;
     Chunks chunks(q, b);
     if (c0 + c >= chunks.count) return;
     Chunk chunk = chunks[c0 + c];
-    if (chunk.kind != ChunkKind::Padding) prepare_group<T>(q, z, out, b, c, chunk, g);
+    if (chunk.kind != ChunkKind::Padding) prepare_group<T>(q, z, out, b, c, chunk, g, thread);
   });
 }
 

@@ -82,7 +82,8 @@ def backward(
     b, l, h, p = x.shape
     fields = _fields(*inputs, dt_softplus, dt_limit)
     storage = fields["x"].dtype
-    dy, dfinal, dvarlen = (None if t is None else _rows(t, dtype) for t, dtype in zip(grads, _types(storage)))
+    types = storage, torch.float32, torch.float32
+    dy, dfinal, dvarlen = (None if t is None else _rows(t, dtype) for t, dtype in zip(grads, types, strict=True))
     made = {
         "dx": torch.empty(x.shape, dtype=storage),
         "ddt": torch.empty(dt.shape),
@@ -111,13 +112,11 @@ def backward(
             dinitial[0] += dvarlen[0]
     dD = made["dD"] if D is None or D.dim() == 2 else made["dD"].sum(1)
     found = (*(made[f"d{name}"] for name in ("x", "dt", "A", "B", "C")), dD, made["dz"], made["ddt_bias"], dinitial)
-    cast = (None if t is None or not need else grad.to(t.dtype) for t, grad, need in zip(inputs, found, needs))
+    cast = [
+        grad.to(t.dtype) if t is not None and need else None
+        for t, grad, need in zip(inputs, found, needs[: len(inputs)], strict=True)
+    ]
     return (*cast, None, None)
-
-
-def _types(storage: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Of the gradients that come in: y's, the final states', the varlen states'."""
-    return storage, torch.float32, torch.float32
 
 
 def _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit) -> dict[str, Any]:
@@ -173,8 +172,8 @@ def _cut(
 ) -> tuple[Tensor, Tensor, int]:
     """Cuts each batch row into chunks that straddle neither a change of seq_idx nor an end of cu_seqlens.
 
-    Returns the rows (start, length, kind, sequence of cu_seqlens that ends here or -1), each batch row's first chunk, and
-    the most chunks of a row. ``continues``: there are initial states, which belong to sequence 0.
+    Returns the rows (start, length, kind, sequence of cu_seqlens that ends here or -1), each batch row's first chunk,
+    and the most chunks of a row. ``continues``: there are initial states, which belong to sequence 0.
     """
     if seq_idx is None and cu_seqlens is None:
         return _cut_evenly(b, l, continues)
