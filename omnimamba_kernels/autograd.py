@@ -42,4 +42,8 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
             recorded = recorded or (t is not None and t.requires_grad)
     if recorded and hasattr(implementation, "backward"):
         return _Run.apply(implementation, options, *tensors)
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):  # arithmetic is float32 at least, whatever a caller's autocast says
+        with torch.autocast(device, enabled=False):
+            return implementation.forward(*tensors, save=recorded, **options)[0]
     return implementation.forward(*tensors, save=recorded, **options)[0]

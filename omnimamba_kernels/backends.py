@@ -17,7 +17,7 @@ from . import native
 
 NAMES = ("cuda", "triton", "native", "reference")
 OPS = ("causal_conv1d", "ssd_scan", "state_update", "gated_norm", "lora_linear", "mamba_mixer")
-_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("native", "reference")}
+_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("native", "reference"), "meta": ("reference",)}
 
 _forced: ContextVar[str | None] = ContextVar("omnimamba_backend", default=None)
 
@@ -89,11 +89,10 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, **option
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run: {reason}")
         return _module(op, wanted)
     reasons = []
-    for name in _ORDER.get(device.type, ("reference",)):
+    for name in _ORDER.get(device.type, ()):
         reason = _why_not(op, name, device, tensors, options)
         if reason is None:
             return _module(op, name)
         reasons.append(f"{name}: {reason}")
-    raise RuntimeError(
-        f"{op}: no kernel can run on {device} ({'; '.join(reasons)}); pass backend='reference' for plain PyTorch"
-    )
+    why = "; ".join(reasons) or f"none is written for {device.type} devices"
+    raise RuntimeError(f"{op}: no kernel can run on {device} ({why}); pass backend='reference' for plain PyTorch")

@@ -100,7 +100,8 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def divisible(name: str, value: int, by_name: str, by: int) -> None:
-    if by <= 0 or value % by:
+    whole(by_name, by, 1)
+    if value % by:
         raise ValueError(
             f"{name} = {value} is not a multiple of {by_name} = {by}; choose {by_name} so that it divides {name}"
         )
@@ -109,6 +110,24 @@ def divisible(name: str, value: int, by_name: str, by: int) -> None:
 def one_of(name: str, value: object, *allowed: object) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def whole(name: str, value: object, low: int) -> None:
+    """An integer, and at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {low}")
+
+
+def writable(**tensors: Tensor) -> None:
+    """Tensors that change in place: no two elements may share memory."""
+    for name, tensor in tensors.items():
+        if 0 in tensor.stride() and any(
+            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise ValueError(
+                f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, whose elements share memory; "
+                "it changes in place, so pass a tensor of its own (.clone())"
+            )
 
 
 def in_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 _library = torch.library.Library("omnimamba", "DEF")  # noqa: TOR901 (lives as long as the process)
 
@@ -30,7 +32,9 @@ _SCHEMA_TYPES = {
 }
 
 
-def traceable(fake: Callable[..., Tensor | list[Tensor]], mutates: tuple[str, ...] = ()) -> Callable:
+def traceable(
+    fake: Callable[..., Tensor | list[Tensor]], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a public function that returns a tensor or a tuple of tensors, none of them an input.
 
     Args:
@@ -38,14 +42,14 @@ def traceable(fake: Callable[..., Tensor | list[Tensor]], mutates: tuple[str, ..
         mutates: names of the arguments that change in place; such a function returns one tensor and has no gradient.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         operator = _define(function, fake, mutates)
         parameters = inspect.signature(function).parameters
         names = list(parameters)
         defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
         @functools.wraps(function)
-        def public(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        def public(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}

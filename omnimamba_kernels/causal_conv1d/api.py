@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import autograd, checks
 from ..backends import choose
@@ -87,7 +88,9 @@ def causal_conv1d_fn(
     checks.shape("final_states_out", final_states_out, b, d, w - 1, letters="(b, d, w - 1)")
     checks.floating(x=x, weight=weight, bias=bias, initial_states=initial_states, final_states_out=final_states_out)
     checks.integer(seq_idx=seq_idx)
-    checks.same_device(x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states)
+    checks.same_device(
+        x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states, final_states_out=final_states_out
+    )
     asked = return_final_states or final_states_out is not None
     outputs = _causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, asked, backend)
     if not asked:
@@ -136,6 +139,7 @@ def causal_conv1d_update(
     Source: the function of the same name in causal-conv1d.
     """
     _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    checks.writable(conv_state=conv_state)
     checks.in_range("conv_state_indices", conv_state_indices, -(2**31), conv_state.shape[0])
     checks.in_range("cache_seqlens", cache_seqlens, 0, 2**62)
     module = choose("causal_conv1d", backend, x, weight, bias, conv_state)
@@ -143,6 +147,7 @@ def causal_conv1d_update(
     y = module.update(
         x3, conv_state, weight, bias, cache_seqlens, conv_state_indices, activation=activation is not None
     )
+    increment_version(conv_state)
     return y if x.dim() == 3 else y.squeeze(-1)
 
 
@@ -194,7 +199,6 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, *
     checks.floating(x=x)
     checks.offsets("cu_seqlens", cu_seqlens, x.shape[0])
     checks.same_device(x=x, cu_seqlens=cu_seqlens)
-    if state_len < 1:
-        raise ValueError(f"state_len: got {state_len}, expected at least 1")
+    checks.whole("state_len", state_len, 1)
     module = choose("causal_conv1d", backend, x)
     return module.varlen_states(x, cu_seqlens, state_len=state_len)

@@ -49,7 +49,7 @@ def rmsnorm_fn(
 
     Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.
     """
-    _check(x, weight, bias, z, group_size)
+    _check(x, weight, bias, z, group_size, eps)
     group = x.shape[-1] if group_size is None else group_size
     tensors = (x, weight, bias, z)
     options = {"eps": float(eps), "group_size": group, "norm_before_gate": bool(norm_before_gate)}
@@ -57,7 +57,7 @@ def rmsnorm_fn(
 
 
 @checks.once_a_kind
-def _check(x, weight, bias, z, group_size) -> None:
+def _check(x, weight, bias, z, group_size, eps) -> None:
     checks.is_tensor("x", x)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., d) with d at least 1")
@@ -65,6 +65,8 @@ def _check(x, weight, bias, z, group_size) -> None:
     checks.shape("weight", weight, d, letters="(d,)")
     checks.shape("bias", bias, d, letters="(d,)")
     checks.shape("z", z, *x.shape, letters="x's shape")
+    if not (isinstance(eps, float | int) and eps >= 0):
+        raise ValueError(f"eps: got {eps!r}, expected a number of at least 0")
     checks.divisible("x's last dimension", d, "group_size", d if group_size is None else group_size)
     checks.floating(x=x, weight=weight, bias=bias, z=z)
     checks.same_device(x=x, weight=weight, bias=bias, z=z)

@@ -36,4 +36,4 @@ def forward(
         y = y + bias.to(compute)
     if gate is not None and norm_before_gate:
         y = y * gate
-    return (y.to(x.dtype),), ()
+    return (y.to(x.dtype).contiguous(),), ()

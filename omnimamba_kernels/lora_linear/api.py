@@ -126,7 +126,9 @@ def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
         if not torch.compiler.is_compiling():
             checks.in_range("task", task, -1, 0)
         return None
-    if not -1 <= int(task) < tasks:
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise TypeError(f"task: got {task!r}, expected an integer or an integer tensor of x's leading shape")
+    if not -1 <= task < tasks:
         raise ValueError(f"task: got {task}, expected -1 (the base alone) to {tasks - 1}")
     if task == -1:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import checks
 from ..backends import choose
@@ -17,12 +18,15 @@ from ..ssd_scan.api import mamba_chunk_scan_combined
 
 def _head_sizes(A: Tensor, D: Tensor | None, headdim: int | None) -> tuple[int, int]:
     checks.rank("A", A, 1, letters="(h,)")
+    if D is not None:
+        checks.is_tensor("D", D)
     if headdim is None:
         if D is None or D.dim() != 2:
             raise ValueError(
                 "headdim: got None, which is only possible where D (h, p) tells it; pass the width of a head"
             )
         headdim = D.shape[1]
+    checks.whole("headdim", headdim, 1)
     return A.shape[0], headdim
 
 
@@ -92,12 +96,23 @@ def mamba_split_conv1d_scan_combined(
     h, p = _head_sizes(A, D, headdim)
     dim = h * p
     checks.rank("conv1d_weight", conv1d_weight, 2, letters="(dim + 2 g n, w)")
+    checks.one_of("conv1d_weight's width w", conv1d_weight.shape[1], 2, 3, 4)
+    checks.whole("ngroups", ngroups, 1)
     state_columns = conv1d_weight.shape[0] - dim
-    if ngroups < 1 or state_columns < 2 * ngroups or state_columns % (2 * ngroups):
+    if state_columns < 2 * ngroups or state_columns % (2 * ngroups):
         raise ValueError(
             f"conv1d_weight: got {conv1d_weight.shape[0]} channels, expected dim + 2 g n with dim {dim} and g {ngroups}"
         )
+    checks.shape("conv1d_bias", conv1d_bias, dim + state_columns, letters="(dim + 2 g n,)")
     checks.shape("rmsnorm_weight", rmsnorm_weight, dim, letters="(dim,)")
+    checks.floating(
+        zxbcdt=zxbcdt,
+        conv1d_weight=conv1d_weight,
+        conv1d_bias=conv1d_bias,
+        rmsnorm_weight=rmsnorm_weight,
+        outproj_weight=outproj_weight,
+        outproj_bias=outproj_bias,
+    )
     extra = _non_ssm_width(zxbcdt, dim, state_columns, h)
     checks.shape("outproj_weight", outproj_weight, None, extra + dim, letters="(out, d_nonssm + dim)")
     if outproj_bias is not None:
@@ -209,8 +224,10 @@ def mamba_mixer_step(
         "activation": activation is not None,
     }
     _check_step(*tensors, p, ngroups, activation)
+    checks.writable(conv_state=conv_state, ssm_state=ssm_state)
     checks.in_range("state_batch_indices", state_batch_indices, -(2**31), ssm_state.shape[0])
     ((y,), _) = choose("mamba_mixer", backend, *tensors, **options).forward(*tensors, **options)
+    increment_version((conv_state, ssm_state))
     return y
 
 

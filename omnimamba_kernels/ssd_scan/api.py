@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -33,10 +31,10 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, d
     checks.same_device(
         x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx
     )
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size!r}, expected a positive integer")
-    if len(dt_limit) != 2 or math.isnan(dt_limit[0]) or math.isnan(dt_limit[1]) or dt_limit[0] > dt_limit[1]:
-        raise ValueError(f"dt_limit: got {tuple(dt_limit)}, expected (low, high) with low <= high")
+    checks.whole("chunk_size", chunk_size, 1)
+    pair = isinstance(dt_limit, tuple | list) and len(dt_limit) == 2
+    if not pair or not all(isinstance(v, float | int) for v in dt_limit) or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit: got {dt_limit!r}, expected (low, high), two numbers with low <= high")
 
 
 def _fake(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, *rest) -> list[Tensor]:
@@ -108,6 +106,8 @@ def mamba_chunk_scan_combined(
     Source: Mamba-2 (arXiv 2405.21060), section 6; the function of the same name in mamba_ssm.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit)
+    if state_dtype is not None and state_dtype not in checks.FLOATS:
+        raise TypeError(f"state_dtype: got {state_dtype!r}, expected a floating torch.dtype such as torch.float32")
     b, l = x.shape[:2]
     if cu_seqlens is None:
         if return_varlen_states:

@@ -49,6 +49,10 @@ def forward(
     b, l, h, p = x.shape
     n = B.shape[3]
     x, dt, A, B, C = (t.to(compute) for t in (x, dt, A, B, C))
+    if seq_idx is not None:  # whatever padding holds, no result and no gradient sees it
+        pad = (seq_idx < 0)[..., None]
+        dt = dt.masked_fill(pad, 0.0)
+        x, B, C, z = (None if t is None else t.masked_fill(pad[..., None], 0.0) for t in (x, B, C, z))
     if dt_bias is not None:
         dt = dt + dt_bias.to(compute)
     if dt_softplus:
@@ -58,9 +62,7 @@ def forward(
         run = torch.zeros(b, l, dtype=torch.long, device=x.device)
     else:
         run = (F.pad(seq_idx, (1, 0)).diff(dim=1) != 0).cumsum(1)
-        pad = (seq_idx < 0)[..., None]
         dt = dt.masked_fill(pad, 0.0)
-        x, B, C = (t.masked_fill(pad[..., None], 0.0) for t in (x, B, C))
     state = x.new_zeros(b, h, p, n) if initial_states is None else initial_states.to(compute)
     xdt, a = x * dt[..., None], dt * A
     before = run.new_zeros(b, 1)
@@ -78,7 +80,7 @@ def forward(
     if seq_idx is not None:
         y = y.masked_fill(pad[..., None], 0.0)
     varlen = None if cu_seqlens is None else _varlen(ended, cu_seqlens.tolist())
-    return (y.to(out_dtype), state, varlen), ()
+    return (y.to(out_dtype).contiguous(), state.contiguous(), varlen), ()
 
 
 def _chunk(

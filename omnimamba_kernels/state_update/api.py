@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import checks
 from ..backends import choose
@@ -69,10 +70,12 @@ def selective_state_update(
         z = None if z is None else z.unsqueeze(1)
         D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (D, dt_bias))
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    checks.writable(state=state)
     checks.in_range("state_batch_indices", state_batch_indices, -(2**31), state.shape[0])
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     options = {"dt_softplus": bool(dt_softplus)}
     ((out,), _) = choose("state_update", backend, *tensors, **options).forward(*tensors, **options)
+    increment_version(state)
     return out if heads else out.squeeze(1)
 
 
