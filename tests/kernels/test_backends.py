@@ -4,7 +4,14 @@ import pytest
 import torch
 from common import hostile_memory, running, runs, same_bits
 
-from omnimamba_kernels import backends, native, rmsnorm_fn, selective_state_update, use_backend
+from omnimamba_kernels import (
+    backends,
+    mamba_chunk_scan_combined,
+    native,
+    rmsnorm_fn,
+    selective_state_update,
+    use_backend,
+)
 from omnimamba_kernels.backends import NAMES, choose
 from omnimamba_kernels.gated_norm import native_impl, reference
 
@@ -101,3 +108,20 @@ def test_the_tests_runs_differ():
                 assert module.vector_width == widths[name.partition("-")[2]]
             else:
                 assert choose("gated_norm", None, X, WEIGHT).__name__.endswith(name)
+
+
+def test_autocast_leaves_the_arithmetic_in_float32(run):
+    x, dt = torch.randn(1, 30, 2, 4), torch.rand(1, 30, 2)
+    A, B = -torch.rand(2), torch.randn(1, 30, 1, 8)
+    want = mamba_chunk_scan_combined(x, dt, A, B, B, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mamba_chunk_scan_combined(x, dt, A, B, B, 16)
+    assert same_bits(got, want)
+
+
+def test_a_device_without_kernels_is_refused_by_name():
+    class Elsewhere:
+        device = torch.device("mps")
+
+    with pytest.raises(RuntimeError, match="none is written for mps devices.*backend='reference'"):
+        choose("ssd_scan", None, Elsewhere())

@@ -149,6 +149,32 @@ def operator_calls():
     yield ops.causal_conv1d, (x, c["weight"], c["bias"], None, None, True, True, None)
     n = tensors(x=(B, L, DIM), weight=(DIM,))
     yield ops.rmsnorm_fn, (n["x"].requires_grad_(), n["weight"], None, None, 1e-5, None, True, None)
+    yield ops.rmsnorm_fn, (n["x"].detach().transpose(0, 1), n["weight"], None, None, 1e-5, None, True, None)
+    s = {name: t.detach() for name, t in s.items()}
+    s["x"] = s["x"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    ids = torch.arange(B * L, dtype=torch.int32).view(B, L) // 7 - 1
+    yield (
+        ops.mamba_chunk_scan_combined,
+        (
+            *s.values(),
+            8,
+            None,
+            None,
+            None,
+            torch.zeros(B, H, P, N),
+            ids,
+            None,
+            True,
+            (0.0, 10.0),
+            True,
+            False,
+            None,
+            None,
+        ),
+    )
+    a = tensors(x=(L, DIM), weight=(11, DIM), lora_A=(2, 3, DIM), lora_B=(2, 11, 3))
+    yield ops.lora_linear, (*a.values(), None, torch.arange(L, dtype=torch.int32) % 3 - 1, 2.0, 0.0, 0, None)
+    yield ops.mamba_mixer_step, (*mixer_arguments().values(), P, G, None, 1e-5, True, "silu", None, None)
     u = step_arguments()
     yield ops.selective_state_update, (*u.values(), None, None, True, None, None)
     v = update_arguments()
