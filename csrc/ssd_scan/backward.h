@@ -7,8 +7,8 @@
 //   da_r = sum of P over s < r <= t + sum of exp(c_t) R_t over t >= r + sum of w_s U_s over s < r + exp(c_q) <S, dS'>
 //   ddt_s = A da_s + sum over t of (dM L G)_ts + exp(c_q - c_s) U_s
 #pragma once
+#include "ahead.h"
 #include "prepare.h"
-#include "states.h"
 
 namespace omnimamba::ssd {
 
@@ -61,6 +61,7 @@ struct BackwardUnit {
   const float *dt, *slope;
   const float* state;  // before the chunk; null where it does not count
   const float* dnext;  // gradient of the state after it
+  Ahead& ahead;
 };
 
 // x and dy, raw, weighted and transposed; through the gate, which gives dz as well.
@@ -112,6 +113,7 @@ void input_gradient(const BackwardUnit& u) {
   for (int j = 0; j < u.z.panels; j++)
     for (int s0 = 0; s0 < chunk.length; s0 += kTileRows) {
       const float* dy = u.s.dy + j * panel_floats() + s0 * kTileColumns;
+      u.ahead.row();
       Tile tile;
       tile_add<1>(tile, u.z.n, u.pack.B_positions + s0 * u.z.n, kTileRows, u.dnext + j * u.z.state_panel, kTileColumns);
       tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(u.s.decay->weight[s0 + r]); });
@@ -158,6 +160,7 @@ inline void state_part(const BackwardUnit& u, const float* state, const float* X
   for (int t = 0; t < u.at.chunk.length; t += kTileColumns) {
     vf dot[kTileVectors] = {};
     for (int i = 0; i < u.z.state_rows; i += kTileRows) {
+      u.ahead.row();
       Tile tile;
       for (int j = 0; j < u.z.panels; j++)
         tile_add<kTileColumns>(tile, std::min(kTileColumns, u.z.p - j * kTileColumns),

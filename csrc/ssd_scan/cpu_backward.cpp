@@ -1,6 +1,7 @@
 // The chunked scan, backward: slabs from the last to the first, chunks likewise. The maths of one head and chunk is in
 // backward.h. A group's heads are summed in at most kHeadBlocks blocks, cut by the shapes alone, and the blocks in order:
 // the sums over heads for dB and dC, over chunks for dA, dD and dt_bias, have one order whatever the threads.
+#include "../common/pages.h"
 #include "backward.h"
 
 namespace omnimamba {
@@ -127,6 +128,7 @@ void scan_unit(const Backward& f, const Unit& at, int thread, int64_t g, int64_t
     }
   } else {
     const int64_t row = f.prepared.head(at.b, at.in_slab, at.h);
+    Ahead ahead(f.q, at, sizeof(T), {&f.q.x, &f.q.dy, &f.q.dx});
     BackwardUnit u{f.q,
                    f.z,
                    at,
@@ -136,7 +138,8 @@ void scan_unit(const Backward& f, const Unit& at, int thread, int64_t g, int64_t
                    f.prepared.dt + row,
                    f.prepared.slope + row,
                    continues ? f.states.at(at.b, at.c, at.h) : nullptr,
-                   dnext};
+                   dnext,
+                   ahead};
     fill_decay(u.dt, *f.q.A.at<float>(at.h), at.chunk.length, *u.s.decay);
     pack_head<T>(u);
     if (work != Work::States) differentiate<T>(u, shares);
@@ -294,6 +297,7 @@ template <class T>
 void run(const Backward& f) {
   const SsdScanParams& q = f.q;
   for (int thread = 0; thread < q.threads; thread++) std::memset(f.of_thread(thread).M, 0, sizeof(float) * kRow * kRow);
+  claim_pages(q.dx.data, q.batch * q.length * q.heads * q.headdim * static_cast<int64_t>(sizeof(T)), q.threads);
   std::fill_n(f.totals, q.heads * f.head_step, 0.0);
   const int64_t slabs = q.max_chunks ? (q.max_chunks + f.z.slab - 1) / f.z.slab : 0;
   for (int64_t c0 = (slabs - 1) * f.z.slab; c0 >= 0; c0 -= f.z.slab) {

@@ -1,7 +1,7 @@
 // The chunked scan, forward. The maths and the plan are in ssd_scan.h.
 #include "../common/pages.h"
+#include "ahead.h"
 #include "prepare.h"
-#include "states.h"
 
 namespace omnimamba {
 namespace ssd {
@@ -99,31 +99,6 @@ void store_plain(const Forward& f, const Unit& u, Tile& tile, int t0, int panel)
   });
 }
 
-// The rows of x and y that the next head will touch come near while this head computes, one row a call: many at once
-// would fill the queue of misses and stall the arithmetic.
-class Ahead {
- public:
-  template <class T>
-  Ahead(const Forward& f, const Unit& u, T)
-      : rows_(u.h + 1 < f.q.heads ? u.chunk.length : 0), bytes_(f.z.p * static_cast<int>(sizeof(T))) {
-    if (rows_ == 0) return;
-    x_ = reinterpret_cast<const char*>(f.q.x.at<T>(u.b, u.chunk.start, u.h + 1));
-    y_ = reinterpret_cast<const char*>(f.q.y.at<T>(u.b, u.chunk.start, u.h + 1));
-    x_step_ = f.q.x.stride[1] * static_cast<int64_t>(sizeof(T));
-    y_step_ = f.q.y.stride[1] * static_cast<int64_t>(sizeof(T));
-  }
-  OM_INLINE void row() {
-    if (rows_ == 0) return;
-    for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(x_ + i, 0, 2), __builtin_prefetch(y_ + i, 1, 2);
-    x_ += x_step_, y_ += y_step_, rows_--;
-  }
-
- private:
-  int rows_, bytes_;
-  const char *x_ = nullptr, *y_ = nullptr;
-  int64_t x_step_ = 0, y_step_ = 0;
-};
-
 // One panel of y = exp(c) (C S) + M x, a tile at a time in the same registers.
 template <class T>
 void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state, int panel,
@@ -209,7 +184,7 @@ void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
     f.whole[(u.b * f.z.slab + u.in_slab) * f.q.heads + u.h] = s.decay->whole;
   }
   // Panel by panel: a panel of the state stays in the first cache level from the output to its advance.
-  Ahead ahead(f, u, T{});
+  Ahead ahead(f.q, u, sizeof(T), {&f.q.x, &f.q.y});
   for (int j = 0; j < f.z.panels; j++) {
     const float* panel = state ? state + j * f.z.state_panel : nullptr;
     if (work != Work::States) output<T>(f, u, s, pack, panel, j, ahead);
@@ -274,6 +249,8 @@ void run(const Forward& f) {
     std::memset(f.of_thread(thread).M, 0, sizeof(float) * kRow * kRow);
   const int64_t outputs = f.q.batch * f.q.length * f.q.heads * f.q.headdim;
   claim_pages(f.q.y.data, outputs * static_cast<int64_t>(sizeof(T)), f.q.threads);
+  if (f.q.states)
+    claim_pages(f.states.base, f.q.batch * f.states.slots * f.q.heads * f.z.state_floats * 4, f.q.threads);
   for (int64_t c0 = 0; c0 < f.q.max_chunks; c0 += f.z.slab) {
     prepare_slab<T>(f.q, f.z, f.prepared, c0);
     if (!f.side_by_side) {

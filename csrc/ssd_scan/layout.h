@@ -12,7 +12,7 @@ namespace omnimamba::ssd {
 constexpr int kChunk = 64;             // positions a chunk at most; the caller cuts by it
 constexpr int kBlock = 16;             // positions whose decays share an anchor (decay.h)
 constexpr int kRow = kChunk + kBlock;  // floats from row to row of a q-wide matrix: odd in cache lines, so rows spread
-constexpr int kSlabChunks = 16;        // chunks a slab and batch row, fewer where batch x groups is large
+constexpr int kSlabChunks = 8;         // chunks a slab and batch row, fewer where batch x groups is large
 constexpr int kHeadBlocks = 4;         // backward: sums over a group's heads are split in at most so many parts
 constexpr int kShort = 8;              // positions that the plain recurrence takes at most
 

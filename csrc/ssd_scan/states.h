@@ -12,9 +12,10 @@ struct StateRing {
   float* at(int64_t b, int64_t c, int64_t h) const { return base + ((b * slots + c % slots) * heads + h) * floats; }
 };
 
-// Threads that find no batch row and head of their own work on chunks instead.
+// Whether threads work on chunks side by side rather than on units (batch rows and heads): where dealing out the units
+// would leave more than a fifth of the threads' time idle.
 inline bool chunks_side_by_side(const SsdScanParams& q, int64_t units) {
-  return q.threads > 1 && units < 4 * int64_t{q.threads} && q.max_chunks > 1;
+  return q.threads > 1 && q.max_chunks > 1 && 4 * round_up(units, q.threads) > 5 * units;
 }
 
 // next = decay * state + own, where the chunk continues; the same expression in both schedules, for the same bits.
