@@ -1,5 +1,5 @@
-// Rows that the next head will touch come near while this head computes, one row a call: many at once would fill the queue
-// of misses and stall the arithmetic. A call goes before each stretch of a few hundred multiply-adds.
+// Rows that the next head will touch come near while this head computes, one row a call: many at once would fill the
+// queue of misses and stall the arithmetic. A call goes before each stretch of a few hundred multiply-adds.
 #pragma once
 #include <initializer_list>
 

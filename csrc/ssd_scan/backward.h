@@ -109,7 +109,7 @@ void pack_head(const BackwardUnit& u) {
 template <class T>
 void input_gradient(const BackwardUnit& u) {
   const auto [b, c, h, in_slab, chunk] = u.at;
-  for (int64_t i = 0; i < u.z.p && u.q.D; i++) u.s.D[i] = *u.q.D.at<float>(h, i);
+  for (int64_t i = 0; i < u.z.p; i++) u.s.D[i] = u.q.D ? *u.q.D.at<float>(h, i) : 0.0f;
   for (int j = 0; j < u.z.panels; j++)
     for (int s0 = 0; s0 < chunk.length; s0 += kTileRows) {
       const float* dy = u.s.dy + j * panel_floats() + s0 * kTileColumns;
@@ -118,11 +118,14 @@ void input_gradient(const BackwardUnit& u) {
       tile_add<1>(tile, u.z.n, u.pack.B_positions + s0 * u.z.n, kTileRows, u.dnext + j * u.z.state_panel, kTileColumns);
       tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(u.s.decay->weight[s0 + r]); });
       tile_add<1>(tile, chunk.length - s0, u.s.M + s0 * kRow + s0, kRow, dy, kTileColumns);
-      tile_each(tile, [&](int r, int v, vf& acc) {
-        const int column = j * kTileColumns + v * W, left = u.z.p - column;
-        if (r >= chunk.length - s0 || left <= 0) return;
-        if (u.q.D) acc += load(u.s.D + column) * load(dy + r * kTileColumns + v * W);
-        store_left(u.q.dx.at<T>(b, chunk.start + s0 + r, h) + column, acc, left);
+      const float* D = u.s.D + j * kTileColumns;
+      const int rows = chunk.length - s0, columns = u.z.p - j * kTileColumns;
+      const int64_t step = u.q.dx.stride[1];
+      T* dx = u.q.dx.at<T>(b, chunk.start + s0, h) + j * kTileColumns;
+      tile_each(tile, [=](int r, int v, vf& acc) {
+        if (r >= rows) return;
+        acc += load(D + v * W) * load(dy + r * kTileColumns + v * W);
+        store_left(dx + r * step + v * W, acc, columns - v * W);
       });
     }
 }

@@ -92,11 +92,16 @@ void store_gated(const Forward& f, const Unit& u, Tile& tile, int t0, int panel)
 // The same without a gate.
 template <class T>
 void store_plain(const Forward& f, const Unit& u, Tile& tile, int t0, int panel) {
-  const int rows = u.chunk.length - t0, columns = f.z.p - panel * kTileColumns;
+  const int rows = std::min(kTileRows, u.chunk.length - t0), columns = f.z.p - panel * kTileColumns;
+  const int64_t step = f.q.y.stride[1];
   T* y = f.q.y.at<T>(u.b, u.chunk.start + t0, u.h) + panel * kTileColumns;
-  tile_each(tile, [&](int r, int v, vf& acc) {
-    if (r < rows) store_left(y + r * f.q.y.stride[1] + v * W, acc, columns - v * W);
-  });
+  if (rows == kTileRows && columns >= kTileColumns) {
+    tile_each(tile, [=](int r, int v, vf& acc) { store(y + r * step + v * W, acc); });
+  } else {
+    tile_each(tile, [=](int r, int v, vf& acc) {
+      if (r < rows) store_left(y + r * step + v * W, acc, columns - v * W);
+    });
+  }
 }
 
 // One panel of y = exp(c) (C S) + M x, a tile at a time in the same registers.

@@ -37,7 +37,8 @@ inline void pack_columns(const float* rows, int64_t row, int length, int width, 
   }
 }
 
-// The row operand of a product in strips of kTileRows rows: out[strip][k][r] = columns[k][strip * kTileRows + r], k < depth.
+// The row operand of a product in strips of kTileRows rows, `depth` deep:
+// out[strip][k][r] = columns[k][strip * kTileRows + r].
 inline void pack_strips(const float* columns, int64_t step, int strips, int depth, float* out) {
   for (int strip = 0; strip < strips; strip++, columns += kTileRows)
     for (int k = 0; k < depth; k++, out += kTileRows) std::memcpy(out, columns + k * step, sizeof(float) * kTileRows);

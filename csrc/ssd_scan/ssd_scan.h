@@ -12,8 +12,8 @@
 // of a run of equal seq_idx, so that no kernel needs a mask. A slab is a few chunks; for each slab
 //   1. prepare: for each chunk, dt for all heads, and B, C, C B^T once for all heads of a group;
 //   2. scan: for each head, M and the two products above as register tiles (common/tile.h).
-// Where batch x heads cannot be dealt out evenly to the threads, step 2 runs over chunks as well: the chunks' own states first,
-// then their prefix, then the outputs. Both ways add in the same order and give the same bits.
+// Where batch x heads cannot be dealt out evenly to the threads, step 2 runs over chunks as well: the chunks' own states
+// first, then their prefix, then the outputs. Both ways add in the same order and give the same bits.
 //
 // Traffic per token, fp32, h heads of p: read x and write y, 8 h p bytes, plus 8 g n for B and C; everything between
 // (q x q matrices, packed operands, states) stays in cache. Arithmetic: h (4 n p + q p) + g q n FLOPs a token.
