@@ -44,9 +44,11 @@ void assign(View& view, PyObject* tensor) {
   static PyObject* stride = PyUnicode_InternFromString("stride");
   static PyObject* dtype = PyUnicode_InternFromString("dtype");
   auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
+  if (!address) throw py::error_already_set();
   auto strides = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, stride));
+  if (!strides) throw py::error_already_set();
   auto type = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
-  if (!address || !strides || !type) throw py::error_already_set();
+  if (!type) throw py::error_already_set();
   view.data = PyLong_AsVoidPtr(address.ptr());
   view.dtype = dtype_of(type.ptr());
   Py_ssize_t rank = PyTuple_Size(strides.ptr());

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, implementation: ModuleType, options: dict, *tensors: Tensor | None):
         outputs, saved = implementation.forward(*tensors, save=True, **options)
-        ctx.implementation, ctx.options = implementation, options
+        ctx.implementation, ctx.options, ctx.context = implementation, options, copy_context()
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return outputs
@@ -22,7 +25,11 @@ class _Run(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
         needs = ctx.needs_input_grad[2:]
-        return None, None, *ctx.implementation.backward(ctx.saved_tensors, grads, needs, **ctx.options)
+        if all(grad is None for grad in grads):
+            return None, None, *(None for _ in needs)
+        # In the context of the forward: its choice of back end and of instruction set, which saved tensors depend on.
+        backward = partial(ctx.implementation.backward, ctx.saved_tensors, grads, needs, **ctx.options)
+        return None, None, *ctx.context.copy().run(backward)
 
 
 def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> tuple[Tensor | None, ...]:
@@ -40,10 +47,19 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
     if torch.is_grad_enabled():
         for t in tensors:
             recorded = recorded or (t is not None and t.requires_grad)
-    if recorded and hasattr(implementation, "backward"):
-        return _Run.apply(implementation, options, *tensors)
+    if hasattr(implementation, "backward"):
+        _refuse_forward_mode(tensors)
+        if recorded:
+            return _Run.apply(implementation, options, *tensors)
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):  # arithmetic is float32 at least, whatever a caller's autocast says
         with torch.autocast(device, enabled=False):
             return implementation.forward(*tensors, save=recorded, **options)[0]
     return implementation.forward(*tensors, save=recorded, **options)[0]
+
+
+def _refuse_forward_mode(tensors: tuple[Tensor | None, ...]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("kernels have no forward-mode derivatives; pass backend='reference', whose PyTorch has them")

@@ -44,6 +44,11 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
 
 
+def tensors(**required: object) -> None:
+    for name, value in required.items():
+        is_tensor(name, value)
+
+
 def shape(name: str, tensor: Tensor | None, *expected: int | None, letters: str = "") -> None:
     """Checks a tensor's shape; None in ``expected`` fits any size, a tensor that is None passes."""
     if tensor is None or (isinstance(tensor, Tensor) and tensor.shape == expected):
@@ -138,6 +143,16 @@ def in_range(name: str, tensor: Tensor | None, low: int, high: int) -> None:
     smallest, largest = (min(few), max(few)) if few else (int(v) for v in torch.aminmax(tensor))
     if smallest < low or largest >= high:
         raise ValueError(f"{name}: got values from {smallest} to {largest}, expected {low} to {high - 1}")
+
+
+def slots(name: str, tensor: Tensor | None, count: int) -> None:
+    """Rows of a state to change in place: below ``count``, negative for padding, no row twice."""
+    in_range(name, tensor, -(2**31), count)
+    if tensor is None or tensor.device.type != "cpu":
+        return
+    live = [slot for slot in tensor.tolist() if slot >= 0]
+    if len(set(live)) < len(live):
+        raise ValueError(f"{name}: got {tensor.tolist()[:8]}, expected each row at most once; it changes in place")
 
 
 def offsets(name: str, tensor: Tensor, total: int) -> None:

@@ -7,12 +7,17 @@ import importlib.util
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
-_chosen: str | None = None
+_chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
 
 
 @cache
@@ -43,12 +48,14 @@ def instruction_sets() -> dict[str, str | None]:
     return {n: m if isinstance(m := _load(n), str) else None for n in _PREFERENCE}
 
 
+@cache
+def _best() -> str | None:
+    return next((n for n, reason in instruction_sets().items() if reason is None), None)
+
+
 def instruction_set() -> str | None:
     """The instruction set in use, or None."""
-    global _chosen
-    if _chosen is None:
-        _chosen = next((n for n, reason in instruction_sets().items() if reason is None), None)
-    return _chosen
+    return _chosen.get() or _best()
 
 
 def why_not() -> str | None:
@@ -57,18 +64,34 @@ def why_not() -> str | None:
     return build_info().get("reason") or f"no compiled instruction set fits this {platform.machine()} processor"
 
 
+def cannot_store(*tensors: Tensor | None) -> str | None:
+    """Why a native kernel cannot read these tensors, or None."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype not in _STORAGE:
+            return f"native kernels compute in float32 and store float32, bfloat16 or float16, not {t.dtype}"
+        if t.is_neg():
+            return "native kernels read memory as it is, and one tensor is a negated view; .resolve_neg() makes a copy"
+    return None
+
+
+def floats(*shape: int) -> Tensor:
+    """Uninitialised float32 memory for a kernel, whatever the default dtype and device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 @contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
-    """Within the block the native kernels are those compiled for ``name``."""
-    global _chosen
+    """Within the block, and in this thread, the native kernels are those compiled for ``name``."""
     reason = instruction_sets().get(name, f"unknown instruction set {name!r}")
     if reason:
         raise RuntimeError(f"native: {reason}")
-    before, _chosen = instruction_set(), name
+    token = _chosen.set(name)
     try:
         yield
     finally:
-        _chosen = before
+        _chosen.reset(token)
 
 
 def call(kernel: str, **fields: Any) -> Any:
@@ -76,4 +99,4 @@ def call(kernel: str, **fields: Any) -> Any:
 
     Threads follow ``torch.get_num_threads()``.
     """
-    return _load(_chosen or instruction_set()).kernels[kernel](**fields)
+    return _load(_chosen.get() or _best()).kernels[kernel](**fields)

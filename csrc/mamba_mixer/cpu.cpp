@@ -134,16 +134,16 @@ void scan(const Params& p, const Layout& at) {
 template <class X>
 void finish_row(const Params& p, const Layout& at, int64_t b) {
   X* out = p.out.at<X>(b);
+  if (slot_of(p, b) < 0) {
+    std::fill(out, out + p.extra + at.dim, X{});
+    return;
+  }
   const int64_t step = p.zxbcdt.stride[1];
   for_vectors(p.extra, [&](int64_t i, int n) {
     const vf z0 = gather(p.zxbcdt.at<X>(b, i), step, n), x0 = gather(p.zxbcdt.at<X>(b, p.extra + i), step, n);
     store_some(out + i, silu(z0) * x0, n);
   });
   out += p.extra;
-  if (slot_of(p, b) < 0) {
-    std::fill(out, out + at.dim, X{});
-    return;
-  }
   float *y = at.y + b * at.dim, *z = at.input + b * at.channels;  // the convolution's input is used up
   unpack(p.zxbcdt, b, at.z, 1, at.dim, z);
   const int64_t group = at.dim / p.groups;

@@ -198,8 +198,7 @@ inline StepGradient step_gradient(const BackwardUnit& u) {
   double after[kChunk], suffix = 0, dA = 0, dbias = 0;
   for (int t = chunk.length - 1; t >= 0; t--) {
     suffix += double{sums.row_P[t]} - sums.column_P[t] + double{d.from_start[t]} * sums.R[t];
-    if (!(d.dt[t] * *u.q.A.at<float>(h) > kForgotten))
-      suffix = 0;  // nothing crosses t: no trace of rounding may either
+    if (d.dt[t] * *u.q.A.at<float>(h) <= kForgotten) suffix = 0;  // nothing crosses t: no trace of rounding may either
     after[t] = suffix;
   }
   double before = u.state ? double{d.whole} * state_product(u) : 0.0;

@@ -31,7 +31,7 @@ inline void fill_decay(const float* dt, float A, int length, Decay& d) {
     for (int i = 0; i < blocks; i++) {  // the blocks' sums do not wait for one another
       const int t = i * kBlock + k;
       const float a = d.dt[t] * A;
-      d.block[i] += a > kForgotten ? a : t < length ? kForgotten : 0.0f;
+      if (t < length) d.block[i] += a < kForgotten ? kForgotten : a;  // a NaN stays one
       d.local[t] = d.block[i];
     }
   float before = 0, all = 0;
@@ -78,7 +78,7 @@ OM_INLINE void each_decay(const Decay& d, int length, Put&& put) {
 inline void fill_scores(const Decay& d, const float* G, int length, float* M) {
   each_decay(d, length, [&](int t, int s, vf L) {
     vf m = load(G + t * kRow + s) * (L * load(d.dt + s));
-    store(M + t * kRow + s, select(L > vf{}, m, vf{}));
+    store(M + t * kRow + s, select(L == vf{}, vf{}, m));  // a NaN decay shows
   });
 }
 

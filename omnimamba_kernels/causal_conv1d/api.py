@@ -140,7 +140,7 @@ def causal_conv1d_update(
     """
     _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     checks.writable(conv_state=conv_state)
-    checks.in_range("conv_state_indices", conv_state_indices, -(2**31), conv_state.shape[0])
+    checks.slots("conv_state_indices", conv_state_indices, conv_state.shape[0])
     checks.in_range("cache_seqlens", cache_seqlens, 0, 2**62)
     module = choose("causal_conv1d", backend, x, weight, bias, conv_state)
     x3 = x if x.dim() == 3 else x.unsqueeze(-1)

@@ -51,6 +51,11 @@ def rmsnorm_fn(
     """
     _check(x, weight, bias, z, group_size, eps)
     group = x.shape[-1] if group_size is None else group_size
+    if z is not None and z.dtype != x.dtype:  # neither is rounded to the other's type
+        wide = torch.promote_types(x.dtype, z.dtype)
+        x_wide, z_wide = x.to(wide), z.to(wide)
+        y = rmsnorm_fn(x_wide, weight, bias, z_wide, eps, group_size, norm_before_gate, backend=backend)
+        return y.to(x.dtype)
     tensors = (x, weight, bias, z)
     options = {"eps": float(eps), "group_size": group, "norm_before_gate": bool(norm_before_gate)}
     return autograd.run(choose("gated_norm", backend, *tensors, **options), *tensors, **options)[0]
@@ -58,7 +63,7 @@ def rmsnorm_fn(
 
 @checks.once_a_kind
 def _check(x, weight, bias, z, group_size, eps) -> None:
-    checks.is_tensor("x", x)
+    checks.tensors(x=x, weight=weight)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., d) with d at least 1")
     d = x.shape[-1]

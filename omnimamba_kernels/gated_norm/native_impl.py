@@ -7,14 +7,9 @@ from torch import Tensor
 
 from .. import native
 
-_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
-    for t in tensors:
-        if t is not None and t.dtype not in _STORAGE:
-            return f"native kernels store float32, bfloat16 or float16, not {t.dtype}"
-    return None
+    return native.cannot_store(*tensors)
 
 
 def forward(

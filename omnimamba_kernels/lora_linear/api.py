@@ -31,6 +31,7 @@ def _lora_linear(
 ) -> Tensor:
     if task is not None:
         checks.in_range("task", task, -1, lora_A.shape[0])
+        task = task.int()
     tensors = (x, weight, lora_A, lora_B, bias, task)
     options = {"scale": scale, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
     return autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)[0]
@@ -110,7 +111,7 @@ def _check(x, weight, lora_A, lora_B, bias) -> None:
 
 
 def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
-    """The task of each row as int32, or None where every row is the base alone."""
+    """The task of each row, or None where every row is the base alone."""
     if task is None:
         if tasks > 1:
             raise ValueError(
@@ -122,7 +123,7 @@ def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
         checks.shape("task", task, *x.shape[:-1], letters="x's leading shape")
         checks.same_device(x=x, task=task)
         if tasks:
-            return task.reshape(-1).int()
+            return task.reshape(-1)
         if not torch.compiler.is_compiling():
             checks.in_range("task", task, -1, 0)
         return None

@@ -20,11 +20,8 @@ FEW_ROWS = 48
 DEPTH, COLUMNS = 256, 128
 
 
-def why_not(*tensors: Tensor | None, **options: object) -> str | None:
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return "native kernels compute in float32; float64 runs on the reference"
-    return None
+def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    return native.cannot_store(*tensors)
 
 
 def forward(
@@ -70,7 +67,7 @@ def backward(
     if needs[1]:
         dweight = _matmul(dy.T, x).to(weight.dtype)
     if needs[4]:
-        dbias = _matmul(torch.ones(1, dy.shape[0]), dy)[0]
+        dbias = _matmul(native.floats(1, dy.shape[0]).fill_(1.0), dy)[0]
     if task is not None and (needs[0] or needs[2] or needs[3]):
         u = _dropped(x, dropout_p, dropout_seed) if needs[2] or needs[3] else None
         A = lora_A.flatten(0, 1)
@@ -109,7 +106,7 @@ def _few_rows(x, weight, lora_A, lora_B, bias, task, scale: float) -> Tensor:
         bias=bias,
         task=task,
         y=y,
-        workspace=torch.empty(rows * (width + 31 + rank)),
+        workspace=native.floats(rows * (width + 31 + rank)),
         rows=rows,
         out=out,
         rank=rank,
@@ -125,7 +122,7 @@ def _few_rows(x, weight, lora_A, lora_B, bias, task, scale: float) -> Tensor:
 def _matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n) in float32, of any strides; added to ``onto`` where it is given."""
     (m, k), n = a.shape, b.shape[1]
-    c = torch.empty(m, n) if onto is None else onto
+    c = native.floats(m, n) if onto is None else onto
     if not (m and n and k):
         return c.zero_() if onto is None else c
     native.call(
@@ -133,7 +130,7 @@ def _matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
         a=a,
         b=b,
         c=c,
-        workspace=torch.empty((m + 8 + torch.get_num_threads() * COLUMNS) * DEPTH),
+        workspace=native.floats((m + 8 + torch.get_num_threads() * COLUMNS) * DEPTH),
         m=m,
         n=n,
         k=k,
@@ -150,8 +147,8 @@ def _by_rank(lora_B: Tensor) -> Tensor:
 def _routed(task: Tensor, lora_A: Tensor, scale: float) -> Tensor:
     """(rows, tasks r): ``scale`` in the columns of the row's own task, 0 in the others."""
     tasks, r, _ = lora_A.shape
-    own = task[:, None] == torch.arange(tasks).repeat_interleave(r)
-    return own * torch.tensor(scale, dtype=torch.float32)
+    own = task[:, None] == torch.arange(tasks, device=task.device).repeat_interleave(r)
+    return own.float().mul_(scale)
 
 
 def _low(u: Tensor, lora_A: Tensor, task: Tensor, scale: float) -> Tensor:
@@ -166,7 +163,7 @@ def _dropped(x: Tensor, dropout_p: float, seed: int) -> Tensor:
 def _drop(x: Tensor, dropout_p: float, seed: int, onto: Tensor | None = None) -> Tensor:
     """The kept elements of x (rows, width) over 1 - dropout_p, in float32, added to ``onto`` where it is given."""
     x = _rows_apart(x)
-    y = torch.empty(x.shape) if onto is None else onto
+    y = native.floats(*x.shape) if onto is None else onto
     native.call(
         "lora_dropout",
         x=x,

@@ -225,7 +225,7 @@ def mamba_mixer_step(
     }
     _check_step(*tensors, p, ngroups, activation)
     checks.writable(conv_state=conv_state, ssm_state=ssm_state)
-    checks.in_range("state_batch_indices", state_batch_indices, -(2**31), ssm_state.shape[0])
+    checks.slots("state_batch_indices", state_batch_indices, ssm_state.shape[0])
     ((y,), _) = choose("mamba_mixer", backend, *tensors, **options).forward(*tensors, **options)
     increment_version((conv_state, ssm_state))
     return y

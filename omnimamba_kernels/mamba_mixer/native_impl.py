@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import native
 
 
-def why_not(*tensors: Tensor | None, **options: object) -> str | None:
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return "native kernels compute in float32; float64 runs on the reference"
-    return None
+def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    return native.cannot_store(*tensors)
 
 
 def forward(
@@ -53,7 +49,7 @@ def forward(
         rmsnorm_weight=rmsnorm_weight,
         state_batch_indices=state_batch_indices,
         out=out,
-        workspace=torch.empty(b * (2 * channels + dim + h) + channels * (w + 1) + 2 * (h + dim)),
+        workspace=native.floats(b * (2 * channels + dim + h) + channels * (w + 1) + 2 * (h + dim)),
         batch=b,
         heads=h,
         headdim=headdim,

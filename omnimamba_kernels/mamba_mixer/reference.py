@@ -66,6 +66,8 @@ def forward(
         ((y,), _) = norm.forward(
             y, rmsnorm_weight, None, z, eps=rmsnorm_eps, group_size=dim // ngroups, norm_before_gate=norm_before_gate
         )
+    if extra:
+        y = torch.cat([F.silu(gate0) * x0, y], dim=-1)
     if state_batch_indices is not None:
         y = y.masked_fill((state_batch_indices < 0)[:, None], 0)
-    return (torch.cat([F.silu(gate0) * x0, y], dim=-1) if extra else y,), ()
+    return (y,), ()

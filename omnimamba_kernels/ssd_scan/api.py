@@ -11,6 +11,7 @@ from ..compile import traceable
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit) -> None:
+    checks.tensors(x=x, dt=dt, A=A, B=B, C=C)
     checks.rank("x", x, 4, letters="(b, l, h, p)")
     b, l, h, p = x.shape
     checks.shape("dt", dt, b, l, h, letters="(b, l, h)")

@@ -16,11 +16,9 @@ CONTINUES, FRESH, PADDING = 0, 1, 2  # ChunkKind in csrc/ssd_scan/ssd_scan.h
 
 
 def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
-    if any(t is not None and t.dtype == torch.float64 for t in (x, dt, A, B, *tensors)):
-        return "its arithmetic is float32 and an argument is float64"
     if 0 in x.shape[2:] or 0 in B.shape[2:]:
         return f"it needs at least one head, channel, group and state: x is {tuple(x.shape)}, B is {tuple(B.shape)}"
-    return None
+    return native.cannot_store(x, dt, A, B, *tensors)
 
 
 def forward(
@@ -44,8 +42,8 @@ def forward(
     b, l, h, p = x.shape
     n = B.shape[3]
     fields = _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit)
-    y = torch.empty(b, l, h, p, dtype=fields["x"].dtype)
-    final = torch.empty(b, h, p, n)
+    y = x.new_empty(b, l, h, p, dtype=fields["x"].dtype)
+    final = native.floats(b, h, p, n)
     varlen = None if cu_seqlens is None else _empty_sequences(cu_seqlens, initial_states, h, p, n)
     fields |= dict(y=y, final_states=final, varlen_states=varlen)
     if l == 0:
@@ -59,10 +57,10 @@ def forward(
     states = ungated = None
     if save:
         floats = native.call("ssd_scan_state_floats", **fields)
-        states = torch.empty(b, fields["max_chunks"] + 1, h, floats)
-        ungated = None if z is None else torch.empty(b, l, h, p)
+        states = native.floats(b, fields["max_chunks"] + 1, h, floats)
+        ungated = None if z is None else native.floats(b, l, h, p)
         fields |= dict(states=states, ungated=ungated)
-    workspace = torch.empty(native.call("ssd_scan_forward_workspace", **fields))
+    workspace = native.floats(native.call("ssd_scan_forward_workspace", **fields))
     native.call("ssd_scan_forward", workspace=workspace, **fields)
     saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunks, first, states, ungated)
     return (y.to(x.dtype), final, varlen), saved if save else ()
@@ -85,24 +83,22 @@ def backward(
     types = storage, torch.float32, torch.float32
     dy, dfinal, dvarlen = (None if t is None else _rows(t, dtype) for t, dtype in zip(grads, types, strict=True))
     made = {
-        "dx": torch.empty(x.shape, dtype=storage),
-        "ddt": torch.empty(dt.shape),
-        "dA": torch.zeros(h),
-        "dB": torch.empty(B.shape, dtype=storage),
-        "dC": torch.empty(C.shape, dtype=storage),
-        "dD": torch.zeros(h, p),
-        "dz": None if z is None else torch.empty(z.shape, dtype=storage),
-        "ddt_bias": torch.zeros(h),
-        "dinitial_states": None if initial_states is None else torch.zeros(b, h, p, B.shape[3]),
+        "dx": x.new_empty(x.shape, dtype=storage),
+        "ddt": native.floats(*dt.shape),
+        "dA": native.floats(h).zero_(),
+        "dB": B.new_empty(B.shape, dtype=storage),
+        "dC": C.new_empty(C.shape, dtype=storage),
+        "dD": native.floats(h, p).zero_(),
+        "dz": None if z is None else z.new_empty(z.shape, dtype=storage),
+        "ddt_bias": native.floats(h).zero_(),
+        "dinitial_states": None if initial_states is None else native.floats(b, h, p, B.shape[3]).zero_(),
     }
     if l:
-        if states.shape[-1] != native.call("ssd_scan_state_floats", **fields):
-            raise RuntimeError("ssd_scan: backward runs on another instruction set than its forward; use one for both")
         fields |= dict(chunks=chunks, first_chunk=first, max_chunks=states.shape[1] - 1, states=states, ungated=ungated)
         fields |= dict(
             dy=torch.zeros_like(made["dx"]) if dy is None else dy, dfinal_states=dfinal, dvarlen_states=dvarlen
         )
-        workspace = torch.empty(native.call("ssd_scan_backward_workspace", **fields))
+        workspace = native.floats(native.call("ssd_scan_backward_workspace", **fields))
         native.call("ssd_scan_backward", workspace=workspace, **fields, **made)
     dinitial = made["dinitial_states"]
     if dinitial is not None:
@@ -153,13 +149,14 @@ def _rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _empty_sequences(cu_seqlens: Tensor, initial_states: Tensor | None, h: int, p: int, n: int) -> Tensor:
     """States for the kernel to fill, already right for sequences without positions: what they start from."""
-    states = torch.zeros(max(cu_seqlens.numel() - 1, 0), h, p, n)
+    states = native.floats(max(cu_seqlens.numel() - 1, 0), h, p, n).zero_()
     if initial_states is not None and states.shape[0]:
         states[0] = initial_states[0]
     return states
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too
 def _cut_evenly(b: int, l: int, continues: bool) -> tuple[Tensor, Tensor, int]:
     start = torch.arange(0, l, CHUNK)
     chunks = torch.stack([start, (l - start).clamp(max=CHUNK), torch.zeros_like(start), torch.full_like(start, -1)], 1)
@@ -175,8 +172,15 @@ def _cut(
     Returns the rows (start, length, kind, sequence of cu_seqlens that ends here or -1), each batch row's first chunk,
     and the most chunks of a row. ``continues``: there are initial states, which belong to sequence 0.
     """
-    if seq_idx is None and cu_seqlens is None:
-        return _cut_evenly(b, l, continues)
+    with torch.device("cpu"):
+        if seq_idx is None and cu_seqlens is None:
+            return _cut_evenly(b, l, continues)
+        return _cut_at_changes(b, l, seq_idx, cu_seqlens, continues)
+
+
+def _cut_at_changes(
+    b: int, l: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None, continues: bool
+) -> tuple[Tensor, Tensor, int]:
     sequence = torch.zeros(b, l, dtype=torch.long) if seq_idx is None else seq_idx.long()
     changes = torch.ones(b, l, dtype=torch.bool)
     changes[:, 1:] = sequence.diff(dim=1) != 0
@@ -199,4 +203,4 @@ def _cut(
         ends = chunks[:, 0] + chunks[:, 1]
         chunks[torch.searchsorted(ends, cu_seqlens[1:][filled].long()), 3] = filled
     count = torch.bincount(row, minlength=b)
-    return chunks, torch.cat([count.new_zeros(1), count.cumsum(0)]), int(count.max())
+    return chunks, torch.cat([count.new_zeros(1), count.cumsum(0)]), int(count.max()) if b else 0

@@ -54,6 +54,7 @@ def selective_state_update(
 
     Source: Mamba-2 (arXiv 2405.21060), the recurrent form; the function of the same name in mamba_ssm.
     """
+    checks.tensors(x=x, dt=dt, A=A, B=B, C=C)
     checks.rank("state", state, 3, 4, letters="(slots, d, n) or (slots, h, d, n)")
     heads = state.dim() == 4
     if not heads:
@@ -71,7 +72,7 @@ def selective_state_update(
         D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (D, dt_bias))
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     checks.writable(state=state)
-    checks.in_range("state_batch_indices", state_batch_indices, -(2**31), state.shape[0])
+    checks.slots("state_batch_indices", state_batch_indices, state.shape[0])
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     options = {"dt_softplus": bool(dt_softplus)}
     ((out,), _) = choose("state_update", backend, *tensors, **options).forward(*tensors, **options)

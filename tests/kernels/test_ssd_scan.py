@@ -238,3 +238,12 @@ def call(**changes):
 def test_bad_arguments(error, name, changes):
     with pytest.raises(error, match=name):
         call(**changes)
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D"])
+def test_a_nan_shows(run, name):
+    case = Case("nan", 1, 70, 2, 16, skip=1)
+    tensors = case.tensors()
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    y = scan(case.options)(**tensors)[0]
+    assert y[:, 1:].isnan().all()  # the first position sees no decay

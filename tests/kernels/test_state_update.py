@@ -137,12 +137,13 @@ def test_extreme_steps(run, value):
     torch.testing.assert_close(out, torch.full_like(out, 3 * expected), rtol=0, atol=1e-10)
 
 
-def test_rows_that_share_a_slot_do_not_crash(run):
+def test_rows_that_share_a_slot_are_refused_untouched(run):
     tensors = Case("", 4, 2, 8, 16, slots=6).tensors()
-    tensors["state_batch_indices"] = torch.tensor([2, 2, 2, -1])
-    out, state = step(run, tensors)
-    assert torch.isfinite(out).all() and torch.isfinite(state).all()
-    assert same_bits(state[[0, 1, 3, 4, 5]], tensors["state"][[0, 1, 3, 4, 5]])
+    tensors["state_batch_indices"] = torch.tensor([2, 1, 2, -1])
+    before = tensors["state"].clone()
+    with pytest.raises(ValueError, match="state_batch_indices: got .* each row at most once"):
+        selective_state_update(**tensors, dt_softplus=True)
+    assert same_bits(tensors["state"], before)
 
 
 def test_output_aliases_nothing(run):
