@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FAILED, INTERRUPTED = 2, 130
+MOST_DRAWINGS = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +39,18 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train on real handwritten digits, draw some, answer about others")
     demo.add_argument("--out", type=Path, required=True, help="folder for metrics, pictures and the checkpoint")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--control", action="store_true", help="train both tasks in one stage from the start, for as many steps"
+    )
+    demo.add_argument(
+        "--validate", action="store_true", help="score a part of the training scans, never the held-out ones"
+    )
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="draw what a prompt asks for")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    generate.add_argument("--count", type=_positive, default=1, help="how many drawings, side by side in rows of ten")
+    generate.add_argument("--count", type=_count, default=1, help="how many drawings, in rows of ten")
     generate.set_defaults(run=_generate)
 
     ask = commands.add_parser("ask", help="answer a question about an image")
@@ -60,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+def _count(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_DRAWINGS:
+        raise argparse.ArgumentTypeError(f"expected a whole number in 1..{MOST_DRAWINGS}, got {text!r}")
     return int(text)
 
 
@@ -79,31 +86,29 @@ def _demo(arguments: argparse.Namespace) -> None:
     missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(f"the demo needs {' and '.join(missing)}: pip install 'omnimamba[demo]'")
-    from .demo import run
+    from .demo import ONE_STAGE, Settings, run
 
-    metrics = run(arguments.out, seed=arguments.seed)
+    settings = Settings(phases=ONE_STAGE) if arguments.control else Settings()
+    metrics = run(arguments.out, seed=arguments.seed, settings=settings, validate=arguments.validate)
     print(json.dumps(metrics, indent=2))
     print(f"pictures, metrics and the checkpoint are in {arguments.out}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from .files import regular_target
     from .pipeline import Pipeline, contact_sheet, write_png
 
     sampling = _sampling(arguments)
-    _check_writable(arguments.out)
+    regular_target(arguments.out)  # said before the work, not after it
     drawings = Pipeline.load(arguments.checkpoint).draw([arguments.prompt] * arguments.count, sampling)
     write_png(contact_sheet(drawings), arguments.out)
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from PIL import Image
+    from .pipeline import Pipeline, read_image
 
-    from .pipeline import Pipeline
-
-    sampling = _sampling(arguments)
-    with Image.open(arguments.image) as image:
-        image.load()
-        (said,) = Pipeline.load(arguments.checkpoint).ask([image], [arguments.question], sampling)
+    sampling, image = _sampling(arguments), read_image(arguments.image)
+    (said,) = Pipeline.load(arguments.checkpoint).ask([image], [arguments.question], sampling)
     print(said)
 
 
@@ -111,11 +116,3 @@ def _sampling(arguments: argparse.Namespace):
     from .generation import Sampling
 
     return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-
-
-def _check_writable(path: Path) -> None:
-    """Say before the work, not after it, that the result has nowhere to go."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder; make it first")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a PNG file")

@@ -9,6 +9,8 @@ from typing import Any
 TASKS = ("mmu", "t2i")
 """The tasks that own an adapter, in adapter order: a task's id is its place here."""
 MMU, T2I = range(len(TASKS))
+LARGEST, MOST_LAYERS = 2**31, 4096
+"""Bounds of every number of a config and of its layers: a damaged file is refused before it asks for the memory."""
 BASE = -1
 """The task id of plain text: the backbone without any adapter."""
 
@@ -35,8 +37,9 @@ class MambaConfig:
     """On each layer's output, in training only; the published models use none."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("dropout",))
-        _check_rate(self, "dropout")
+        _check_numbers(self, positive=("norm_eps",), rates=("dropout",))
+        _check_most("n_layer", self.n_layer, MOST_LAYERS)
+        _check_most("expand * d_model + 2 * ngroups * d_state", self.conv_dim)
         if not 2 <= self.d_conv <= 4:
             raise ValueError(f"d_conv must be 2, 3 or 4, got {self.d_conv}")
         if self.d_inner % self.headdim:
@@ -89,6 +92,11 @@ class SpecialTokens:
     t2i: int = 50282
     mmu: int = 50283
 
+    def __post_init__(self) -> None:
+        for name, i in dataclasses.asdict(self).items():
+            if type(i) is not int:
+                raise ValueError(f"SpecialTokens.{name} must be a whole number, got {i!r}")
+
 
 @dataclass(frozen=True)
 class OmniMambaConfig:
@@ -113,8 +121,9 @@ class OmniMambaConfig:
     lora_dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("backbone", "tokens", "lora_dropout"))
-        _check_rate(self, "lora_dropout")
+        _check_numbers(self, positive=("lora_alpha",), rates=("lora_dropout",), others=("backbone", "tokens"))
+        _check_most("mlp_ratio * feature_dim", self.mlp_ratio * self.feature_dim)
+        _check_most("mlp_ratio * d_model", self.mlp_ratio * self.backbone.d_model)
         ids = dataclasses.asdict(self.tokens)
         outside = {name: i for name, i in ids.items() if not 0 <= i < self.backbone.vocab_size}
         if outside:
@@ -195,20 +204,33 @@ def _lookup(presets: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} must be an object of fields, got {values!r}")
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
     return values
 
 
-def _check_positive(config: Any, exempt: tuple[str, ...]) -> None:
+def _check_numbers(
+    config: Any, positive: tuple[str, ...], rates: tuple[str, ...], others: tuple[str, ...] = ()
+) -> None:
+    """``positive`` are numbers above 0, ``rates`` lie in [0, 1); every field but ``others`` is a size."""
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.name not in exempt and not (isinstance(value, (int, float)) and value > 0):
-            raise ValueError(f"{type(config).__name__}.{f.name} must be a positive number, got {value!r}")
+        name, value = f.name, getattr(config, f.name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in others:
+            continue
+        if name in rates:
+            fits, wanted = number and 0 <= value < 1, "must lie in [0, 1)"
+        elif name in positive:
+            fits, wanted = number and 0 < value <= LARGEST, f"must be a positive number of at most {LARGEST}"
+        else:
+            fits, wanted = type(value) is int and 1 <= value <= LARGEST, f"must be a whole number in 1..{LARGEST}"
+        if not fits:
+            raise ValueError(f"{type(config).__name__}.{name} {wanted}, got {value!r}")
 
 
-def _check_rate(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not (isinstance(value, (int, float)) and 0 <= value < 1):
-        raise ValueError(f"{type(config).__name__}.{name} must lie in [0, 1), got {value!r}")
+def _check_most(what: str, value: int, most: int = LARGEST) -> None:
+    if value > most:
+        raise ValueError(f"{what} must be at most {most}, got {value}")

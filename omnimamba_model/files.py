@@ -8,10 +8,27 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: an interruption leaves what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: an interruption leaves what was there.
+
+    A link stays a link, and the file that it names is replaced. OSError as in ``regular_target``.
+    """
+    target = regular_target(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def regular_target(path: Path) -> Path:
+    """The regular file, there or yet to be made, that ``path`` names once links are followed.
+
+    OSError where its folder is missing or where something else has its place: a folder, a device, a pipe.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is not a folder; make it first")
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_file()):
+        raise OSError(f"{path} exists and is no regular file; name another")
+    return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,13 +14,16 @@ from .config import BASE, MMU, T2I
 from .layers import Task
 from .omnimamba import OmniMamba
 
+COLDEST = torch.finfo(torch.float32).tiny
+"""The smallest normal number of fp32: dividing by less overflows, even where the dividend is 0."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is picked from logits.
 
-    ``temperature`` 0 (or ``top_k`` 1) takes the likeliest. ``top_k`` keeps the k likeliest (0: all);
-    ``top_p`` then keeps the fewest whose probabilities, after temperature, reach p together.
+    ``temperature`` 0, or too small for fp32, or ``top_k`` 1 takes the likeliest. ``top_k`` keeps the k
+    likeliest (0: all); ``top_p`` then keeps the fewest whose probabilities, after temperature, reach p together.
     ``seed`` fixes the draws; None takes them from torch's global generator.
     """
 
@@ -29,8 +33,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, and finite, got {self.temperature}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k must be a whole number, 0 (all) or more, got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
@@ -38,7 +42,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < COLDEST or self.top_k == 1
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
@@ -50,7 +54,8 @@ GREEDY = Sampling(temperature=0.0)
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits (b, vocabulary) to what ``sampling`` draws from, in fp32, each row summing to 1."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature  # the largest is 0: nothing overflows
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0: nothing overflows
+    logits = logits / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -78,6 +83,7 @@ def generate_text(
 
     A row that has drawn ``stop`` is filled with it; the loop ends when every row has.
     """
+    _check_ids("ids", ids, model.backbone.config.vocab_size, least=1)
     embedding = model.backbone.embedding
     head = model.head if isinstance(model, MambaLM) else model.text_head
     return _decode(model.backbone, embedding(ids), BASE, head, lambda t, _: embedding(t), steps, sampling, stop)
@@ -90,7 +96,11 @@ def draw(model: OmniMamba, caption: Tensor, sampling: Sampling = GREEDY, guidanc
     ``guidance`` g other than 1 draws from ``empty + g (asked - empty)``, logits of the caption and of
     an empty one (classifier-free guidance); it doubles the work, and needs a model trained on both.
     """
-    cfg, rows = model.config, caption.shape[0]
+    cfg = model.config
+    _check_ids("caption", caption, cfg.backbone.vocab_size, least=cfg.text_slots)
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    rows = caption.shape[0]
     guided = guidance != 1.0
     if guided:
         caption = torch.cat([caption, torch.full_like(caption, cfg.tokens.pad)])
@@ -120,6 +130,9 @@ def answer(
     ``stop`` ends a row and defaults to the end-of-text token.
     """
     backbone = model.backbone
+    _check_ids("question", question, backbone.config.vocab_size)
+    if features.shape[:1] != question.shape[:1]:
+        raise ValueError(f"features must have a row a question, {len(question)}, got shape {tuple(features.shape)}")
 
     def embed(ids: Tensor, position: int) -> Tensor:
         return backbone.embed_understanding(backbone.embedding(ids[:, None]), position)[:, 0]
@@ -129,6 +142,15 @@ def answer(
     prompt = torch.cat([opening, asked], dim=1)
     stop = model.config.tokens.eos if stop is None else stop
     return _decode(backbone, prompt, MMU, model.text_head, embed, steps, sampling, stop)
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int, least: int = 0) -> None:
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < least:
+        raise ValueError(f"{name} must have shape (b, l), b at least 1, l at least {least}, got {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"{name} must lie in 0..{vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
 
 
 def _decode(

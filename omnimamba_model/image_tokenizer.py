@@ -27,7 +27,9 @@ class PatchTokenizer(nn.Module):
 
     def __init__(self, codes: int, patch: int, size: tuple[int, int]) -> None:
         super().__init__()
-        if patch < 2 or patch % 2 or size[0] % patch or size[1] % patch:
+        if codes < 1:
+            raise ValueError(f"codes must be 1 or more, got {codes}")
+        if patch < 2 or patch % 2 or min(size) < patch or size[0] % patch or size[1] % patch:
             raise ValueError(f"patch must be even and divide the image size {size}, got {patch}")
         self.patch, self.size = patch, size
         self.register_buffer("codebook", torch.zeros(codes, patch * patch))
@@ -71,10 +73,10 @@ class PatchTokenizer(nn.Module):
         path = Path(folder) / FILE
         try:
             tensors = load_file(path)
-            codes, pixels = tensors["codebook"].shape
-            height, width = tensors["size"].tolist()
-            tokenizer = cls(codes, math.isqrt(pixels), (height, width))
-            tokenizer.codebook.copy_(tensors["codebook"])
+            codebook, size = tensors["codebook"], tensors["size"]
+            _check_stored(codebook, size)
+            tokenizer = cls(len(codebook), math.isqrt(codebook.shape[1]), tuple(size.tolist()))
+            tokenizer.codebook.copy_(codebook)
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -88,6 +90,15 @@ class PatchTokenizer(nn.Module):
     def _check(self, images: Tensor) -> None:
         if images.ndim != 3 or tuple(images.shape[1:]) != self.size:
             raise ValueError(f"images must have shape (b, {self.size[0]}, {self.size[1]}), got {tuple(images.shape)}")
+
+
+def _check_stored(codebook: Tensor, size: Tensor) -> None:
+    if size.shape != (2,) or size.dtype != torch.long:
+        raise ValueError(f"size must be 2 whole numbers (int64), got {size.dtype} of shape {tuple(size.shape)}")
+    if codebook.ndim != 2 or math.isqrt(codebook.shape[1]) ** 2 != codebook.shape[1]:
+        raise ValueError(f"codebook must have shape (codes, patch * patch), got {tuple(codebook.shape)}")
+    if not codebook.is_floating_point() or not bool(codebook.float().isfinite().all()):
+        raise ValueError(f"codebook must hold finite floating-point numbers, got {codebook.dtype} or NaN or infinity")
 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:

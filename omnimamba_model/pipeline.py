@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .config import OmniMambaConfig
 from .files import write_whole
 from .generation import GREEDY, Sampling, answer, draw
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
-from .text_tokenizer import WordTokenizer
+from .text_tokenizer import FIRST_WORD, WordTokenizer
 from .weights import CheckpointError, load, read_tokenizer
 
 
@@ -60,7 +62,13 @@ class Pipeline:
             raise CheckpointError(f"{folder} holds a plain language model, which can neither draw nor see")
         if text is None:
             raise CheckpointError(f"{folder} has no tokenizer.json")
-        return cls(model, WordTokenizer.from_json(text), PatchTokenizer.load(folder))
+        try:
+            words = WordTokenizer.from_json(text)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        pixels = PatchTokenizer.load(folder)
+        _check_together(folder, model.config, words, pixels)
+        return cls(model, words, pixels)
 
     def draw(self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0) -> list[Image.Image]:
         """One drawing a prompt."""
@@ -94,6 +102,29 @@ class Pipeline:
         return torch.from_numpy(np.array(grey, dtype=np.float32)) / 255
 
 
+def _check_together(folder: str | Path, config: OmniMambaConfig, words: WordTokenizer, pixels: PatchTokenizer) -> None:
+    """CheckpointError that names each field of config.json in which a tokenizer disagrees with the model."""
+    texts, images = "tokenizer.json", "image_tokenizer.safetensors"
+    problems = [
+        f"{name} is {value}, but {file} has {has}"
+        for name, value, file, has in (
+            ("backbone.vocab_size", config.backbone.vocab_size, texts, words.vocab_size),
+            ("image_vocab_size", config.image_vocab_size, images, len(pixels.codebook)),
+            ("image_tokens", config.image_tokens, images, pixels.tokens),
+            ("image_features", config.image_features, images, pixels.tokens),
+            ("feature_dim", config.feature_dim, images, pixels.feature_dim),
+        )
+        if value != has
+    ]
+    problems += [
+        f"tokens.{name} is {i}, but {texts} has words from {FIRST_WORD}"
+        for name, i in dataclasses.asdict(config.tokens).items()
+        if i >= FIRST_WORD
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}/config.json does not fit its tokenizers: {'; '.join(problems)}")
+
+
 def _until(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop)] if stop in ids else ids
 
@@ -110,6 +141,16 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 10, least: int =
         big = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
         sheet.paste(big, (i % columns * cell_w, i // columns * cell_h))
     return sheet
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture file, decoded; OSError or ValueError where it is none, damaged or too large to be honest."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def write_png(image: Image.Image, path: Path) -> None:

@@ -10,7 +10,7 @@ from .config import SpecialTokens
 
 SPECIAL = SpecialTokens(eos=0, pad=1, soi=2, eoi=3, sot=4, eot=5, t2i=6, mmu=7)
 """The frame tokens' ids; words follow."""
-_FIRST_WORD = 8
+FIRST_WORD = 8
 
 
 class WordTokenizer:
@@ -18,7 +18,7 @@ class WordTokenizer:
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = sorted(set(words))
-        self._ids = {word: _FIRST_WORD + place for place, word in enumerate(self.words)}
+        self._ids = {word: FIRST_WORD + place for place, word in enumerate(self.words)}
 
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> WordTokenizer:
@@ -27,7 +27,7 @@ class WordTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return _FIRST_WORD + len(self.words)
+        return FIRST_WORD + len(self.words)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text's words; ValueError for a text without words or with one it does not know."""
@@ -41,7 +41,7 @@ class WordTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words of some ids, one space between; frame tokens are left out."""
-        return " ".join(self.words[i - _FIRST_WORD] for i in ids if i >= _FIRST_WORD)
+        return " ".join(self.words[i - FIRST_WORD] for i in ids if i >= FIRST_WORD)
 
     def to_json(self) -> str:
         return json.dumps({"type": "words", "words": self.words}, indent=1) + "\n"
@@ -51,7 +51,7 @@ class WordTokenizer:
         """The tokenizer that ``to_json`` wrote; ValueError for anything else."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer.json is not JSON: {error}") from error
         words = values.get("words") if isinstance(values, dict) and values.get("type") == "words" else None
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):

@@ -16,6 +16,8 @@ from .files import write_whole
 from .omnimamba import OmniMamba
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""What safetensors calls the dtypes that weights may have."""
 _KINDS: dict[str, tuple[type, type]] = {"omnimamba": (OmniMamba, OmniMambaConfig), "mamba2": (MambaLM, MambaConfig)}
 
 
@@ -43,7 +45,7 @@ def save(model: OmniMamba | MambaLM, folder: str | Path, tokenizer: str | None =
 def load(folder: str | Path, device: str | torch.device = "cpu") -> OmniMamba | MambaLM:
     """The model of a folder that ``save`` wrote, in evaluation mode, its weights bit for bit in their own dtypes.
 
-    Raises CheckpointError that lists every missing, unknown or mis-shaped tensor.
+    Raises CheckpointError that lists every missing, unknown or mis-shaped tensor, or each of an unfit dtype.
     """
     folder = Path(folder)
     model_type, config = _read_config(folder)
@@ -52,7 +54,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> OmniMamba | 
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            _check_fit(model, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            _check_fit(model, {name: tuple(part.get_shape()) for name, part in slices.items()}, path)
+            _check_dtypes({name: part.get_dtype() for name, part in slices.items()}, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
@@ -65,7 +69,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> OmniMamba | 
 def read_tokenizer(folder: str | Path) -> str | None:
     """The text of the folder's tokenizer.json, or None where it has none."""
     path = Path(folder) / TOKENIZER
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _read_config(folder: Path) -> tuple[type[nn.Module], OmniMambaConfig | MambaConfig]:
@@ -74,11 +81,12 @@ def _read_config(folder: Path) -> tuple[type[nn.Module], OmniMambaConfig | Mamba
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {folder} is not a checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") not in _KINDS:
-        raise CheckpointError(f"{path} must be an object whose model_type is one of {', '.join(_KINDS)}")
-    model_type, config_type = _KINDS[values.pop("model_type")]
+    kind = values.pop("model_type", None) if isinstance(values, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise CheckpointError(f"{path} must be an object whose model_type is one of {', '.join(_KINDS)}, got {kind!r}")
+    model_type, config_type = _KINDS[kind]
     try:
         return model_type, config_type.from_dict(values)
     except (TypeError, ValueError) as error:
@@ -96,3 +104,9 @@ def _check_fit(model: nn.Module, found: dict[str, tuple[int, ...]], path: Path) 
     ]
     if problems:
         raise CheckpointError(f"{path} does not fit its config:\n  " + "\n  ".join(problems))
+
+
+def _check_dtypes(found: dict[str, str], path: Path) -> None:
+    unfit = [f"{name} {dtype}" for name, dtype in found.items() if dtype not in _DTYPES]
+    if unfit:
+        raise CheckpointError(f"{path}: weights must be {', '.join(_DTYPES.values())}, got {', '.join(unfit)}")

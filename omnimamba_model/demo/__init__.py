@@ -1,6 +1,6 @@
 """The demo: real handwritten digits, drawn from words and described in words by one small model."""
 
 from .experiment import run
-from .settings import Settings
+from .settings import ONE_STAGE, Settings
 
-__all__ = ["Settings", "run"]
+__all__ = ["ONE_STAGE", "Settings", "run"]

@@ -61,6 +61,7 @@ def run(
         result = {
             **metrics(model, words, pixels, training, scored, drawn, said),
             "parameters": sum(p.numel() for p in model.parameters()),
+            "schedule": settings.schedule,
             "steps": {phase.name: phase.steps for phase in settings.phases},
             "temperature": settings.temperature,
             "seed": seed,

@@ -41,6 +41,11 @@ class Settings:
     """Drawings asked for when scoring, spread over digits and phrasings."""
     temperature: float = 0.7
 
+    @property
+    def schedule(self) -> str:
+        """What metrics.json calls the phases."""
+        return "one stage (control)" if self.phases == ONE_STAGE else "staged"
+
     def model(self, words: WordTokenizer, pixels: PatchTokenizer, text_slots: int) -> OmniMambaConfig:
         """The model's config between these two tokenizers."""
         return OmniMambaConfig(

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import pytest
@@ -49,13 +50,18 @@ def test_ask_prints_the_answer(calls, tmp_path, capsys):
     assert calls == ["c", ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0))]
 
 
-def test_demo_passes_folder_and_seed_on(monkeypatch, tmp_path, capsys):
+def test_demo_passes_its_options_on(monkeypatch, tmp_path, capsys):
     seen = []
     module = type(sys)("omnimamba_model.demo")
-    module.run = lambda out, seed: seen.append((out, seed)) or {"t2i_accuracy": 0.25}
+    module.ONE_STAGE, module.Settings = "control", lambda **changes: changes
+    module.run = lambda out, **options: seen.append((out, options)) or {"t2i_accuracy": 0.25}
     monkeypatch.setitem(sys.modules, "omnimamba_model.demo", module)
     assert cli.main(["demo", "--out", str(tmp_path), "--seed", "7"]) == 0
-    assert seen == [(tmp_path, 7)]
+    assert cli.main(["demo", "--out", str(tmp_path), "--control", "--validate"]) == 0
+    assert seen == [
+        (tmp_path, {"seed": 7, "settings": {}, "validate": False}),
+        (tmp_path, {"seed": 0, "settings": {"phases": "control"}, "validate": True}),
+    ]
     assert '"t2i_accuracy": 0.25' in capsys.readouterr().out
 
 
@@ -74,7 +80,7 @@ def test_errors_are_one_line_with_status_2(model, tmp_path, capsys):
         ([*generate, str(tmp_path / "none"), *out], "is not a checkpoint"),
         ([*generate, str(tmp_path / "bare"), *out], "has no tokenizer.json"),
         ([*generate, "c", "--out", str(tmp_path / "no" / "x.png")], "is not a folder; make it first"),
-        ([*generate, "c", "--out", str(tmp_path)], "name a PNG file"),
+        ([*generate, "c", "--out", str(tmp_path)], "is no regular file; name another"),
         ([*generate, "c", *out, "--top-p", "2"], "top_p must lie in (0, 1], got 2.0"),
         (["ask", "--checkpoint", "c", "--image", str(tmp_path / "notes.png"), "--question", "?"], "notes.png"),
         (["ask", "--checkpoint", "c", "--image", str(tmp_path / "none.png"), "--question", "?"], "none.png"),
@@ -86,7 +92,37 @@ def test_errors_are_one_line_with_status_2(model, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["demo"], ["generate", "--count", "0"], ["ask", "--image"]])
+def test_a_place_that_is_no_regular_file_is_refused_before_the_work(calls, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "lost").symlink_to(tmp_path / "no" / "x.png")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, message in [("pipe", "no regular file"), ("lost", "make it first"), ("loop", "no regular file")]:
+        generate = ["generate", "--checkpoint", "c", "--prompt", "a seven", "--out", str(tmp_path / name)]
+        assert cli.main(generate) == 2
+        assert message in capsys.readouterr().err
+    assert calls == []
+
+
+def test_an_image_too_large_to_be_honest_is_one_line(calls, tmp_path, capsys, monkeypatch):
+    Image.new("L", (200, 200)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "bomb.png"), "--question", "?"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "bomb.png cannot be read as an image" in said and calls == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["demo"],
+        ["generate", "--count", "0"],
+        ["generate", "--count", "10001"],
+        ["generate", "--count", "9" * 5000],
+        ["ask", "--image"],
+    ],
+)
 def test_wrong_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

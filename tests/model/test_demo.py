@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from omnimamba_model import OmniMamba, load
 from omnimamba_model.cli import main
 from omnimamba_model.demo import Settings, run
-from omnimamba_model.demo.settings import PHASES
+from omnimamba_model.demo.settings import ONE_STAGE, PHASES
 
 SHORT = Settings(codes=16, d_model=16, d_state=8, headdim=16, batch=4, drawings=20)
 SHORT = dataclasses.replace(SHORT, phases=tuple(dataclasses.replace(phase, steps=2) for phase in PHASES))
@@ -46,7 +46,7 @@ def test_everything_is_written(made):
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert all(0 <= metrics[name] <= 1 for name in ACCURACIES)
     assert metrics["classifier_accuracy"] >= metrics["ceiling_accuracy"] - 0.05 > 0.5
-    assert metrics["scored_on"] == "held-out scans" and metrics["seconds"] > 0
+    assert metrics["schedule"] == "staged" and metrics["scored_on"] == "held-out scans" and metrics["seconds"] > 0
     for name in ("samples.png", "loss.png"):
         with Image.open(folder / name) as picture:
             assert picture.width > 500 and len(picture.convert("L").getcolors()) > 20
@@ -84,6 +84,17 @@ def test_validation_never_touches_the_held_out_scans(tmp_path, monkeypatch):
     training, scored = seen
     assert len(training) + len(scored) == 1347
     assert {tuple(row) for part in seen for row in part.images.flatten(1).tolist()} == known
+
+
+def test_the_control_is_run_from_the_command_line(tmp_path, monkeypatch):
+    short = tuple(dataclasses.replace(phase, steps=2) for phase in ONE_STAGE)
+    for place in ("omnimamba_model.demo.ONE_STAGE", "omnimamba_model.demo.settings.ONE_STAGE"):
+        monkeypatch.setattr(place, short)
+    monkeypatch.setattr("omnimamba_model.demo.Settings", lambda **changes: dataclasses.replace(SHORT, **changes))
+    assert main(["demo", "--out", str(tmp_path), "--control", "--validate"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["schedule"] == "one stage (control)" and metrics["steps"] == {"one stage: both": 2}
+    assert metrics["scored_on"] == "validation part of the training split"
 
 
 def test_words_become_a_picture(made, tmp_path, capsys):

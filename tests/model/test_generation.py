@@ -115,13 +115,48 @@ def test_greedy_takes_the_likeliest(sampling):
     "wrong, message",
     [
         (dict(temperature=-1), "temperature must be 0"),
-        (dict(top_k=-1), "top_k must be 0"),
+        (dict(temperature=float("nan")), "temperature must be 0"),
+        (dict(temperature=float("inf")), "temperature must be 0 or more, and finite"),
+        (dict(top_p=float("nan")), "top_p must lie"),
+        (dict(top_k=-1), "top_k must be a whole number, 0"),
         (dict(top_p=0), "top_p must lie"),
     ],
 )
 def test_sampling_is_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300, 5e-324])
+def test_the_coldest_temperatures_take_the_likeliest(temperature):
+    sampling = Sampling(temperature)
+    wide = torch.tensor([[-1e30, 3.0, 1e30], [0.0, -1e-3, -5.0]])
+    assert sample(LOGITS, sampling).tolist() == [0, 4] and sample(wide, sampling).tolist() == [2, 0]
+    assert probabilities(wide, sampling).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_ids_are_checked(lm, model, caption, features):
+    long = torch.zeros(3, 4, dtype=torch.long)
+    for wrong in (long[:, :0], long[0], long[0, 0], long[:0]):
+        with pytest.raises(ValueError, match=r"ids must have shape \(b, l\), b at least 1, l at least 1, got"):
+            generate_text(lm, wrong, 2)
+    with pytest.raises(ValueError, match=r"ids must lie in 0\.\.63, got 0\.\.64"):
+        generate_text(lm, torch.tensor([[0, 64]]), 2)
+    with pytest.raises(TypeError, match="ids must be int32 or int64, got torch.float32"):
+        generate_text(lm, long.float(), 2)
+    for wrong in (caption[0], caption[:0], caption[:, :2]):
+        with pytest.raises(ValueError, match="caption must have shape"):
+            draw(model, wrong)
+    with pytest.raises(ValueError, match="question must have shape"):
+        answer(model, features, long[0], 2)
+    with pytest.raises(ValueError, match="features must have a row a question, 3, got shape"):
+        answer(model, features[:2], long, 2)
+
+
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -float("inf")])
+def test_guidance_is_finite(model, caption, guidance):
+    with pytest.raises(ValueError, match="guidance must be finite"):
+        draw(model, caption, guidance=guidance)
 
 
 def test_steps_are_checked(lm):

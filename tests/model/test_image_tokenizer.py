@@ -75,9 +75,22 @@ def test_damaged_files_are_refused(pixels, tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="is not an image tokenizer"):
         PatchTokenizer.load(tmp_path)
-    for tensors in ({"codebook": torch.zeros(4, 4)}, {"codebook": torch.zeros(4), "size": torch.tensor([8, 8])}):
-        save_file(tensors, path)
-        with pytest.raises(CheckpointError, match="is not an image tokenizer"):
+    codes, size = torch.zeros(4, 4), torch.tensor([8, 8])
+    for codebook, stored, message in [
+        (codes, None, "size"),
+        (codes[0], size, "codebook must have shape"),
+        (torch.zeros(4, 5), size, "codebook must have shape"),
+        (codes[:0], size, "codes must be 1 or more, got 0"),
+        (codes / 0, size, "codebook must hold finite"),
+        (codes.long(), size, "codebook must hold finite"),
+        (codes, torch.tensor(8), "size must be 2 whole numbers"),
+        (codes, torch.tensor([8, 8, 8]), "size must be 2 whole numbers"),
+        (codes, torch.tensor([8.0, 8.0]), "size must be 2 whole numbers"),
+        (codes, torch.tensor([0, 8]), "divide the image size"),
+        (codes, torch.tensor([-8, 8]), "divide the image size"),
+    ]:
+        save_file({"codebook": codebook} | ({} if stored is None else {"size": stored}), path)
+        with pytest.raises(CheckpointError, match=f"is not an image tokenizer: .*{message}"):
             PatchTokenizer.load(tmp_path)
 
 

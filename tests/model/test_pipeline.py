@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from omnimamba_model import Sampling, answer, draw
+from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, SpecialTokens, answer, draw, save
+from omnimamba_model.image_tokenizer import PatchTokenizer
 from omnimamba_model.pipeline import Pipeline, contact_sheet, write_png
 from omnimamba_model.text_tokenizer import WordTokenizer
 
@@ -63,6 +64,41 @@ def test_an_enlarged_drawing_is_seen_as_it_was(pipeline):
 def test_as_many_questions_as_images(pipeline):
     with pytest.raises(ValueError, match="questions must be as many as images, 1, got 2"):
         pipeline.ask([picture(0)], ["word1", "word2"])
+
+
+MATCHED = dict(image_vocab_size=16, image_tokens=6, image_features=6, feature_dim=16)
+
+
+def checkpoint(folder, words: int = 56, codes: int = 16, size: tuple[int, int] = (4, 6), **changes):
+    """A folder whose three parts agree, but for what the arguments change."""
+    config = OmniMambaConfig.preset("tiny", **{**MATCHED, **changes})
+    save(OmniMamba(config), folder, WordTokenizer(f"word{i}" for i in range(words)).to_json())
+    PatchTokenizer(codes, 2, size).save(folder)
+    return folder
+
+
+def test_parts_that_agree_are_loaded(tmp_path):
+    pipeline = Pipeline.load(checkpoint(tmp_path))
+    assert pipeline.draw(["word1"], Sampling(seed=0))[0].size == (6, 4)
+    assert len(pipeline.ask([picture(0)], ["word2"])) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(words=57), "backbone.vocab_size is 64, but tokenizer.json has 65"),
+        (dict(words=55), "backbone.vocab_size is 64, but tokenizer.json has 63"),
+        (dict(codes=15), "image_vocab_size is 16, but image_tokenizer.safetensors has 15"),
+        (dict(codes=17), "image_vocab_size is 16, but image_tokenizer.safetensors has 17"),
+        (dict(size=(4, 8)), "image_tokens is 6, but image_tokenizer.safetensors has 8; image_features is 6"),
+        (dict(feature_dim=12), "feature_dim is 12, but image_tokenizer.safetensors has 16"),
+        (dict(tokens=SpecialTokens(0, 1, 2, 3, 4, 5, 6, 20)), "tokens.mmu is 20, but tokenizer.json has words from 8"),
+    ],
+)
+def test_parts_that_disagree_are_named(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match="config.json does not fit its tokenizers: .*") as error:
+        Pipeline.load(checkpoint(tmp_path, **changes))
+    assert message in str(error.value)
 
 
 def test_contact_sheet_places_every_image():

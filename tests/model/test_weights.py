@@ -74,12 +74,31 @@ def test_damaged_folders_are_refused(model, tmp_path):
     for text, message in [
         ("{", "is not JSON"),
         ('{"model_type": "gpt"}', "model_type is one of omnimamba, mamba2"),
+        ('{"model_type": ["omnimamba"]}', "model_type is one of omnimamba, mamba2, got"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"d_model": ' + "9" * 5000 + "}", "is not JSON"),
         (json.dumps({"model_type": "omnimamba", "d_modle": 2}), "has no field d_modle"),
-        (json.dumps({"model_type": "mamba2", "d_model": -2}), "d_model must be a positive number"),
+        (json.dumps({"model_type": "mamba2", "d_model": -2}), "d_model must be a whole number"),
     ]:
         config.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path)
+
+
+def test_weights_of_no_floating_dtype_are_named(model, tmp_path):
+    save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for dtype in (torch.int64, torch.float8_e4m3fn):
+        name = "backbone.norm_f.weight"
+        save_file({**tensors, name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"must be float16, bfloat16, float32, float64, got {name} "):
+            load(tmp_path)
+
+
+def test_a_tokenizer_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="tokenizer.json is not UTF-8"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
