@@ -13,6 +13,8 @@ DEMO = ROOT / "demo-out" / "metrics.json"
 SCORES = (
     "t2i_accuracy",
     "mmu_accuracy",
+    "held_out_loss t2i, nats a token",
+    "held_out_loss mmu, nats a token",
     "classifier_accuracy",
     "ceiling_accuracy",
     "copied_fraction",
@@ -95,6 +97,7 @@ def demo_scores() -> dict[str, float]:
     if not DEMO.exists():
         return {}
     scores = json.loads(DEMO.read_text())
+    scores |= {f"held_out_loss {task}, nats a token": loss for task, loss in scores.get("held_out_loss", {}).items()}
     return {name: scores[name] for name in SCORES if name in scores}
 
 

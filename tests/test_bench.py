@@ -147,6 +147,18 @@ def test_claims_judge_both_ways_and_admit_what_is_missing():
         assert layer["passed"] is True and "Mamba-2 1.00, attention 2.00" in layer["measured"]
 
 
+def test_the_demos_losses_stand_beside_its_accuracies(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "DEMO", tmp_path / "metrics.json")
+    assert claims.demo_scores() == {}
+    found = {"mmu_accuracy": 0.9, "held_out_loss": {"t2i": 1.6, "mmu": 0.02}, "steps": {}}
+    claims.DEMO.write_text(json.dumps(found))
+    assert claims.demo_scores() == {
+        "mmu_accuracy": 0.9,
+        "held_out_loss t2i, nats a token": 1.6,
+        "held_out_loss mmu, nats a token": 0.02,
+    }
+
+
 def test_readme_parts_are_replaced_and_the_rest_is_kept(tmp_path):
     readme, result = tmp_path / "README.md", tmp_path / "result.json"
     readme.write_text(MARKED)
