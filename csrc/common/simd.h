@@ -157,14 +157,16 @@ OM_INLINE float sum_lanes(const Vector& v) {
 }
 OM_INLINE float sum(vf v) { return sum_lanes<W>(v); }
 
-// e^x: x = k ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, then 2^k in two factors.
-// Error below 2 ulp; 0 under -103.98, inf over 88.73, NaN stays NaN.
-OM_INLINE vf vexp(vf x) {
+// 2^k e^r = e^x with |r| <= ln 2 / 2: e^r by a polynomial of degree 6, and k.
+struct ExpParts {
+  vf fraction;
+  vi whole;
+};
+OM_INLINE ExpParts exp_parts(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf bounded = select(x > splat(89.0f), splat(89.0f), select(x < splat(-104.0f), splat(-104.0f), x));
-  vf shifted = bounded * splat(1.44269504f) + magic;
+  vf shifted = x * splat(1.44269504f) + magic;
   vf k = shifted - magic;
-  vf r = bounded - k * splat(0.693359375f);
+  vf r = x - k * splat(0.693359375f);
   r = r - k * splat(-2.12194440e-4f);
   vf e = splat(1.9875691500e-4f);
   e = e * r + splat(1.3981999507e-3f);
@@ -172,31 +174,20 @@ OM_INLINE vf vexp(vf x) {
   e = e * r + splat(4.1665795894e-2f);
   e = e * r + splat(1.6666665459e-1f);
   e = e * r + splat(5.0000001201e-1f);
-  e = e * (r * r) + r + splat(1.0f);
-  vi whole = (vi)shifted - (vi)magic;
-  vi half = whole >> 1;
-  vf scale = (vf)((half + 127) << 23);
-  vf rest = (vf)((whole - half + 127) << 23);
-  return e * scale * rest;
+  return {e * (r * r) + r + splat(1.0f), (vi)shifted - (vi)magic};
+}
+
+// e^x, 2^k in two factors. Error below 2 ulp; 0 under -103.98, inf over 88.73, NaN stays NaN.
+OM_INLINE vf vexp(vf x) {
+  const ExpParts e = exp_parts(select(x > splat(89.0f), splat(89.0f), select(x < splat(-104.0f), splat(-104.0f), x)));
+  vi half = e.whole >> 1;
+  return e.fraction * (vf)((half + 127) << 23) * (vf)((e.whole - half + 127) << 23);
 }
 
 // e^x for x in [-87, 0] and below (0 there): one factor, for decays.
 OM_INLINE vf vexp_decay(vf x) {
-  const vf magic = splat(12582912.0f);
-  vf bounded = select(x < splat(-87.0f), splat(-87.0f), x);
-  vf shifted = bounded * splat(1.44269504f) + magic;
-  vf k = shifted - magic;
-  vf r = bounded - k * splat(0.693359375f);
-  r = r - k * splat(-2.12194440e-4f);
-  vf e = splat(1.9875691500e-4f);
-  e = e * r + splat(1.3981999507e-3f);
-  e = e * r + splat(8.3334519073e-3f);
-  e = e * r + splat(4.1665795894e-2f);
-  e = e * r + splat(1.6666665459e-1f);
-  e = e * r + splat(5.0000001201e-1f);
-  e = e * (r * r) + r + splat(1.0f);
-  vf scale = (vf)(((vi)shifted - (vi)magic + 127) << 23);
-  return select(x < splat(-87.0f), vf{}, e * scale);
+  const ExpParts e = exp_parts(select(x < splat(-87.0f), splat(-87.0f), x));
+  return select(x < splat(-87.0f), vf{}, e.fraction * (vf)((e.whole + 127) << 23));
 }
 
 OM_INLINE vf sigmoid(vf x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
