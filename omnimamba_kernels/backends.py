@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import native, triton_launch
 
 NAMES = ("cuda", "triton", "native", "reference")
 OPS = ("causal_conv1d", "ssd_scan", "state_update", "gated_norm", "lora_linear", "mamba_mixer")
@@ -36,11 +36,11 @@ def _module(op: str, name: str) -> ModuleType | None:
 @cache
 def _absent(name: str) -> str | None:
     """Why a back end cannot run any operation, or None."""
+    if name == "triton":  # asked first: without triton its kernels cannot even be imported
+        return triton_launch.why_not()
     if not any(_module(op, name) for op in OPS):
         return f"this version of omnimamba has no {name} kernels"
-    if name == "native":
-        return native.why_not()
-    return None
+    return native.why_not() if name == "native" else None
 
 
 def backends() -> dict[str, str | None]:
@@ -66,13 +66,14 @@ def use_backend(name: str | None) -> Iterator[None]:
 def _why_not(op: str, name: str, device: torch.device, tensors: tuple, options: dict) -> str | None:
     if name == "reference":
         return None
-    reason = _absent(name)
+    recorded = name == "triton" and triton_launch.is_recording()
+    reason = None if recorded else _absent(name)
     if reason:
         return reason
     module = _module(op, name)
     if module is None:
         return f"this version of omnimamba has no {name} kernel of {op}"
-    if name not in _ORDER.get(device.type, ()):
+    if not (triton_launch.runs_on(device) if name == "triton" else name in _ORDER.get(device.type, ())):
         return f"it does not run on device {device}"
     return module.why_not(*tensors, **options)
 

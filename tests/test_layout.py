@@ -1,6 +1,7 @@
 """The architecture's rules, read from the sources."""
 
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, MODEL, CSRC = ROOT / "omnimamba_kernels", ROOT / "omnimamba_model", ROOT / "csrc"
 IMPLEMENTATIONS = ("reference", "native_impl", "triton_impl", "cuda_impl")
-LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 400, 60, 150
 CODE = (".py", ".h", ".cpp", ".cu", ".cuh")
 
 if not (ROOT / "csrc").is_dir():
@@ -48,6 +49,7 @@ def operations():
 
 
 PYTHON = files(KERNELS, MODEL, suffixes=(".py",))
+TRITON = [path for path in PYTHON if path.parent.parent == KERNELS and path.stem.startswith("triton_")]
 EVERYTHING = files(KERNELS, MODEL, CSRC, ROOT / "tests", ROOT / "bench")
 
 
@@ -67,7 +69,13 @@ def test_functions_are_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             documented = ast.get_docstring(node, clean=False) is not None
             start = node.body[0].end_lineno if documented else node.lineno
-            assert node.end_lineno - start <= LONGEST_FUNCTION, f"{node.name} is too long"
+            longest = LONGEST_KERNEL if is_kernel(node) else LONGEST_FUNCTION
+            assert node.end_lineno - start <= longest, f"{node.name} is too long"
+
+
+def is_kernel(function):
+    """Whether Triton compiles the function."""
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)
@@ -104,17 +112,46 @@ def test_model_uses_public_kernel_names_only(path):
 def test_implementations_do_not_import_one_another(path):
     """An implementation may use its own kind in another operation (a reference built from references), no other kind;
     the public side reaches all of them through the choice of back end."""
-    imported = {part for dotted in imports(path) for part in dotted.split(".") if part in IMPLEMENTATIONS}
-    assert not imported - {path.stem}
+    modules = {part for dotted in imports(path) for part in dotted.split(".")}
+    assert not modules & set(IMPLEMENTATIONS) - {path.stem}
+    if not path.stem.startswith("triton_"):
+        assert not [module for module in modules if module.startswith("triton") and module != "triton_launch"]
 
 
 @pytest.mark.parametrize("operation", operations(), ids=name)
 def test_every_operation_has_the_same_files(operation):
     present = {path.name for path in operation.glob("*.py")}
     assert {"__init__.py", "api.py", "reference.py", "cases.py"} <= present
-    if (operation / "native_impl.py").exists():
-        defined = {node.name for node in tree(operation / "native_impl.py").body if isinstance(node, ast.FunctionDef)}
-        assert {"why_not", "forward"} <= defined
+    for path in operation.glob("*_impl.py"):
+        defined = {node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)}
+        assert {"why_not", "forward"} <= defined, path.name
+    assert (operation / "triton_impl.py").exists() == (operation / "launch.json").exists()
+
+
+@pytest.mark.parametrize("path", TRITON, ids=name)
+def test_triton_kernels_are_started_in_one_place(path):
+    """``launch`` alone starts kernels: on the right device and stream, and noted where that is asked for."""
+    calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    assert not [ast.unparse(call) for call in calls if isinstance(call, ast.Subscript)]
+    assert not [call.attr for call in calls if isinstance(call, ast.Attribute) and call.attr in ("run", "warmup")]
+    assert not [dotted for dotted in imports(path) if dotted.startswith(("torch.cuda", "triton.runtime"))]
+    used = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    assert not [text for text in used if text.startswith("torch.cuda")]
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*/launch.json")), ids=name)
+def test_launch_tables_are_valid_and_used(path):
+    table = json.loads(path.read_text())
+    nodes = [node for source in path.parent.glob("triton_*.py") for node in ast.walk(tree(source))]
+    named = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for kernel, rules in table.items():
+        assert kernel in named, f"{kernel} is not a kernel of {path.parent.name}"
+        for rule in rules:
+            assert {"use"} <= set(rule) <= {"arch", "when", "use"}
+            assert all(re.fullmatch(r"interpreter|(sm_|gfx)\w*", arch) for arch in rule.get("arch", []))
+            assert all(0 <= low <= high for low, high in rule.get("when", {}).values())
+            assert rule["use"] and all(type(value) is int for value in rule["use"].values())
+        assert set(rules[-1]) == {"use"}, f"the last rule of {kernel} must always fit"
 
 
 @pytest.mark.parametrize("path", files(CSRC), ids=name)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
-from common import hostile_memory, running, runs
+from common import device_of, hostile_memory, placing, running, runs, skip_if_not_offered
 from hypothesis import HealthCheck, settings
 
 # The fixtures only set where things run, which does not change between hypothesis's examples.
@@ -29,6 +29,15 @@ def _hostile_memory() -> Iterator[None]:
 
 @pytest.fixture(params=runs())
 def run(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A back end, and for the native one an instruction set; it is the one in use while the test runs."""
-    with running(request.param):
+    """A back end, and for the native one an instruction set: in use, on its own device, while the test runs."""
+    with running(request.param), placing(device_of(request.param)):
         yield request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    try:
+        return (yield)
+    except Exception as error:
+        skip_if_not_offered(error)
+        raise
