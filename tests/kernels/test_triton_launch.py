@@ -1,0 +1,106 @@
+"""triton_launch: reasons, launch tables, the start of kernels, and what a recording notes."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from omnimamba_kernels import backends, rmsnorm_fn, triton_launch
+from omnimamba_kernels.backends import choose
+from omnimamba_kernels.triton_launch import TARGETS, Target, cannot_store, interpreting, recording, settings, target_of
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+X, WEIGHT = torch.ones(2, 4), torch.ones(4)
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason="Triton kernels can run here")
+def test_without_a_gpu_the_reason_says_so():
+    assert "need a GPU" in backends()["triton"] and "TRITON_INTERPRET" in backends()["triton"]
+    with pytest.raises(RuntimeError, match="gated_norm: backend 'triton' cannot run: .*need a GPU"):
+        rmsnorm_fn(X, WEIGHT, None, backend="triton")
+
+
+@pytest.mark.skipif(not interpreting(), reason="Triton is not interpreting")
+def test_a_cpu_tensor_is_interpreted_only_where_it_is_asked_for():
+    assert backends()["triton"] is None
+    assert choose("gated_norm", None, X, WEIGHT).__name__.endswith(("native_impl", "reference"))
+    assert choose("gated_norm", "triton", X, WEIGHT).__name__.endswith("triton_impl")
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+        choose("gated_norm", "triton", X.bfloat16(), WEIGHT)
+    assert target_of(X).arch == "interpreter"
+
+
+def test_what_kernels_cannot_store_is_named():
+    with recording(TARGETS["sm_90"]):
+        meta = torch.empty(2, device="meta")
+        assert cannot_store(meta, None, meta.half(), meta.bfloat16(), meta.int(), meta.long()) is None
+        assert "torch.float64" in cannot_store(meta.double())
+        assert "negated view" in cannot_store(torch.conj(torch.ones(2, dtype=torch.complex64)).imag)
+    with recording(Target("sm_75", 40, 65_536)):
+        assert "sm_75" in cannot_store(meta)
+    assert "meta" in cannot_store(meta)
+
+
+def test_the_first_rule_that_fits_is_used(monkeypatch):
+    rules = [
+        {"arch": ["sm_9"], "when": {"l": [1, 64], "d": [16, 16]}, "use": {"BLOCK": 1}},
+        {"arch": ["sm_", "gfx"], "when": {"l": [1, 64]}, "use": {"BLOCK": 2}},
+        {"when": {"l": [65, 128]}, "use": {"BLOCK": 3}},
+        {"use": {"BLOCK": 4}},
+    ]
+    monkeypatch.setattr(triton_launch, "table", lambda op: {"kernel": rules})
+    triton_launch._settings.cache_clear()
+
+    def block(arch, l, d=16):
+        return settings("op", "kernel", Target(arch, 1, 1), l=l, d=d)["BLOCK"]
+
+    assert [block("sm_90", l) for l in (1, 64, 65, 128, 129)] == [1, 1, 3, 3, 4]
+    assert block("sm_90", 1, 17) == 2 and block("gfx942", 1) == 2 and block("interpreter", 1) == 4
+    settings("op", "kernel", Target("sm_90", 1, 1), l=1, d=16)["BLOCK"] = 9
+    assert block("sm_90", 1) == 1
+    triton_launch._settings.cache_clear()
+
+
+class Kernel:
+    arg_names = ("x", "y", "M", "stride", "one", "eps", "bias", "BLOCK")
+    __name__ = "kernel"
+    started = ()
+
+    def __getitem__(self, grid):
+        self.started += (grid,)
+        return lambda *args, **named: None
+
+
+def test_a_recording_notes_what_specialisation_sees():
+    x = torch.empty(64, dtype=torch.float16, device="meta")
+    kernel, big = Kernel(), 2**31
+    with recording(TARGETS["gfx942"]) as launches:
+        assert target_of(x) is TARGETS["gfx942"]
+        triton_launch.launch(kernel, (3, 2), x, x[1:], 48, big + 1, 1, 0.5, None, BLOCK=1, num_warps=4)
+        triton_launch.launch(kernel, (0, 2), x)
+    (noted,) = launches
+    assert noted.grid == (3, 2) and not kernel.started
+    assert dict(noted.kinds) == {"x": "*fp16 16", "y": "*fp16", "M": "i32 16", "stride": "i64", "eps": "fp32"}
+    assert dict(noted.constants) == {"one": 1, "bias": None, "BLOCK": 1}
+    assert dict(noted.options) == {"num_warps": 4}
+
+
+def test_launch_starts_what_is_not_empty_and_fits():
+    kernel = Kernel()
+    for grid in ((3,), (0,), (2, 0)):
+        triton_launch.launch(kernel, grid, X)
+    assert kernel.started == ((3,),)
+    with pytest.raises(RuntimeError, match="kernel: grid .* larger than 65535"):
+        triton_launch.launch(kernel, (1, 65_536), X)
+
+
+@needs_triton
+def test_host_code_runs_on_meta_tensors():
+    x, weight = torch.empty(6, 48, device="meta", requires_grad=True), torch.empty(48, device="meta")
+    with recording(TARGETS["sm_90"]) as launches:
+        rmsnorm_fn(x, weight, None, backend="triton").sum().backward()
+    assert [noted.kernel.__name__ for noted in launches] == ["_forward", "_backward"]
+    assert x.grad.shape == x.shape and x.grad.device.type == "meta"
+    with pytest.raises(RuntimeError):
+        rmsnorm_fn(x, weight, None, backend="triton")
