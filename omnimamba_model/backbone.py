@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from omnimamba_kernels import rmsnorm_fn
 
 from .config import BASE, MambaConfig
+from .hub import Pretrained
 from .layers import MambaMixer, RMSNorm, RoutedLinear, Task, linear, wide
 from .state import MambaState
 
@@ -114,7 +115,7 @@ class MambaBackbone(nn.Module):
         return step
 
 
-class MambaLM(nn.Module):
+class MambaLM(Pretrained, nn.Module):
     """A plain Mamba-2 language model: the backbone, and a head tied to its token table."""
 
     def __init__(self, config: MambaConfig) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import BASE, MMU, T2I, OmniMambaConfig
 from .embeddings import OmniBackbone, Projector
+from .hub import Pretrained
 from .layers import linear
 
 IGNORE = -100
@@ -31,7 +32,7 @@ class Prediction(NamedTuple):
     loss: Tensor | None
 
 
-class OmniMamba(nn.Module):
+class OmniMamba(Pretrained, nn.Module):
     """The model of arXiv 2503.08686. A task picks the embedding path, the head and the adapters.
 
     Drawing (T2I): ``[t2i][sot]`` caption, padded on its left, ``[eot][soi]`` image tokens ``[eoi]``.

@@ -1,7 +1,7 @@
 """The image tokenizer of the published model: LlamaGen's VQ-16 (arXiv 2406.06525, section 2.1), frozen.
 
-An image (3, 16 h, 16 w) in [-1, 1] becomes h x w vectors of 8 numbers, each replaced by the nearest of 16384 unit vectors;
-its place in that codebook is the token. Convolutions at five widths, halving the sides four times:
+An image (3, 16 h, 16 w) in [-1, 1] becomes h x w vectors of 8 numbers, each replaced by the nearest of 16384 unit
+vectors; its place in that codebook is the token. Convolutions at five widths, halving the sides four times:
 
     encoder: conv_in, per width 2 residual blocks (attention after each at the last width) and a halving, mid, conv_out
     decoder: conv_in, mid, per width 3 residual blocks (attention at the first) and a doubling, conv_out

@@ -1,14 +1,24 @@
-"""Checkpoints: a folder with model.safetensors and config.json, saved whole or not at all, loaded strictly."""
+"""Checkpoints: a folder with config.json and safetensors, saved whole or not at all, loaded strictly.
+
+config.json                     the sizes, with "model_type"
+model.safetensors               the weights, or
+model.safetensors.index.json    {"weight_map": {tensor: file}} and the files that it names
+tokenizer.json                  where the model has one
+"""
 
 from __future__ import annotations
 
 import json
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .backbone import MambaLM
 from .config import MambaConfig, OmniMambaConfig
@@ -16,6 +26,8 @@ from .files import write_whole
 from .omnimamba import OmniMamba
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """What safetensors calls the dtypes that weights may have."""
 _KINDS: dict[str, tuple[type, type]] = {"omnimamba": (OmniMamba, OmniMambaConfig), "mamba2": (MambaLM, MambaConfig)}
@@ -25,11 +37,17 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or does not fit its own config."""
 
 
-def save(model: OmniMamba | MambaLM, folder: str | Path, tokenizer: str | None = None) -> None:
+def save(
+    model: OmniMamba | MambaLM,
+    folder: str | Path,
+    tokenizer: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write the model, its config and, where given, a tokenizer (tokenizer.json's text) into ``folder``.
 
-    Each file is written under a temporary name and renamed, the weights last: an interrupted save
-    leaves no torn file. Tied heads own no parameters, so their tables are stored once.
+    Each file is written under a temporary name and renamed, and what names the weights comes last: an interrupted
+    save leaves no torn file, and the weights that were there before. Tied heads own no parameters, so their tables are
+    stored once. Weights of more than ``max_shard_bytes`` are cut into shards of at most that size.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,32 +56,123 @@ def save(model: OmniMamba | MambaLM, folder: str | Path, tokenizer: str | None =
     if tokenizer is not None:
         write_whole(folder / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    shards = _cut(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_tensors(folder / WEIGHTS, tensors)
+        _forget(folder / INDEX)
+    else:
+        _write_shards(folder, shards)
+        _forget(folder / WEIGHTS)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> OmniMamba | MambaLM:
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> OmniMamba | MambaLM:
     """The model of a folder that ``save`` wrote, in evaluation mode, its weights bit for bit in their own dtypes.
 
-    Raises CheckpointError that lists every missing, unknown or mis-shaped tensor, or each of an unfit dtype.
+    ``dtype`` casts the matrices (``cast_matrices``) as they are read. Raises CheckpointError that lists every missing,
+    unknown or mis-shaped tensor, or each of an unfit dtype.
     """
     folder = Path(folder)
     model_type, config = _read_config(folder)
     with torch.device("meta"):
         model = model_type(config)
-    path = folder / WEIGHTS
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(_open(path, device)) for path in weight_files(folder)]
+        for file in files:
+            for name in file.keys():
+                part = file.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+        check_fit(model, {name: shape for name, (shape, _) in found.items()}, folder)
+        _check_dtypes({name: kind for name, (_, kind) in found.items()}, folder)
+        for file in files:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                tensors[name] = tensor.to(dtype) if dtype is not None and tensor.ndim == 2 else tensor
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those that the index names, each in the folder itself, or the one file."""
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / WEIGHTS]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(names))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} must be an object with a weight_map of tensors to files: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: weight_map must name .safetensors files beside it, got {name!r}")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _open(path: Path, device: str | torch.device) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            _check_fit(model, {name: tuple(part.get_shape()) for name, part in slices.items()}, path)
-            _check_dtypes({name: part.get_dtype() for name, part in slices.items()}, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+
+
+def _cut(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """Tensors in their order, a new shard where the next would pass ``most`` bytes; a larger one stands alone."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
+    """Under names that no earlier save used, so that its shards stay whole until the index names the new ones."""
+    mark, count = secrets.token_hex(4), len(shards)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{mark}-{i:05}-of-{count:05}.safetensors"
+        _write_tensors(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    old = _shards(folder)
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    write_whole(folder / INDEX, lambda path: path.write_text(index, encoding="utf-8"))
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """What a readable index names, so that it can be replaced; nothing where there is none."""
+    try:
+        return weight_files(folder) if (folder / INDEX).exists() else []
+    except CheckpointError:
+        return []
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write_whole(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+
+
+def _forget(path: Path) -> None:
+    """Remove weights in the other form, or an index with the shards that it names."""
+    if path.name == INDEX and path.exists():
+        shards = _shards(path.parent)
+        path.unlink()
+        for shard in shards:
+            shard.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def read_tokenizer(folder: str | Path) -> str | None:
@@ -93,7 +202,8 @@ def _read_config(folder: Path) -> tuple[type[nn.Module], OmniMambaConfig | Mamba
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_fit(model: nn.Module, found: dict[str, tuple[int, ...]], path: Path) -> None:
+def check_fit(model: nn.Module, found: dict[str, tuple[int, ...]], path: Path) -> None:
+    """CheckpointError that lists each tensor of ``model`` that ``found`` lacks, has besides or otherwise shaped."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
     problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]

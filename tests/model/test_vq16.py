@@ -47,9 +47,8 @@ def janus_name(name: str) -> str:
 
 def test_same_numbers_as_another_implementation(tokenizer):
     modeling = pytest.importorskip("transformers.models.janus.modeling_janus")
-    config = modeling.JanusVQVAEConfig(
-        num_embeddings=SMALL.codebook_size, base_channels=SMALL.channels, latent_channels=SMALL.z_channels, num_patches=2
-    )
+    sizes = dict(num_embeddings=SMALL.codebook_size, base_channels=SMALL.channels, latent_channels=SMALL.z_channels)
+    config = modeling.JanusVQVAEConfig(**sizes, num_patches=2)
     other = modeling.JanusVQVAE(config).eval()
     with torch.no_grad():
         for parameter in tokenizer.parameters():

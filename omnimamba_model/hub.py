@@ -1,0 +1,66 @@
+"""Models by name: a local folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model.bin")
+
+
+class Pretrained:
+    """``from_pretrained`` and ``save_pretrained``, as people know them from other libraries."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+    ) -> Any:
+        """The model of a local checkpoint or of a hub repository, in evaluation mode.
+
+        Reads what ``save_pretrained`` wrote and what ``omnimamba convert`` reads; strict: CheckpointError lists every
+        tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices. Pickles are read as tensors only.
+        """
+        from .backbone import cast_matrices
+        from .foreign import is_foreign, read_foreign
+        from .weights import CheckpointError, load
+
+        path = locate(name_or_path, revision, local_files_only)
+        if is_foreign(path):
+            model = read_foreign(path).to(device)
+            model = model if dtype is None else cast_matrices(model, dtype)
+        else:
+            model = load(path, device, dtype)
+        if not isinstance(model, cls):
+            raise CheckpointError(f"{name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the model into ``folder``: ``weights.save`` with its options (tokenizer, max_shard_bytes)."""
+        from .weights import save
+
+        save(self, folder, **options)
+
+
+def locate(name_or_path: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """A local path as it is; a hub repository's name as the folder that it was downloaded to."""
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name} does not exist, and is no name of a hub repository (OWNER/NAME)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(f"to download {name}: pip install huggingface_hub") from None
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), local_files_only=local_files_only)
+    )
