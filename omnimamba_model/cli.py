@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FAILED, INTERRUPTED = 2, 130
+TASKS = ("mmu", "t2i")
+DTYPES = ("float32", "bfloat16", "float16")
 MOST_DRAWINGS = 10_000
 
 
@@ -52,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
     generate.add_argument("--count", type=_count, default=1, help="how many drawings, in rows of ten")
     generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser("convert", help="make a checkpoint of this package from another project's, or back")
+    convert.add_argument("source", help="OmniMamba-1.3b.pth, a Mamba-2 folder, a PEFT adapter, or a hub repository")
+    convert.add_argument("target", type=Path, help="the folder to write")
+    convert.add_argument("--dtype", choices=DTYPES, help="cast the matrices")
+    convert.add_argument("--tokenizer", help="a folder with GPT-NeoX's tokenizer.json, or a hub name, to put beside it")
+    convert.add_argument("--image-tokenizer", type=Path, help="vq_ds16_t2i.pt, to put beside it")
+    convert.add_argument("--base", help="the OmniMamba checkpoint that a PEFT adapter belongs on")
+    convert.add_argument("--task", choices=TASKS, help="whose adapter a PEFT folder is; without --base, write one")
+    convert.add_argument("--as-omnimamba", action="store_true", help="grow an OmniMamba around a Mamba-2")
+    convert.set_defaults(run=_convert)
 
     ask = commands.add_parser("ask", help="answer a question about an image")
     ask.add_argument("--image", type=Path, required=True)
@@ -102,6 +115,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     regular_target(arguments.out)  # said before the work, not after it
     drawings = Pipeline.load(arguments.checkpoint).draw([arguments.prompt] * arguments.count, sampling)
     write_png(contact_sheet(drawings), arguments.out)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from . import convert
+
+    wanted = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
+    print(convert.convert(**wanted))
 
 
 def _ask(arguments: argparse.Namespace) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ class PatchTokenizer(nn.Module):
     patch with a border of half a patch around it, in grey levels about zero (arXiv 2503.08686 likewise
     looks through an encoder and draws through a tokenizer).
     """
+
+    file = FILE
 
     def __init__(self, codes: int, patch: int, size: tuple[int, int]) -> None:
         super().__init__()
@@ -62,6 +67,22 @@ class PatchTokenizer(nn.Module):
         self._check(images)
         windows = F.unfold(images[:, None], 2 * self.patch, padding=self.patch // 2, stride=self.patch)
         return 2 * windows.transpose(1, 2) - 1
+
+    def sizes(self) -> dict[str, int]:
+        """What a model's config must agree with."""
+        own = {"image_vocab_size": len(self.codebook), "image_tokens": self.tokens}
+        return own | {"image_features": self.tokens, "feature_dim": self.feature_dim}
+
+    def pictures(self, tokens: Tensor) -> list[Image.Image]:
+        """Tokens (b, tokens) to grey pictures."""
+        levels = (self.decode(tokens).float().clamp(0, 1) * 255).round().to(torch.uint8)
+        return [Image.fromarray(grey) for grey in levels.cpu().numpy()]
+
+    def look(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any size to features; the enlarged pixels of a drawing shrink back exactly."""
+        height, width = self.size
+        grey = [image.convert("L").resize((width, height), Image.Resampling.BOX) for image in images]
+        return self.features(torch.from_numpy(np.stack([np.array(g, dtype=np.float32) for g in grey])) / 255)
 
     def save(self, folder: str | Path) -> None:
         tensors = {"codebook": self.codebook, "size": torch.tensor(self.size)}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,30 +18,30 @@ from .files import write_whole
 from .generation import GREEDY, Sampling, answer, draw
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
-from .text_tokenizer import FIRST_WORD, WordTokenizer
-from .weights import CheckpointError, load, read_tokenizer
+from .published import PublishedPixels
+from .text_tokenizer import TextTokenizer, read_text_tokenizer
+from .weights import TOKENIZER, CheckpointError, load, read_tokenizer
 
-
-class TextTokenizer(Protocol):
-    """Words to ids and back. ``encode`` raises ValueError for text it has no ids for."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
+VOCAB_PADDING = 16
+"""Tables are rounded up to a multiple of this many rows; the last ones have no token."""
 
 
 class ImageTokenizer(Protocol):
-    """Grey images (b, height, width) in [0, 1] to what the model draws with and what it looks at."""
+    """Pictures to what the model looks at, and what it draws to pictures."""
 
-    size: tuple[int, int]
-    """Height and width in pixels."""
+    file: str
+    """Its file in a checkpoint's folder."""
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Image tokens (b, image_tokens) to images."""
+    def sizes(self) -> dict[str, int]:
+        """The fields of OmniMambaConfig that it sets."""
         ...
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images to the feature vectors of understanding (b, image_features, feature_dim)."""
+    def pictures(self, tokens: Tensor) -> list[Image.Image]:
+        """Image tokens (b, image_tokens) to pictures."""
+        ...
+
+    def look(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures to the feature vectors of understanding (b, image_features, feature_dim)."""
         ...
 
 
@@ -63,26 +62,25 @@ class Pipeline:
         if text is None:
             raise CheckpointError(f"{folder} has no tokenizer.json")
         try:
-            words = WordTokenizer.from_json(text)
+            words = read_text_tokenizer(text)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        pixels = PatchTokenizer.load(folder)
+        published = (Path(folder) / PublishedPixels.file).exists()
+        pixels = (PublishedPixels if published else PatchTokenizer).load(folder)
         _check_together(folder, model.config, words, pixels)
         return cls(model, words, pixels)
 
     def draw(self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0) -> list[Image.Image]:
         """One drawing a prompt."""
         caption = self.model.pad_captions([self.words.encode(prompt) for prompt in prompts])
-        drawn = self.pixels.decode(draw(self.model, caption, sampling, guidance))
-        levels = (drawn.float().clamp(0, 1) * 255).round().to(torch.uint8)
-        return [Image.fromarray(grey) for grey in levels.cpu().numpy()]
+        return self.pixels.pictures(draw(self.model, caption, sampling, guidance))
 
     def ask(self, images: Sequence[Image.Image], questions: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
         """One answer a pair. Questions of one length share a batch, so that padding never enters the state."""
         if len(images) != len(questions):
             raise ValueError(f"questions must be as many as images, {len(images)}, got {len(questions)}")
         asked = [self.words.encode(question) for question in questions]
-        features = self.pixels.features(torch.stack([self._read(image) for image in images]))
+        features = self.pixels.look(images)
         groups: dict[int, list[int]] = defaultdict(list)
         for row, ids in enumerate(asked):
             groups[len(ids)].append(row)
@@ -95,31 +93,21 @@ class Pipeline:
                 said[row] = self.words.decode(_until(ids.tolist(), self.model.config.tokens.eos))
         return said
 
-    def _read(self, image: Image.Image) -> Tensor:
-        """A picture as grey levels in [0, 1] at the tokenizer's size; enlarged pixels shrink back exactly."""
-        height, width = self.pixels.size
-        grey = image.convert("L").resize((width, height), Image.Resampling.BOX)
-        return torch.from_numpy(np.array(grey, dtype=np.float32)) / 255
 
-
-def _check_together(folder: str | Path, config: OmniMambaConfig, words: WordTokenizer, pixels: PatchTokenizer) -> None:
+def _check_together(folder: str | Path, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer) -> None:
     """CheckpointError that names each field of config.json in which a tokenizer disagrees with the model."""
-    texts, images = "tokenizer.json", "image_tokenizer.safetensors"
     problems = [
-        f"{name} is {value}, but {file} has {has}"
-        for name, value, file, has in (
-            ("backbone.vocab_size", config.backbone.vocab_size, texts, words.vocab_size),
-            ("image_vocab_size", config.image_vocab_size, images, len(pixels.codebook)),
-            ("image_tokens", config.image_tokens, images, pixels.tokens),
-            ("image_features", config.image_features, images, pixels.tokens),
-            ("feature_dim", config.feature_dim, images, pixels.feature_dim),
-        )
-        if value != has
+        f"{name} is {getattr(config, name)}, but {pixels.file} has {size}"
+        for name, size in pixels.sizes().items()
+        if getattr(config, name) != size
     ]
+    vocab = config.backbone.vocab_size
+    if not vocab - VOCAB_PADDING < words.vocab_size <= vocab:
+        problems.append(f"backbone.vocab_size is {vocab}, but {TOKENIZER} has {words.vocab_size}")
     problems += [
-        f"tokens.{name} is {i}, but {texts} has words from {FIRST_WORD}"
+        f"tokens.{name} is {i}, but {TOKENIZER} has text there"
         for name, i in dataclasses.asdict(config.tokens).items()
-        if i >= FIRST_WORD
+        if not words.is_special(i)
     ]
     if problems:
         raise CheckpointError(f"{folder}/config.json does not fit its tokenizers: {'; '.join(problems)}")

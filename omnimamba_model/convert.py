@@ -1,0 +1,93 @@
+"""What ``omnimamba convert`` does: other projects' checkpoints into this package's, and adapters into PEFT's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .adapters import load_adapter, save_adapter
+from .backbone import MambaLM, cast_matrices
+from .config import MambaConfig, OmniMambaConfig
+from .foreign import is_foreign, read_foreign
+from .hub import locate
+from .omnimamba import OmniMamba
+from .published import PublishedPixels, read_official_vq
+from .text_tokenizer import BpeTokenizer
+from .weights import CheckpointError, load, read_tokenizer, save
+
+
+def convert(
+    source: str,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    image_tokenizer: str | Path | None = None,
+    base: str | None = None,
+    task: str | None = None,
+    as_omnimamba: bool = False,
+) -> str:
+    """Write ``source`` into the folder ``target`` and say in a line what it holds. All is read and checked before the
+    first file is written.
+
+    ``base`` and ``task``: source is a PEFT adapter, target becomes ``base`` with it in the task's place. ``task``
+    alone: target becomes source's adapter for PEFT. ``as_omnimamba``: source is a Mamba-2, what it lacks is fresh.
+    """
+    _check_arguments(base, task, as_omnimamba)
+    model, text = _read(source if base is None else base)
+    if base is not None:
+        _expect_omnimamba(model, base)
+        load_adapter(model, task, source)
+    elif task is not None:
+        _expect_omnimamba(model, source)
+        save_adapter(model, task, target)
+        return f"{target}: the {task} adapter for PEFT"
+    if as_omnimamba:
+        model = grown(model, source)
+    if dtype is not None:
+        model = cast_matrices(model, getattr(torch, dtype))
+    if tokenizer is not None:
+        text = BpeTokenizer.published(tokenizer).to_json()
+    pixels = None if image_tokenizer is None else PublishedPixels(read_official_vq(image_tokenizer))
+    save(model, target, text)
+    if pixels is not None:
+        pixels.save(target)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{target}: {type(model).__name__}, {count:,} parameters"
+
+
+def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
+    """A new OmniMamba of the published formats around a Mamba-2's weights: what training starts from."""
+    if not isinstance(model, MambaLM):
+        raise CheckpointError(f"{source} holds a {type(model).__name__}; an OmniMamba grows from a plain Mamba-2")
+    published = OmniMambaConfig()
+    sizes = model.config.to_dict()
+    rows = max(sizes["vocab_size"], published.backbone.vocab_size)
+    out = OmniMamba(OmniMambaConfig(backbone=MambaConfig(**{**sizes, "vocab_size": rows})))
+    known = model.backbone.state_dict()
+    table = known.pop("embedding.weight")
+    with torch.no_grad():
+        out.backbone.embedding.weight[: len(table)] = table
+    out.backbone.load_state_dict(known, strict=False)
+    return out.eval()
+
+
+def _read(source: str) -> tuple[OmniMamba | MambaLM, str | None]:
+    """A model, and the text of the tokenizer.json beside it where that is one of this package's."""
+    path = locate(source)
+    if is_foreign(path):
+        return read_foreign(path), None
+    return load(path), read_tokenizer(path)
+
+
+def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:
+    if not isinstance(model, OmniMamba):
+        raise CheckpointError(f"{source} holds a {type(model).__name__}; adapters belong on an OmniMamba")
+
+
+def _check_arguments(base: str | None, task: str | None, as_omnimamba: bool) -> None:
+    if base is not None and task is None:
+        raise ValueError("--base needs --task, the adapter's own")
+    if task is not None and as_omnimamba:
+        raise ValueError("--task writes or reads an adapter and --as-omnimamba starts from a Mamba-2: choose one")

@@ -1,0 +1,98 @@
+"""The published model's pictures: drawn by VQ-16, seen through DINOv2 and SigLIP.
+
+In a checkpoint's folder: vq16.safetensors, the image tokenizer; vision.json, where both encoders are found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .files import write_whole
+from .foreign import read_pickle
+from .vision import DINO, SIGLIP, VisionEncoder
+from .vq16 import VQ16, VQConfig
+from .weights import CheckpointError, check_fit
+
+FILE, VISION = "vq16.safetensors", "vision.json"
+_CONFIG = "vq_config"
+_UNUSED = ("quantize.codebook_used",)
+"""What the official file may hold besides the network: a count kept in training."""
+
+
+class PublishedPixels:
+    """Both ways between pictures and numbers; the encoders are loaded when first needed."""
+
+    file = FILE
+
+    def __init__(self, vq: VQ16, side: int = 256, encoders: tuple[str, str] = (DINO, SIGLIP)) -> None:
+        self.vq, self.side, self.encoders = vq.eval().requires_grad_(False), side, encoders
+
+    @cached_property
+    def vision(self) -> VisionEncoder:
+        return VisionEncoder.from_pretrained(*self.encoders)
+
+    def sizes(self) -> dict[str, int]:
+        """What a model's config must agree with."""
+        tokens = (self.side // self.vq.config.downsample) ** 2
+        return {"image_vocab_size": self.vq.config.codebook_size, "image_tokens": tokens}
+
+    @torch.no_grad()
+    def pictures(self, tokens: Tensor) -> list[Image.Image]:
+        """Image tokens (b, image_tokens), row by row, to colour pictures."""
+        across = self.side // self.vq.config.downsample
+        images = self.vq.decode(tokens.view(len(tokens), across, across))
+        levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return [Image.fromarray(rows) for rows in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def look(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures to features (b, 729, 2176)."""
+        return self.vision.look(images)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        described = {_CONFIG: json.dumps(dataclasses.asdict(self.vq.config)), "side": str(self.side)}
+        tensors = {name: tensor.contiguous() for name, tensor in self.vq.state_dict().items()}
+        encoders = json.dumps(dict(zip(("dino", "siglip"), self.encoders, strict=True)), indent=2) + "\n"
+        write_whole(folder / VISION, lambda path: path.write_text(encoders, encoding="utf-8"))
+        write_whole(folder / FILE, lambda path: save_file(tensors, path, metadata=described))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PublishedPixels:
+        """What ``save`` wrote into ``folder``; CheckpointError where it is missing or damaged."""
+        path, encoders = Path(folder) / FILE, Path(folder) / VISION
+        try:
+            with safe_open(path, framework="pt") as file:
+                described = file.metadata() or {}
+            values = json.loads(described[_CONFIG])
+            config = VQConfig(**{**values, "multipliers": tuple(values["multipliers"])})
+            vq, side = _filled(config, load_file(path), path), int(described["side"])
+            names = json.loads(encoders.read_text(encoding="utf-8"))
+            return cls(vq, side, (names["dino"], names["siglip"]))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{error.filename or path} does not exist") from None
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} or {encoders.name} is damaged: {error}") from error
+
+
+def read_official_vq(path: str | Path) -> VQ16:
+    """The image tokenizer of LlamaGen's file, vq_ds16_t2i.pt; CheckpointError lists all that does not fit."""
+    tensors = {name: t for name, t in read_pickle(Path(path)).items() if name not in _UNUSED}
+    return _filled(VQConfig(), tensors, Path(path))
+
+
+def _filled(config: VQConfig, tensors: dict[str, Tensor], path: Path) -> VQ16:
+    with torch.device("meta"):
+        vq = VQ16(config)
+    check_fit(vq, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    vq.load_state_dict(tensors, assign=True)
+    return vq

@@ -1,0 +1,164 @@
+"""The published model's tokenizer and eyes, small and without a download."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, SpecialTokens, save
+from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.published import PublishedPixels, read_official_vq
+from omnimamba_model.text_tokenizer import ADDED, BpeTokenizer, read_text_tokenizer
+from omnimamba_model.vision import VisionEncoder
+from omnimamba_model.vq16 import VQ16, VQConfig
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def encoders(tmp_path) -> tuple[str, str]:
+    """A DINOv2 of width 16 and a SigLIP of width 8, both 3 x 3 patches, as folders."""
+    torch.manual_seed(0)
+    small = dict(num_attention_heads=2, num_hidden_layers=3, patch_size=14)
+    dino = transformers.Dinov2WithRegistersConfig(hidden_size=16, image_size=56, num_register_tokens=4, **small)
+    siglip = transformers.SiglipVisionConfig(hidden_size=8, intermediate_size=16, image_size=42, **small)
+    folders = tmp_path / "dino", tmp_path / "siglip"
+    transformers.Dinov2WithRegistersModel(dino).save_pretrained(folders[0])
+    transformers.SiglipVisionModel(siglip).save_pretrained(folders[1])
+    return tuple(map(str, folders))
+
+
+def test_features_are_the_second_to_last_blocks(encoders):
+    vision = VisionEncoder.from_pretrained(*encoders)
+    image = picture(0)
+    found = vision.look([image, picture(1)])
+    assert found.shape == (2, 9, 24) and (vision.patches, vision.feature_dim) == (9, 24)
+    pixels = torch.from_numpy(np.array(image.resize((42, 42), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    caught = []
+    for layers, inputs, model in (
+        (vision.dino.encoder.layer, (pixels - mean[:, None, None]) / std[:, None, None], vision.dino),
+        (vision.siglip.encoder.layers, pixels * 2 - 1, vision.siglip),
+    ):
+        hook = layers[1].register_forward_hook(
+            lambda *a: caught.append(a[-1][0] if isinstance(a[-1], tuple) else a[-1])
+        )
+        with torch.no_grad():
+            model(inputs[None])
+        hook.remove()
+    dino, siglip = caught
+    torch.testing.assert_close(found[0], torch.cat([dino[0, 5:], siglip[0]], -1), rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in vision.parameters())
+
+
+def test_wrong_pictures_are_refused(encoders):
+    with pytest.raises(ValueError, match=r"\(b, 3, 42, 42\)"):
+        VisionEncoder.from_pretrained(*encoders)(torch.zeros(1, 3, 41, 42))
+
+
+# ---- text ----
+
+
+def neox(folder, tokens: int = 50277) -> str:
+    """A stand-in for GPT-NeoX's tokenizer: as many ids, the end of text at 0."""
+    vocab = {"<|endoftext|>": 0, "draw": 1, "me": 2} | {f"w{i}": i for i in range(3, tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w3"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_additions_get_their_published_ids(tmp_path):
+    words = BpeTokenizer.published(neox(tmp_path))
+    assert words.vocab_size == 50287
+    assert all(words.is_special(i) for i in vars(SpecialTokens()).values()) and not words.is_special(1)
+    assert words.encode("draw me<|t2i|>") == [1, 2, 50282]
+    assert words.decode([50283, 1, 2, 0]) == "draw me"
+    assert [words.encode(token) for token in ADDED] == [[50277 + i] for i in range(10)]
+    again = read_text_tokenizer(words.to_json())
+    assert again.encode("draw me <|lvg|>") == [1, 2, 50286] and again.vocab_size == 50287
+
+
+def test_another_tokenizer_is_not_the_published_one(tmp_path):
+    with pytest.raises(ValueError, match="must have 50277 tokens"):
+        BpeTokenizer.published(neox(tmp_path, tokens=100))
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        (tmp_path / "empty").mkdir()
+        BpeTokenizer.published(tmp_path / "empty")
+
+
+def test_a_trained_tokenizer_survives_json_and_any_text():
+    words = BpeTokenizer.trained(["which digit is this?", "a handwritten seven"] * 5, vocab_size=300)
+    assert words.vocab_size <= 300 and all(words.is_special(i) for i in range(8))
+    for text in ("a handwritten seven", "Größe, 画?"):
+        ids = words.encode(text)
+        assert min(ids) >= 8 and words.decode([3, *ids, 0]) == text
+        assert read_text_tokenizer(words.to_json()).encode(text) == ids
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
+        BpeTokenizer.from_json('{"version": "1.0"}')
+
+
+# ---- pictures, and the whole ----
+
+SMALL = VQConfig(codebook_size=20, codebook_dim=4, channels=8, multipliers=(1, 2), z_channels=8, groups=4)
+
+
+@pytest.fixture
+def folder(tmp_path, encoders):
+    torch.manual_seed(0)
+    out = tmp_path / "checkpoint"
+    words = BpeTokenizer.trained(["draw a cat", "what is this?"] * 5, vocab_size=290)
+    config = OmniMambaConfig.preset(
+        "tiny", image_vocab_size=20, image_tokens=16, image_features=9, feature_dim=24,
+        backbone=OmniMambaConfig.preset("tiny").backbone.preset("tiny", vocab_size=words.vocab_size + 3),
+    )  # fmt: skip
+    save(OmniMamba(config), out, words.to_json())
+    PublishedPixels(VQ16(SMALL), 8, encoders).save(out)
+    return out
+
+
+def test_a_published_checkpoint_draws_and_answers(folder):
+    pipeline = Pipeline.load(folder)
+    (drawn,) = pipeline.draw(["draw a cat"], Sampling(seed=0))
+    assert drawn.size == (8, 8) and drawn.mode == "RGB"
+    assert len(pipeline.ask([picture(0), picture(1, (9, 50))], ["what is this?", "a cat?"])) == 2
+
+
+def test_pixels_survive_their_file(folder):
+    pixels = PublishedPixels.load(folder)
+    tokens = torch.arange(16)[None]
+    again = PublishedPixels.load(folder)
+    assert np.array_equal(np.array(pixels.pictures(tokens)[0]), np.array(again.pictures(tokens)[0]))
+    assert pixels.vq.config == SMALL
+
+
+def test_damaged_parts_are_named(folder):
+    (folder / "vision.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="damaged: 'dino'"):
+        Pipeline.load(folder)
+    (folder / "vision.json").unlink()
+    with pytest.raises(CheckpointError, match="vision.json does not exist"):
+        Pipeline.load(folder)
+    (folder / "vq16.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Pipeline.load(folder)
+
+
+def test_the_official_image_tokenizers_file(tmp_path):
+    """At full size, in half precision to be quick."""
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in VQ16().state_dict().items()}
+    tensors = {name: torch.zeros(shape, dtype=torch.half) for name, shape in shapes.items()}
+    tensors["quantize.codebook_used"] = torch.zeros(65536)
+    torch.save({"model": tensors}, tmp_path / "vq_ds16_t2i.pt")
+    assert sum(p.numel() for p in read_official_vq(tmp_path / "vq_ds16_t2i.pt").parameters()) == 71_883_403
+    del tensors["decoder.conv_in.bias"]
+    torch.save({"model": tensors}, tmp_path / "vq_ds16_t2i.pt")
+    with pytest.raises(CheckpointError, match=r"missing decoder.conv_in.bias \(512,\)"):
+        read_official_vq(tmp_path / "vq_ds16_t2i.pt")
