@@ -66,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--as-omnimamba", action="store_true", help="grow an OmniMamba around a Mamba-2")
     convert.set_defaults(run=_convert)
 
+    train = commands.add_parser("train", help="train by a settings file; the same command goes on after a stop")
+    train.add_argument("settings", help="a YAML file, or stage1-mmu, stage1-t2i or stage2: the paper's schedules")
+    train.add_argument("changes", nargs="*", metavar="key=value", help="settings on top, such as t2i.batch=48")
+    train.set_defaults(run=_train)
+
+    merge = commands.add_parser("merge", help="join the two halves of stage 1 into stage 2's start")
+    merge.add_argument("understanding", type=Path, help="the model that stage1-mmu trained")
+    merge.add_argument("drawing", type=Path, help="the model that stage1-t2i trained")
+    merge.add_argument("target", type=Path, help="the folder to write")
+    merge.set_defaults(run=_merge)
+
     ask = commands.add_parser("ask", help="answer a question about an image")
     ask.add_argument("--image", type=Path, required=True)
     ask.add_argument("--question", required=True)
@@ -122,6 +133,24 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     wanted = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
     print(convert.convert(**wanted))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .training import run, settings
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    trained = run.run(settings.read(arguments.settings, arguments.changes), say)
+    if trained is not None:
+        print(f"the trained model is in {trained}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from .training.merge import merge
+
+    merge(arguments.understanding, arguments.drawing, arguments.target)
+    print(f"stage 2's start is in {arguments.target}")
 
 
 def _ask(arguments: argparse.Namespace) -> None:

@@ -9,12 +9,12 @@ import torch
 from .adapters import load_adapter, save_adapter
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig
-from .foreign import is_foreign, read_foreign
+from .foreign import is_foreign, read_any
 from .hub import locate
 from .omnimamba import OmniMamba
 from .published import PublishedPixels, read_official_vq
 from .text_tokenizer import BpeTokenizer
-from .weights import CheckpointError, load, read_tokenizer, save
+from .weights import CheckpointError, read_tokenizer, save
 
 
 def convert(
@@ -76,9 +76,7 @@ def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
 def _read(source: str) -> tuple[OmniMamba | MambaLM, str | None]:
     """A model, and the text of the tokenizer.json beside it where that is one of this package's."""
     path = locate(source)
-    if is_foreign(path):
-        return read_foreign(path), None
-    return load(path), read_tokenizer(path)
+    return read_any(path), None if is_foreign(path) else read_tokenizer(path)
 
 
 def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:

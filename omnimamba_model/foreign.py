@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .backbone import MambaLM
+from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig, SpecialTokens
 from .omnimamba import OmniMamba
-from .weights import CONFIG, CheckpointError, check_fit, weight_files
+from .weights import CONFIG, CheckpointError, check_fit, load, weight_files
 
 PICKLES = (".pth", ".pt", ".bin")
 _OFFICIAL = "llm_backbone.mamba."
@@ -42,6 +42,14 @@ def is_foreign(path: Path) -> bool:
         return path.suffix in PICKLES
     values = _config_of(path)
     return bool(_official_file(path)) if values is None else "ssm_cfg" in values or "hidden_size" in values
+
+
+def read_any(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> OmniMamba | MambaLM:
+    """A checkpoint of this package or of another project; ``dtype`` casts the matrices."""
+    if not is_foreign(path):
+        return load(path, device, dtype)
+    model = read_foreign(path).to(device)
+    return model if dtype is None else cast_matrices(model, dtype)
 
 
 def read_foreign(path: str | Path) -> OmniMamba | MambaLM:

@@ -28,16 +28,10 @@ class Pretrained:
         Reads what ``save_pretrained`` wrote and what ``omnimamba convert`` reads; strict: CheckpointError lists every
         tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices. Pickles are read as tensors only.
         """
-        from .backbone import cast_matrices
-        from .foreign import is_foreign, read_foreign
-        from .weights import CheckpointError, load
+        from .foreign import read_any
+        from .weights import CheckpointError
 
-        path = locate(name_or_path, revision, local_files_only)
-        if is_foreign(path):
-            model = read_foreign(path).to(device)
-            model = model if dtype is None else cast_matrices(model, dtype)
-        else:
-            model = load(path, device, dtype)
+        model = read_any(locate(name_or_path, revision, local_files_only), device, dtype)
         if not isinstance(model, cls):
             raise CheckpointError(f"{name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model

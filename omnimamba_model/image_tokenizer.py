@@ -84,6 +84,9 @@ class PatchTokenizer(nn.Module):
         grey = [image.convert("L").resize((width, height), Image.Resampling.BOX) for image in images]
         return self.features(torch.from_numpy(np.stack([np.array(g, dtype=np.float32) for g in grey])) / 255)
 
+    def describe(self) -> str:
+        return f"patches of {self.patch} at {self.size}"
+
     def save(self, folder: str | Path) -> None:
         tensors = {"codebook": self.codebook, "size": torch.tensor(self.size)}
         write_whole(Path(folder) / FILE, lambda path: save_file(tensors, path))

@@ -31,7 +31,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias`` through the kernels, whose 16-bit weights are fast on a CPU too."""
+    x, weight, bias = autocast(x, weight, bias)
     return lora_linear(x, weight, None, None, scale=1.0, bias=bias)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands of a matrix product in autocast's type where it is on; the kernels themselves never cast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 class Linear(nn.Linear):
@@ -76,10 +86,14 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor, task: Task) -> Tensor:
         if isinstance(task, Tensor) and x.ndim == 3:
             task = task[:, None].expand(x.shape[:2])
+        mapped = self.bind(task)
+        given = mapped.keywords
+        x, weight, down, up = autocast(x, given["weight"], given["lora_A"], given["lora_B"])
+        operands = dict(weight=weight, lora_A=down, lora_B=up)
         if not (self.training and self.dropout):
-            return self.bind(task)(x)
+            return mapped(x, **operands)
         seed = int(torch.randint(2**31, ()))
-        return self.bind(task)(x, dropout_p=self.dropout, dropout_seed=seed)
+        return mapped(x, **operands, dropout_p=self.dropout, dropout_seed=seed)
 
     def bind(self, task: Task) -> Callable[[Tensor], Tensor]:
         """The map for one task, its weights gathered once: what a decode loop calls."""

@@ -127,13 +127,14 @@ class OmniMamba(Pretrained, nn.Module):
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
         trained = []
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(_trained_in(stage, name))
+            parameter.requires_grad_(trained_in(stage, name))
             if parameter.requires_grad:
                 trained.append(name)
         return trained
 
 
-def _trained_in(stage: str, name: str) -> bool:
+def trained_in(stage: str, name: str) -> bool:
+    """Whether ``stage`` trains the parameter of that name."""
     projector, adapter = name.startswith("projector."), "_lora_" in name
     if stage == "joint":
         return True

@@ -44,6 +44,12 @@ class ImageTokenizer(Protocol):
         """Pictures to the feature vectors of understanding (b, image_features, feature_dim)."""
         ...
 
+    def describe(self) -> str:
+        """What looks, in words that tell it from any other."""
+        ...
+
+    def save(self, folder: str | Path) -> None: ...
+
 
 @dataclass
 class Pipeline:
@@ -56,19 +62,10 @@ class Pipeline:
     @classmethod
     def load(cls, folder: str | Path) -> Pipeline:
         """All three parts from a checkpoint folder; CheckpointError where one is missing or damaged."""
-        model, text = load(folder), read_tokenizer(folder)
+        model = load(folder)
         if not isinstance(model, OmniMamba):
             raise CheckpointError(f"{folder} holds a plain language model, which can neither draw nor see")
-        if text is None:
-            raise CheckpointError(f"{folder} has no tokenizer.json")
-        try:
-            words = read_text_tokenizer(text)
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-        published = (Path(folder) / PublishedPixels.file).exists()
-        pixels = (PublishedPixels if published else PatchTokenizer).load(folder)
-        _check_together(folder, model.config, words, pixels)
-        return cls(model, words, pixels)
+        return cls(model, *load_tokenizers(folder, model.config))
 
     def draw(self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0) -> list[Image.Image]:
         """One drawing a prompt."""
@@ -92,6 +89,21 @@ class Pipeline:
             ):
                 said[row] = self.words.decode(_until(ids.tolist(), self.model.config.tokens.eos))
         return said
+
+
+def load_tokenizers(folder: str | Path, config: OmniMambaConfig) -> tuple[TextTokenizer, ImageTokenizer]:
+    """Both tokenizers of a checkpoint's folder; CheckpointError where one is missing, damaged, or unlike ``config``."""
+    text = read_tokenizer(folder)
+    if text is None:
+        raise CheckpointError(f"{folder} has no {TOKENIZER}")
+    try:
+        words = read_text_tokenizer(text)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    published = (Path(folder) / PublishedPixels.file).exists()
+    pixels = (PublishedPixels if published else PatchTokenizer).load(folder)
+    _check_together(folder, config, words, pixels)
+    return words, pixels
 
 
 def _check_together(folder: str | Path, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer) -> None:

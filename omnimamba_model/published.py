@@ -58,6 +58,9 @@ class PublishedPixels:
         """Pictures to features (b, 729, 2176)."""
         return self.vision.look(images)
 
+    def describe(self) -> str:
+        return " beside ".join(self.encoders)
+
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         described = {_CONFIG: json.dumps(dataclasses.asdict(self.vq.config)), "side": str(self.side)}

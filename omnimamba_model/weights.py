@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,24 @@ def save(
     save leaves no torn file, and the weights that were there before. Tied heads own no parameters, so their tables are
     stored once. Weights of more than ``max_shard_bytes`` are cut into shards of at most that size.
     """
-    folder = Path(folder)
+    write(model, model.state_dict(), Path(folder), tokenizer, max_shard_bytes)
+
+
+def write(
+    model: OmniMamba | MambaLM,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    tokenizer: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """``save`` with the tensors given: a model whose parameters are shared by many processes gathers them first."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = next(name for name, (model_type, _) in _KINDS.items() if isinstance(model, model_type))
     config = {"model_type": kind, **model.config.to_dict()}
     if tokenizer is not None:
         write_whole(folder / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in state.items()}
     shards = _cut(tensors, max_shard_bytes)
     if len(shards) == 1:
         _write_tensors(folder / WEIGHTS, tensors)

@@ -130,5 +130,5 @@ def teach(
                 if len(rows) % 20 == 0:
                     bar.set_postfix({lesson: f"{loss:.2f}" for lesson, loss in losses.items()})
 
-            train(model, phase, lessons, settings.weight_decay, report)
+            train(model, phase, lessons, report)
     return history

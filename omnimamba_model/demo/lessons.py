@@ -62,8 +62,10 @@ class Lessons:
         said = [[[SPECIAL.eos, *words.encode(sentence), SPECIAL.eos] for sentence in sentences()]]
         self.sentences = _pad(said, max(map(len, said[0])))[0]
 
-    def by_name(self) -> dict[str, Callable[[], Batch]]:
-        return {"sentences": self.read, "images": self.imagine, "t2i": self.draw, "mmu": self.look}
+    def by_name(self) -> dict[str, Callable[[int], Batch]]:
+        """For the trainer, which asks for places in order: each is the next from the generator."""
+        kinds = {"sentences": self.read, "images": self.imagine, "t2i": self.draw, "mmu": self.look}
+        return {name: lambda place, make=make: make() for name, make in kinds.items()}
 
     def read(self) -> Batch:
         """Plain sentences."""

@@ -9,15 +9,16 @@ from ..image_tokenizer import PatchTokenizer
 from ..text_tokenizer import SPECIAL, WordTokenizer
 from ..training import Phase
 
+_ALIKE = dict(learning_rate=4e-3, weight_decay=0.3)
 PHASES = (
-    Phase("stage 0: language and image tokens", "base", ("sentences", "images"), steps=200, learning_rate=4e-3),
-    Phase("stage 1: understanding", "mmu", ("mmu",), steps=200, learning_rate=4e-3),
-    Phase("stage 1: drawing", "t2i", ("t2i",), steps=200, learning_rate=4e-3),
-    Phase("stage 2: both", "joint", ("t2i", "mmu"), steps=3400, learning_rate=4e-3),
+    Phase("stage 0: language and image tokens", "base", ("sentences", "images"), steps=200, **_ALIKE),
+    Phase("stage 1: understanding", "mmu", ("mmu",), steps=200, **_ALIKE),
+    Phase("stage 1: drawing", "t2i", ("t2i",), steps=200, **_ALIKE),
+    Phase("stage 2: both", "joint", ("t2i", "mmu"), steps=3400, **_ALIKE),
 )
 """Stage 0 stands in for the paper's pre-trained Mamba-2; stages 1 and 2 are the paper's."""
 
-ONE_STAGE = (Phase("one stage: both", "joint", ("t2i", "mmu"), steps=sum(p.steps for p in PHASES), learning_rate=4e-3),)
+ONE_STAGE = (Phase("one stage: both", "joint", ("t2i", "mmu"), steps=sum(p.steps for p in PHASES), **_ALIKE),)
 """The control: as many steps, everything learning both tasks from the start."""
 
 
@@ -30,7 +31,6 @@ class Settings:
     mlp_ratio: int = 2
     lora_rank: int = 8
     dropout: float = 0.1
-    weight_decay: float = 0.3
     patch: int = 2
     codes: int = 64
     batch: int = 32

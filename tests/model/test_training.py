@@ -4,17 +4,17 @@ import torch
 from omnimamba_model.training import Phase, train
 
 
-def phase(stage: str = "joint", lessons: tuple[str, ...] = ("t2i", "mmu"), steps: int = 3) -> Phase:
-    return Phase("a phase", stage, lessons, steps, learning_rate=1e-2, warmup=2)
+def phase(stage: str = "joint", lessons: tuple[str, ...] = ("t2i", "mmu"), steps: int = 3, **options) -> Phase:
+    return Phase("a phase", stage, lessons, steps, learning_rate=1e-2, warmup=2, **options)
 
 
 @pytest.fixture
 def lessons(caption, image, features, text):
     return {
-        "sentences": lambda: ("text", {"ids": text[:, :-1], "labels": text[:, 1:]}),
-        "images": lambda: ("t2i", {"caption": caption, "image": image, "adapter": False}),
-        "t2i": lambda: ("t2i", {"caption": caption, "image": image}),
-        "mmu": lambda: ("mmu", {"features": features, "text": text}),
+        "sentences": lambda place: ("text", {"ids": text[:, :-1], "labels": text[:, 1:]}),
+        "images": lambda place: ("t2i", {"caption": caption, "image": image, "adapter": False}),
+        "t2i": lambda place: ("t2i", {"caption": caption, "image": image}),
+        "mmu": lambda place: ("mmu", {"features": features, "text": text, "labels": text}),
     }
 
 
@@ -25,7 +25,7 @@ def lessons(caption, image, features, text):
 def test_what_a_phase_does_not_train_stays_bit_for_bit(model, lessons, stage, taught):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learns = set(model.train_only(stage))
-    train(model, phase(stage, taught), lessons, weight_decay=0.3, report=lambda losses: None)
+    train(model, phase(stage, taught, weight_decay=0.3), lessons, report=lambda losses: None)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     not_met = {"backbone.mmu_pos_embed"} if stage == "base" else set()
     assert changed == learns - not_met
@@ -34,7 +34,7 @@ def test_what_a_phase_does_not_train_stays_bit_for_bit(model, lessons, stage, ta
 
 def test_every_step_is_reported_and_losses_fall(model, lessons):
     seen = []
-    train(model, phase(steps=20), lessons, weight_decay=0.0, report=seen.append)
+    train(model, phase(steps=20), lessons, report=seen.append)
     assert len(seen) == 20 and set(seen[0]) == {"t2i", "mmu"}
     assert sum(seen[-1].values()) < 0.8 * sum(seen[0].values())
 
@@ -44,7 +44,7 @@ def test_decay_shrinks_matrices_only(model, lessons):
     matrix, vector = (parameters[f"backbone.layers.0.mixer.{name}"] for name in ("out_proj.weight", "dt_bias"))
     sizes = [(matrix.norm().item(), vector.norm().item())]
     for decay in (0.0, 50.0):
-        train(model, phase(steps=1), lessons, weight_decay=decay, report=lambda losses: None)
+        train(model, phase(steps=1, weight_decay=decay), lessons, report=lambda losses: None)
         sizes.append((matrix.norm().item(), vector.norm().item()))
     assert sizes[2][0] < 0.9 * sizes[1][0]
     assert sizes[2][1] > 0.99 * sizes[1][1]

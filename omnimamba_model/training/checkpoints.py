@@ -1,0 +1,100 @@
+"""A run at a step: the model, the optimizer, the chance to come. A folder is filled under a temporary name and renamed.
+
+    OUT/checkpoints/step-00001000/   config.json, model*.safetensors    what `load` reads
+                                     trainer.pt                         what `resume` reads besides
+
+A process killed at any moment leaves the folders that were whole, and perhaps one with a temporary name, which the next
+start removes. Parameters and moments are stored whole and by name, however many processes share them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..weights import CheckpointError, load, write
+from .loop import Trainer
+
+FOLDER, EXTRA = "checkpoints", "trainer.pt"
+_NAME, _TEMPORARY = re.compile(r"step-(\d{8})"), ".unfinished-"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) -> None:
+    """Write the run's present step; of all kept ones the last ``count`` stay. Every process must call it."""
+    tensors = get_model_state_dict(trainer.model, options=_WHOLE)
+    moments = get_optimizer_state_dict(trainer.model, trainer.optimizer, options=_WHOLE)
+    chance: list[Any] = [None] * trainer.ranks.world
+    if trainer.ranks.world > 1:
+        dist.all_gather_object(chance, _chance())
+    else:
+        chance = [_chance()]
+    if trainer.ranks.first:
+        name = f"step-{trainer.done:08d}"
+        temporary = out / FOLDER / f"{_TEMPORARY}{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(trainer.model, tensors, temporary, tokenizer)
+        torch.save({"done": trainer.done, "optimizer": moments, "chance": chance}, temporary / EXTRA)
+        shutil.rmtree(out / FOLDER / name, ignore_errors=True)
+        temporary.rename(out / FOLDER / name)
+        for _, folder in kept(out)[:-count]:
+            shutil.rmtree(folder)
+    trainer.ranks.wait()
+
+
+def kept(out: Path) -> list[tuple[int, Path]]:
+    """The steps of a run that can be taken up again, and their folders, the last one last."""
+    found = [(path, _NAME.fullmatch(path.name)) for path in (out / FOLDER).glob("step-*")]
+    return sorted((int(m[1]), path) for path, m in found if m and (path / EXTRA).exists())
+
+
+def clear_unfinished(out: Path) -> None:
+    """Remove what a killed process was writing."""
+    for path in (out / FOLDER).glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def resume(trainer: Trainer, out: Path) -> bool:
+    """Take the run up at the last step kept, if there is one. Every process must call it."""
+    found = kept(out)
+    if not found:
+        return False
+    _, folder = found[-1]
+    try:
+        extra = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
+        done, moments, chance = extra["done"], extra["optimizer"], extra["chance"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / EXTRA} is damaged: {error}; remove {folder} to go on from before") from error
+    set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_WHOLE)
+    trainer.done = done
+    if trainer.ranks.rank < len(chance):
+        _set_chance(chance[trainer.ranks.rank])
+    else:  # more processes than before
+        torch.manual_seed(done * trainer.ranks.world + trainer.ranks.rank)
+    return True
+
+
+def _chance() -> dict[str, torch.Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_chance(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,47 @@
+"""What the frozen encoders saw of a picture, kept on disk: they need to look once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import write_whole
+
+
+class FeatureCache:
+    """Features (image_features, feature_dim) by the picture's bytes, one file each, in 16 bits unless told otherwise.
+
+    Many processes may share a folder: files are whole or not there, and equal pictures have equal files. ``encoder``
+    names what looked, so that another encoder's features are never taken for its own.
+    """
+
+    def __init__(self, folder: str | Path, encoder: str, dtype: torch.dtype = torch.float16) -> None:
+        self.folder, self.encoder, self.dtype = Path(folder), encoder, dtype
+
+    def path(self, picture: bytes) -> Path:
+        name = hashlib.sha256(self.encoder.encode() + b"\0" + picture).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def get(self, picture: bytes, look: Callable[[], Tensor]) -> Tensor:
+        """The kept features, or what ``look()`` sees, which is kept; a damaged file is made anew."""
+        path = self.path(picture)
+        try:
+            return load_file(path)["features"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            features = look().to(self.dtype).cpu().contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda temporary: save_file({"features": features}, temporary))
+        return features
+
+
+def look_at(image: Image.Image, look: Callable[[list[Image.Image]], Tensor]) -> Tensor:
+    """One picture's features, without gradients."""
+    with torch.no_grad():
+        return look([image])[0]

@@ -1,0 +1,112 @@
+"""The optimizer and the step.
+
+A lesson's loss is the mean over all its targets of a step, over accumulated batches and over processes alike:
+
+    loss = (sum over batches of loss_i n_i) / (sum of n_i),  n_i the targets of batch i,
+
+so that neither cutting a batch into pieces nor dealing it to more processes changes what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..omnimamba import IGNORE, OmniMamba
+from .parallel import ALONE, Ranks
+from .phase import Batch, Phase
+
+Lesson = Callable[[int], Batch]
+"""The batch of a place: batch i of every step s has place s * accumulate + i."""
+
+
+class Trainer:
+    """One phase of a model's training, step by step."""
+
+    def __init__(
+        self,
+        model: OmniMamba,
+        phase: Phase,
+        lessons: Mapping[str, Lesson],
+        *,
+        ranks: Ranks = ALONE,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        missing = [name for name in phase.lessons if name not in lessons]
+        if missing:
+            raise ValueError(
+                f"phase {phase.name!r} learns from {', '.join(missing)}, but there are {', '.join(lessons)}"
+            )
+        self.model, self.phase, self.ranks, self.autocast = model, phase, ranks, autocast
+        self.lessons = {name: lessons[name] for name in phase.lessons}
+        model.train_only(phase.stage)
+        model.train()
+        self.optimizer = _optimizer(model, phase)
+        self.done = 0
+        """Steps taken."""
+
+    def step(self) -> dict[str, float]:
+        """Learn from the next batches; each lesson's loss over all processes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.phase.rate(self.done)
+        losses = {name: self._learn(lesson) for name, lesson in self.lessons.items()}
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.phase.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return losses
+
+    def _learn(self, lesson: Lesson) -> float:
+        """Add the gradients of a lesson's batches; its mean loss."""
+        first = self.done * self.phase.accumulate
+        batches = [lesson(first + i) for i in range(self.phase.accumulate)]
+        counts = [targets(batch) for batch in batches]
+        whole = self.ranks.sum(float(sum(counts)))
+        total = 0.0
+        for (task, arguments), count in zip(batches, counts, strict=True):
+            with self.autocast():
+                loss = self.model(task, **{name: _moved(value, self.ranks) for name, value in arguments.items()}).loss
+            share = count / max(whole, 1.0)
+            # Gradients are averaged over the processes; a batch without any target has no loss to weigh.
+            (torch.nan_to_num(loss) if count == 0 else loss).mul(share * self.ranks.world).backward()
+            total += loss.item() * share if count else 0.0
+        return self.ranks.sum(total)
+
+    def finish(self) -> None:
+        """Leave the model for use: every parameter free again, no dropout."""
+        self.model.train_only("joint")
+        self.model.eval()
+
+
+def train(
+    model: OmniMamba, phase: Phase, lessons: Mapping[str, Lesson], report: Callable[[dict[str, float]], None]
+) -> None:
+    """Run one phase in place; ``report`` gets each step's loss by lesson."""
+    trainer = Trainer(model, phase, lessons)
+    while trainer.done < phase.steps:
+        report(trainer.step())
+    trainer.finish()
+
+
+def targets(batch: Batch) -> int:
+    """How many tokens a batch asks to predict."""
+    task, arguments = batch
+    if task == "t2i":
+        return arguments["image"].numel()
+    return int((arguments["labels"] != IGNORE).sum())
+
+
+def _moved(value: Tensor | bool, ranks: Ranks) -> Tensor | bool:
+    return value.to(ranks.device) if isinstance(value, Tensor) else value
+
+
+def _optimizer(model: OmniMamba, phase: Phase) -> torch.optim.Optimizer:
+    learning = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.ndim == 2], "weight_decay": phase.weight_decay},
+        {"params": [p for p in learning if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=phase.betas, fused=True)

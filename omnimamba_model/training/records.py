@@ -1,0 +1,188 @@
+"""Files on disk as records, read one at a time; only their places are kept in memory.
+
+| file | a record |
+| --- | --- |
+| .jsonl | an object a line |
+| .json | an object of the one list |
+| .tar | WebDataset: members with one name up to its first dot; NAME.json is the object, NAME.jpg and such its picture |
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+PICTURE = "picture bytes"
+"""The field of a record that holds its picture's file, where a shard brought it along."""
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; training passes it over and counts it."""
+
+
+class Records(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Record i; BadRecord where it is damaged."""
+        ...
+
+
+class Slices:
+    """Records that are stretches of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """Each record's offset and length in bytes."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return as_object(read_slice(self.path, *self.places[i]), f"{self.path}, record {i}")
+
+
+class JsonLines(Slices):
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        found, start = [], 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    found.append((start, len(line)))
+                start += len(line)
+        return found
+
+
+class JsonList(Slices):
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        # One byte a character: offsets in the text are offsets in the file, and JSON's own marks are ASCII.
+        text = self.path.read_bytes().decode("latin-1")
+        decoder, found = json.JSONDecoder(), []
+        at = _skip(text, 0, " \t\r\n")
+        if text[at : at + 1] != "[":
+            raise ValueError(f"{self.path} must be a JSON list, and begins with {text[at : at + 20]!r}")
+        at = _skip(text, at + 1, " \t\r\n,")
+        while text[at : at + 1] not in ("]", ""):
+            try:
+                _, end = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path} is not JSON after {len(found)} records: {error}") from error
+            found.append((at, end - at))
+            at = _skip(text, end, " \t\r\n,")
+        return found
+
+
+class Shard:
+    """A tar file of WebDataset."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def samples(self) -> list[dict[str, tuple[int, int]]]:
+        """For each sample its members' offset and size by ending."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        with tarfile.open(self.path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, ending = name.partition(".")
+                    found.setdefault(f"{folder}/{stem}", {})[ending.lower()] = member.offset_data, member.size
+        return list(found.values())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        members, where = self.samples[i], f"{self.path}, sample {i}"
+        if "json" not in members:
+            raise BadRecord(f"{where}: has no .json")
+        record = as_object(read_slice(self.path, *members["json"]), where)
+        picture = next((members[ending] for ending in PICTURES if ending in members), None)
+        return record if picture is None else record | {PICTURE: read_slice(self.path, *picture)}
+
+
+class Joined:
+    """Records of several files, one file after another."""
+
+    def __init__(self, parts: Sequence[Records]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        which = bisect_right(self.ends, i)
+        return self.parts[which][i - (self.ends[which - 1] if which else 0)]
+
+
+_KINDS = {".jsonl": JsonLines, ".json": JsonList, ".tar": Shard}
+
+
+def open_records(patterns: Iterable[str | Path]) -> tuple[Joined, dict[str, str]]:
+    """The records of all files that the patterns name (``shards/*.tar``), and each unreadable file with the reason.
+
+    ValueError where a pattern names nothing, a file is of no known kind, or no record is left.
+    """
+    parts, bad = [], {}
+    for pattern in map(str, patterns):
+        names = sorted(glob.glob(pattern, recursive=True))
+        if not names:
+            raise ValueError(f"{pattern} names no file")
+        for path in map(Path, names):
+            if path.suffix not in _KINDS:
+                raise ValueError(f"{path} must end in one of {', '.join(_KINDS)}")
+            part = _KINDS[path.suffix](path)
+            try:
+                len(part)
+            except (OSError, ValueError, tarfile.TarError) as error:
+                bad[str(path)] = str(error)
+            else:
+                parts.append(part)
+    records = Joined(parts)
+    if not len(records):
+        raise ValueError(f"no record in {', '.join(map(str, patterns))}{f'; unreadable: {bad}' if bad else ''}")
+    return records, bad
+
+
+def read_slice(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            found = file.read(size)
+    except OSError as error:
+        raise BadRecord(f"{path}: {error}") from error
+    if len(found) < size:
+        raise BadRecord(f"{path} ends within the record at {offset}")
+    return found
+
+
+def as_object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{where}: is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadRecord(f"{where}: must be an object, got {type(record).__name__}")
+    return record
+
+
+def _skip(text: str, at: int, what: str) -> int:
+    while at < len(text) and text[at] in what:
+        at += 1
+    return at

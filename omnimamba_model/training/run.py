@@ -1,0 +1,186 @@
+"""``omnimamba train``: a settings file to a trained model.
+
+    OUT/settings.json   what may not change on the way        OUT/checkpoints/   the last steps, to go on from
+    OUT/metrics.jsonl   one line a step                       OUT/model/         the trained model
+
+A run that was stopped, however, is started again by the same command and goes on with the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..config import OmniMambaConfig
+from ..convert import grown
+from ..files import write_whole
+from ..foreign import read_any
+from ..hub import locate
+from ..omnimamba import OmniMamba
+from ..pipeline import ImageTokenizer, load_tokenizers
+from ..text_tokenizer import TextTokenizer
+from ..weights import TOKENIZER, load
+from . import checkpoints
+from .features import FeatureCache
+from .lessons import Drawing, Lesson, Understanding, together
+from .logs import Logs
+from .loop import Trainer
+from .parallel import Ranks, joined, recompute, spread
+from .phase import Phase
+from .records import open_records
+from .settings import Run
+
+Say = Callable[[str], None]
+
+
+def run(settings: Run, say: Say) -> Path | None:
+    """Train to the end; the folder of the trained model, on the first process. ``say`` takes lines for people."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with joined(settings.device) as ranks:
+        out = Path(settings.out)
+        if ranks.first:
+            _claim(out, settings)
+        ranks.wait()
+        torch.manual_seed(settings.seed)  # the same on every process, so that fresh weights are
+        model, words, pixels = _parts(settings)
+        torch.manual_seed(settings.seed * 1_000_003 + ranks.rank)
+        lessons = _lessons(settings, model.config, words, pixels, ranks, say if ranks.first else lambda line: None)
+        if settings.recompute:
+            recompute(model)
+        trainer = Trainer(
+            spread(model, ranks), _phase(settings, lessons), lessons, ranks=ranks, autocast=_autocast(settings, ranks)
+        )
+        if checkpoints.resume(trainer, out) and ranks.first:
+            say(f"going on after step {trainer.done}")
+        _go(trainer, settings, out, words)
+        return _finish(trainer, out, words, pixels)
+
+
+def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer) -> None:
+    steps, first = trainer.phase.steps, trainer.ranks.first
+    logs = Logs(out, trainer.done, settings.tensorboard, settings.wandb) if first else None
+    bar = tqdm(total=steps, initial=trainer.done, unit="step", disable=not first, desc=settings.stage)
+    begun, tokens = time.perf_counter(), 0
+    with bar:
+        while trainer.done < steps:
+            rate = trainer.phase.rate(trainer.done)
+            losses = trainer.step()
+            tokens += _tokens(settings, trainer.model.config)
+            speed = tokens / (time.perf_counter() - begun)
+            bar.update()
+            passed_over = sum(together(trainer.lessons).values())
+            if logs is not None:
+                values = {**{f"loss {k}": v for k, v in losses.items()}, "rate": rate, "tokens/s": round(speed, 1)}
+                logs.add(trainer.done, {**values, "passed over": passed_over, "GiB": round(_memory(trainer.ranks), 3)})
+                if trainer.done % settings.log_every == 0:
+                    shown = {k: f"{v:.3f}" for k, v in losses.items()}
+                    bar.set_postfix({**shown, "tok/s": f"{speed:.0f}", "GiB": f"{_memory(trainer.ranks):.1f}"})
+            if trainer.done % settings.save_every == 0 or trainer.done == steps:
+                checkpoints.keep(trainer, out, settings.keep, words.to_json())
+    if logs is not None:
+        logs.close(together(trainer.lessons))
+
+
+def _finish(trainer: Trainer, out: Path, words: TextTokenizer, pixels: ImageTokenizer) -> Path | None:
+    """The last checkpoint's model with its tokenizers, in evaluation order."""
+    if not trainer.ranks.first:
+        return None
+    _, folder = checkpoints.kept(out)[-1]
+    model = load(folder)
+    model.save_pretrained(out / "model", tokenizer=words.to_json())
+    pixels.save(out / "model")
+    return out / "model"
+
+
+def _claim(out: Path, settings: Run) -> None:
+    """Make the run's folder, or see that it is this run's; ValueError names the settings that differ."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints.clear_unfinished(out)
+    path = out / "settings.json"
+    mine = json.loads(json.dumps(settings.fixed()))
+    if path.exists() and checkpoints.kept(out):
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        ]
+        if changed:
+            raise ValueError(f"{out} holds another run ({'; '.join(changed)}); name another out, or remove it")
+    text = json.dumps(mine, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _parts(settings: Run) -> tuple[OmniMamba, TextTokenizer, ImageTokenizer]:
+    """The model to start from and both tokenizers."""
+    if settings.fresh is not None:
+        model, folder = OmniMamba(OmniMambaConfig.from_dict(settings.fresh)), None
+    else:
+        folder = locate(settings.model)
+        model = read_any(folder)
+        model = model if isinstance(model, OmniMamba) else grown(model, settings.model)
+    place = settings.tokenizers or folder
+    if place is None:
+        raise ValueError(
+            f"tokenizers must name a folder with {TOKENIZER} and an image tokenizer, where the model is fresh"
+        )
+    words, pixels = load_tokenizers(place, model.config)
+    return model, words, pixels
+
+
+def _lessons(
+    settings: Run, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer, ranks: Ranks, say: Say
+) -> dict[str, Lesson]:
+    found: dict[str, Lesson] = {}
+    for name, data in (("t2i", settings.t2i), ("mmu", settings.mmu)):
+        if data is None:
+            continue
+        records, bad = open_records(data.files)
+        for path, reason in bad.items():
+            say(f"{path} is passed over: {reason}")
+        say(f"{name}: {len(records):,} records")
+        shared = dict(seed=settings.seed, ranks=ranks)
+        if name == "t2i":
+            found[name] = Drawing(records, data.batch, config, words, caption_dropout=data.caption_dropout, **shared)
+        else:
+            cache = None if data.cache is None else FeatureCache(data.cache, pixels.describe())
+            found[name] = Understanding(
+                records, data.batch, config, words, pixels, form=data.form, images=data.images,
+                text_length=data.text_length, cache=cache, **shared,
+            )  # fmt: skip
+    return found
+
+
+def _phase(settings: Run, lessons: dict[str, Lesson]) -> Phase:
+    taken = ("stage", "steps", "learning_rate", "warmup", "weight_decay", "clip", "accumulate")
+    return Phase(settings.stage, lessons=tuple(lessons), **{name: getattr(settings, name) for name in taken})
+
+
+def _autocast(settings: Run, ranks: Ranks) -> Callable[[], AbstractContextManager]:
+    if settings.precision == "fp32":
+        return nullcontext
+    return partial(torch.autocast, ranks.device.type, torch.bfloat16)
+
+
+def _tokens(settings: Run, config: OmniMambaConfig) -> int:
+    """Positions of a step over all processes, an understanding text counted at its greatest length."""
+    drawn = settings.t2i.batch * config.t2i_positions if settings.t2i else 0
+    seen = settings.mmu.batch * (config.image_features + 4 + settings.mmu.text_length) if settings.mmu else 0
+    return settings.accumulate * (drawn + seen)
+
+
+def _memory(ranks: Ranks) -> float:
+    """GiB in use at most so far: the GPU's, or this process's."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

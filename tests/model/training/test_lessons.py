@@ -1,0 +1,121 @@
+import json
+
+import pytest
+import torch
+
+from omnimamba_model.omnimamba import IGNORE
+from omnimamba_model.text_tokenizer import SPECIAL
+from omnimamba_model.training.features import FeatureCache
+from omnimamba_model.training.lessons import Drawing, Understanding
+from omnimamba_model.training.parallel import Ranks
+from omnimamba_model.training.records import open_records
+
+
+@pytest.fixture
+def draws(data, config, words):
+    records, _ = open_records([data / "t2i.jsonl"])
+    return lambda batch=4, **options: Drawing(records, batch, config, words, **options)
+
+
+@pytest.fixture
+def looks(data, config, words, pixels):
+    records, _ = open_records([data / "mmu.json"])
+    given = dict(images=data, text_length=24)
+    return lambda batch=2, **options: Understanding(records, batch, config, words, pixels, **given | options)
+
+
+def test_an_epoch_meets_every_record_once(draws):
+    lesson = draws(batch=1)
+    epochs = [[tuple(lesson(e * 11 + i)[1]["image"][0].tolist()) for i in range(11)] for e in range(2)]
+    assert len(set(epochs[0])) == 11 and set(epochs[0]) == set(epochs[1]) and epochs[0] != epochs[1]
+
+
+def test_a_batch_depends_on_seed_and_place_alone(draws):
+    one, again, other = draws(seed=1), draws(seed=1), draws(seed=2)
+    later = again(5)
+    for place in (0, 5, 2):
+        a, b = one(place)[1], draws(seed=1)(place)[1]
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(later[1]["image"], one(5)[1]["image"])
+    assert not torch.equal(other(5)[1]["image"], one(5)[1]["image"])
+
+
+@pytest.mark.parametrize("make", ["draws", "looks"])
+def test_processes_share_a_batch(request, make):
+    make = request.getfixturevalue(make)
+    whole = make(batch=4)(3)[1]
+    parts = [make(batch=4, ranks=Ranks(rank, 2))(3)[1] for rank in range(2)]
+    for name, tensor in whole.items():
+        if name in ("image", "caption", "features"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+    with pytest.raises(ValueError, match="batch of 3 cannot be dealt out evenly to 2"):
+        make(batch=3, ranks=Ranks(0, 2))
+
+
+def test_captions_are_padded_on_the_left_and_sometimes_dropped(draws, words):
+    rows = torch.cat([draws(caption_dropout=0.5)(place)[1]["caption"] for place in range(40)])
+    empty = (rows == SPECIAL.pad).all(1)
+    assert 0.3 < empty.float().mean() < 0.7
+    said = {words.decode([i for i in row if i != SPECIAL.pad]) for row in rows[~empty].tolist()}
+    assert said == {"a cat", "the red house", "a small dog"}
+    assert (rows[~empty][:, -1] != SPECIAL.pad).all()
+
+
+def test_answers_are_learned_and_questions_are_not(looks, words):
+    _, batch = looks(batch=7)(0)
+    for ids, labels in zip(batch["text"].tolist(), batch["labels"].tolist(), strict=True):
+        turns = 1 + (ids.count(SPECIAL.eos) > 1)
+        asked, said = words.encode("in what is this out"), [*words.encode("it shows a cat"), SPECIAL.eos]
+        whole = (asked + said) * turns + [SPECIAL.eot]
+        assert ids == whole + [SPECIAL.pad] * (len(ids) - len(whole))
+        marks = ([IGNORE] * len(asked) + said) * turns
+        assert labels == marks + [IGNORE] * (len(ids) - len(marks))
+
+
+def test_captions_of_stage_one_and_long_texts(looks, words):
+    _, batch = looks(form="caption")(0)
+    assert batch["text"][0].tolist() == batch["labels"][0].tolist() == [*words.encode("it shows a cat"), SPECIAL.eos]
+    _, cut = looks(form="caption", text_length=3)(0)
+    assert cut["text"].tolist() == [words.encode("it shows a")] * 2
+    _, batch = looks(batch=7, text_length=14)(0)  # the second turn does not fit
+    assert batch["text"].shape[1] == 11 and (batch["labels"] != IGNORE).sum() == 7 * 5
+    with pytest.raises(ValueError, match="none of 7 records can be used"):
+        looks(text_length=5)(0)
+
+
+def test_bad_records_are_passed_over_and_counted(data, config, words, pixels):
+    (data / "mixed.jsonl").write_text(
+        "\n".join(
+            json.dumps(record)
+            for record in [
+                {"captions": ["a cat"], "tokens": [1, 2, 3, 4, 5, 6]},
+                {"captions": ["a cat"], "tokens": [1, 2, 3, 4, 5, 99]},
+                {"captions": ["an unknown word"], "tokens": [1] * 6},
+                {"captions": [], "tokens": [1] * 6},
+                {"captions": ["a cat"], "tokens": "no"},
+            ]
+        )
+    )
+    lesson = Drawing(open_records([data / "mixed.jsonl"])[0], 5, config, words)
+    assert lesson(0)[1]["image"].tolist() == [[1, 2, 3, 4, 5, 6]] * 5
+    assert sum(lesson.passed_over.values()) >= 4 and len(lesson.passed_over) == 3
+    (data / "2.png").write_bytes((data / "2.png").read_bytes()[:40])
+    (data / "3.png").unlink()
+    (data / "4.png").write_bytes(b"no picture")
+    looking = Understanding(open_records([data / "mmu.json"])[0], 7, config, words, pixels, images=data, text_length=24)
+    assert looking(0)[1]["features"].isfinite().all()
+    assert sum(looking.passed_over.values()) >= 3
+
+
+def test_pictures_are_looked_at_once(data, looks, pixels, tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path / "cache", "patches", torch.float32)
+    plain = looks(batch=7)(0)[1]["features"]
+    assert torch.equal(looks(batch=7, cache=cache)(0)[1]["features"], plain)
+    monkeypatch.setattr(type(pixels), "look", lambda *_: pytest.fail("looked again"))
+    assert torch.equal(looks(batch=7, cache=cache)(0)[1]["features"], plain)
+    monkeypatch.undo()
+    path = cache.path((data / "0.png").read_bytes())
+    path.write_bytes(b"damaged")
+    assert torch.equal(looks(batch=7, cache=cache)(0)[1]["features"], plain)
+    other = FeatureCache(tmp_path / "cache", "another encoder").path((data / "0.png").read_bytes())
+    assert path != other and path.read_bytes() != b"damaged"

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+from formats import drawing, png, shard, understanding
+
+from omnimamba_model.training.records import PICTURE, BadRecord, open_records
+
+
+def test_every_format_gives_the_same_records(data):
+    for names, expected in [
+        (["t2i.jsonl"], [drawing(i) for i in range(11)]),
+        (["t2i.tar"], [drawing(i) for i in range(11)]),
+        (["mmu.json"], [understanding(i, 2 + 2 * (i % 2)) for i in range(7)]),
+        (["mmu.tar"], [understanding(i, 2 + 2 * (i % 2)) | {PICTURE: png(i)} for i in range(7)]),
+    ]:
+        records, bad = open_records([data / name for name in names])
+        assert not bad and [records[i] for i in range(len(records))] == expected
+
+
+def test_files_follow_one_another(data):
+    records, _ = open_records([data / "t2i.jsonl", data / "t2i.*"])
+    assert len(records) == 33
+    assert [records[i] for i in (0, 10, 11, 21, 22, 32)] == [drawing(i % 11) for i in (0, 10, 11, 21, 22, 32)]
+
+
+def test_text_outside_ascii_keeps_its_places(tmp_path):
+    said = [{"value": "Größe 画 \u2028"}, {"value": "}],["}, {"a": [1, {"b": 2}]}]
+    (tmp_path / "a.json").write_text(" [ " + " ,\n".join(json.dumps(v, ensure_ascii=False) for v in said) + " ]\n")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(json.dumps(v, ensure_ascii=False).encode() for v in said) + b"\n\n")
+    for name in ("a.json", "a.jsonl"):
+        records, _ = open_records([tmp_path / name])
+        assert [records[i] for i in range(3)] == said
+
+
+def test_damage_is_found_where_it_is(data):
+    (data / "bad.jsonl").write_text('{"a": 1}\n{"a": \n[1]\n{"a": 4}\n')
+    records, _ = open_records([data / "bad.jsonl"])
+    assert records[0] == {"a": 1} and records[3] == {"a": 4}
+    for i in (1, 2):
+        with pytest.raises(BadRecord, match="is not JSON|must be an object, got list"):
+            records[i]
+    shard(data / "bad.tar", {"a.png": png(0), "b.json": b"{}"})
+    records, _ = open_records([data / "bad.tar"])
+    with pytest.raises(BadRecord, match="has no .json"):
+        records[0]
+    whole = (data / "t2i.jsonl").read_bytes()
+    records, _ = open_records([data / "t2i.jsonl"])
+    (data / "t2i.jsonl").write_bytes(whole[:-30])
+    with pytest.raises(BadRecord, match="ends within"):
+        records[10]
+
+
+def test_unreadable_files_are_reported(data):
+    (data / "a.tar").write_bytes(b"no tar at all" * 100)
+    (data / "b.json").write_text('{"not": "a list"}')
+    (data / "c.json").write_text('[{"a": 1}, nonsense]')
+    records, bad = open_records([data / "t2i.jsonl", data / "a.tar", data / "b.json", data / "c.json"])
+    assert len(records) == 11 and sorted(path.rsplit("/")[-1] for path in bad) == ["a.tar", "b.json", "c.json"]
+    for files, message in [
+        ([data / "a.tar"], "no record in .*unreadable"),
+        ([data / "nothing*"], "names no file"),
+        ([data / "0.png"], "must end in one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_records(files)

@@ -1,0 +1,239 @@
+"""Whole runs: going on after any stop, two processes, both stages, and what the settings file may say."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from omnimamba_model import GREEDY, CheckpointError, load
+from omnimamba_model.cli import main
+from omnimamba_model.omnimamba import trained_in
+from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.training import Trainer, checkpoints
+from omnimamba_model.training.phase import Phase
+from omnimamba_model.training.run import run
+from omnimamba_model.training.settings import SHIPPED, read
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def settings(values, tmp_path):
+    """Writes the settings file with changes and reads it."""
+
+    def make(**changes):
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml.safe_dump(values | changes))
+        return read(path)
+
+    return make
+
+
+def losses(out) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "rate")
+    return [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines if "step" in line]
+
+
+def quietly(line: str) -> None:
+    pass
+
+
+def test_a_run_leaves_a_model_that_draws_and_answers(settings, values):
+    said = []
+    folder = run(settings(), said.append)
+    assert folder == Path(values["out"]) / "model" and "t2i: 11 records" in said
+    found = losses(values["out"])
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6] and found[-1]["loss t2i"] < found[0]["loss t2i"]
+    assert [step for step, _ in checkpoints.kept(Path(values["out"]))] == [4, 6]
+    assert len(Pipeline.load(folder).draw(["a cat"], sampling=GREEDY)) == 1
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses(settings, values, tmp_path):
+    whole = tmp_path / "whole"
+    run(settings(out=str(whole), fresh=values["fresh"] | {"lora_dropout": 0.3}), quietly)
+
+    class Stop(Exception):
+        pass
+
+    taken = Trainer.step
+    for stop_at in (1, 3, 5):
+
+        def step(self, stop_at=stop_at):
+            if self.done == stop_at:
+                raise Stop
+            return taken(self)
+
+        Trainer.step = step
+        try:
+            with pytest.raises(Stop):
+                run(settings(fresh=values["fresh"] | {"lora_dropout": 0.3}), quietly)
+        finally:
+            Trainer.step = taken
+    run(settings(fresh=values["fresh"] | {"lora_dropout": 0.3}), quietly)
+    assert losses(values["out"]) == losses(whole)
+    a, b = (load(Path(out) / "model").state_dict() for out in (values["out"], whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(values, tmp_path, *changes: str) -> list[str]:
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return [sys.executable, "-m", "omnimamba_model", "train", str(path), *changes]
+
+
+def test_killed_at_any_moment(values, tmp_path):
+    """SIGKILL at several moments of one run, among them while a checkpoint is written."""
+    values = values | {"steps": 24, "save_every": 1}
+    run(read(_written(tmp_path / "w.yaml", values | {"out": str(tmp_path / "whole")})), quietly)
+    out, kills = Path(values["out"]), 0
+    for wait in (0.0, 0.02, 0.05):
+        silent = dict(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(values, tmp_path), cwd=ROOT, **silent)
+        before = len(checkpoints.kept(out)) and checkpoints.kept(out)[-1][0]
+        until = time.time() + 60
+        while time.time() < until and process.poll() is None:
+            found = checkpoints.kept(out)
+            if found and found[-1][0] > before + 2:
+                break
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    subprocess.run(command(values, tmp_path), cwd=ROOT, check=True, capture_output=True)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert not list((out / "checkpoints").glob(".unfinished*"))
+
+
+def _written(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_two_processes_learn_what_one_learns(values, tmp_path):
+    one = values | {"out": str(tmp_path / "one"), "accumulate": 2}
+    run(read(_written(tmp_path / "one.yaml", one)), quietly)
+    two = _written(tmp_path / "two.yaml", one | {"out": str(tmp_path / "two")})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(
+        [*launch, "omnimamba_model", "train", str(two)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_cutting_a_batch_into_pieces_changes_nothing(settings, values, tmp_path):
+    """Batches of unlike sizes: each target counts the same."""
+    run(settings(out=str(tmp_path / "a"), steps=3, accumulate=1, t2i=None), quietly)
+    halves = values["mmu"] | {"batch": 1}
+    run(settings(out=str(tmp_path / "b"), steps=3, accumulate=2, t2i=None, mmu=halves), quietly)
+    for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_recomputing_layers_changes_nothing(settings, values, tmp_path):
+    fresh = values["fresh"] | {"lora_dropout": 0.3}
+    run(settings(out=str(tmp_path / "a"), fresh=fresh, steps=3), quietly)
+    run(settings(out=str(tmp_path / "b"), fresh=fresh, steps=3, recompute=True), quietly)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_bf16_learns(settings, values):
+    run(settings(precision="bf16", steps=12, save_every=12), quietly)
+    found = losses(values["out"])
+    assert found[-1]["loss t2i"] < found[0]["loss t2i"]
+    assert all(t.dtype == torch.float32 for t in load(Path(values["out"]) / "model").state_dict().values())
+
+
+def test_both_stages_and_their_merge(settings, values, tmp_path, capsys):
+    run(settings(out=str(tmp_path / "start"), steps=1), quietly)
+    start = str(tmp_path / "start" / "model")
+    given = dict(model=start, fresh=None, tokenizers=None, steps=2)
+    run(settings(out=str(tmp_path / "mmu"), stage="mmu", t2i=None, **given), quietly)
+    run(settings(out=str(tmp_path / "t2i"), stage="t2i", mmu=None, **given), quietly)
+    halves = [str(tmp_path / name / "model") for name in ("mmu", "t2i")]
+    assert main(["merge", *halves, str(tmp_path / "merged")]) == 0
+    merged, begun = load(tmp_path / "merged").state_dict(), load(start).state_dict()
+    mmu, t2i = (load(half).state_dict() for half in halves)
+    for name, tensor in merged.items():
+        source = mmu if trained_in("mmu", name) else t2i if trained_in("t2i", name) else begun
+        assert torch.equal(tensor, source[name]), name
+        if source is not begun and "lora_A" not in name and "pos_embed" not in name and "embedding.weight" not in name:
+            assert not torch.equal(tensor, begun[name]), name
+    run(settings(out=str(tmp_path / "other"), steps=1, seed=9), quietly)
+    assert main(["merge", halves[0], str(tmp_path / "other" / "model"), str(tmp_path / "x")]) == 2
+    assert "what neither half trains" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_another_run_is_not_continued_by_mistake(settings, values, capsys):
+    run(settings(), quietly)
+    with pytest.raises(ValueError, match=r"another run \(learning_rate was 0.01, is 0.02\)"):
+        run(settings(learning_rate=0.02), quietly)
+    run(settings(keep=1), quietly)  # what does not change the run may change
+
+
+def test_a_damaged_checkpoint_is_named(settings, values):
+    run(settings(), quietly)
+    last = checkpoints.kept(Path(values["out"]))[-1][1]
+    (last / "trainer.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="trainer.pt is damaged"):
+        run(settings(), quietly)
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_settings_are_the_papers(name):
+    found = read(name, ["out=x", "t2i.caption_dropout=0.1"] if name != "stage1-mmu" else ["out=x"])
+    expected = {"stage1-mmu": (5000, 1e-3, 100), "stage1-t2i": (100_000, 8e-4, 1000), "stage2": (150_000, 1e-4, 0)}
+    assert (found.steps, found.learning_rate, found.warmup) == expected[name] and found.out == "x"
+    Phase(name, found.stage, ("t2i",), found.steps, found.learning_rate, found.warmup)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["stepz=3"], "unknown settings: \\['stepz'\\]"),
+        (["t2i.batsh=3"], "t2i.batsh"),
+        (["learning_rate=1e-3"], "write 1.0e-4 for 1e-4"),
+        (["steps=many"], "steps must be int, got 'many'"),
+        (["stage=last"], "stage must be one of"),
+        (["t2i.batch=0"], "t2i.batch must be a whole number"),
+        (["model=x"], "one of the two"),
+        (["t2i=3"], "t2i. must be a group"),
+        (["out.x=3"], "out is no group|cannot be set"),
+        (["steps"], "expected key=value"),
+        (["t2i=null", "mmu=null"], "data for at least one task"),
+        (["t2i.files=[]"], "at least one file"),
+        (["t2i.files=[3]"], "must be texts"),
+        (["recompute=2"], "recompute must be bool"),
+    ],
+)
+def test_mistakes_in_settings_are_named(values, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(_written(tmp_path / "s.yaml", values), changes)
+
+
+def test_a_file_that_is_no_settings_file(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("a: [")
+    assert main(["train", str(tmp_path / "a.yaml")]) == 2
+    assert "is not YAML" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    (tmp_path / "a.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="group of settings"):
+        read(tmp_path / "a.yaml")
+
+
+def test_a_model_of_another_width_than_its_tokenizers_is_refused(settings, values):
+    wrong = values["fresh"] | {"image_vocab_size": 17}
+    with pytest.raises(CheckpointError, match="image_vocab_size is 17"):
+        run(settings(fresh=wrong), quietly)
