@@ -2,8 +2,9 @@
 
 from .backbone import MambaBackbone, MambaLM, cast_matrices
 from .config import BASE, MMU, T2I, TASKS, MambaConfig, OmniMambaConfig, SpecialTokens
-from .generation import GREEDY, Sampling, answer, draw, generate_text
+from .generation import answer, draw, generate_text
 from .omnimamba import OmniMamba, Prediction
+from .sampling import GREEDY, Sampling
 from .state import MambaState
 from .weights import CheckpointError, load, save
 

@@ -12,7 +12,7 @@ from omnimamba_kernels import rmsnorm_fn
 
 from .config import BASE, MambaConfig
 from .hub import Pretrained
-from .layers import MambaMixer, RMSNorm, RoutedLinear, Task, linear, wide
+from .layers import MambaMixer, Packing, RMSNorm, RoutedLinear, Task, linear, wide
 from .state import MambaState
 
 
@@ -91,6 +91,28 @@ class MambaBackbone(nn.Module):
             residual = layer.prefill(residual, task, state.conv[i], state.ssm[i], fresh)
         state.position += embeddings.shape[1]
         return self.norm_f(residual[:, -1]).to(self.dtype)
+
+    def prefill_packed(self, prompts: list[Tensor], task: Task = BASE) -> tuple[MambaState, Tensor]:
+        """Prompts (l_i, d_model) of any lengths of at least 1, packed so that no padding is computed or enters a state.
+
+        ``task`` is one id, or one a prompt. The states (``position`` is the longest's) and last hidden states.
+        """
+        device = prompts[0].device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        numbers = torch.arange(len(prompts), device=device).repeat_interleave(lengths)[None]
+        ends = Packing(offsets, numbers.int())
+        if isinstance(task, Tensor):
+            task = task[numbers]
+        packed = torch.cat(prompts)[None]
+        residual = packed.to(wide(packed.dtype))
+        state = self.new_state(len(prompts))
+        for i, layer in enumerate(self.layers):
+            update, conv, ssm = layer.mixer.prefill_packed(layer._normed(residual), task, ends)
+            residual = residual + update
+            state.conv[i], state.ssm[i] = conv, ssm
+        state.position = int(lengths.max())
+        return state, self.norm_f(residual[0, offsets[1:] - 1]).to(self.dtype)
 
     def bind_step(self, state: MambaState, task: Task = BASE) -> Callable[[Tensor], Tensor]:
         """A function that takes one token in: (b, d_model) to its hidden state (b, d_model).

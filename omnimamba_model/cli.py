@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .sampling import Sampling
 
 FAILED, INTERRUPTED = 2, 130
 TASKS = ("mmu", "t2i")
+FORMS = ("instruct", "user", "plain")
+BACKENDS = ("cuda", "triton", "native", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_DRAWINGS = 10_000
 
@@ -49,12 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
-    generate = commands.add_parser("generate", help="draw what a prompt asks for")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    generate.add_argument("--count", type=_count, default=1, help="how many drawings, in rows of ten")
-    generate.set_defaults(run=_generate)
+    _add_making(commands)
+    _add_using(commands)
+    return parser
 
+
+def _add_making(commands: argparse._SubParsersAction) -> None:
+    """Checkpoints: from other projects, and by training."""
     convert = commands.add_parser("convert", help="make a checkpoint of this package from another project's, or back")
     convert.add_argument("source", help="OmniMamba-1.3b.pth, a Mamba-2 folder, a PEFT adapter, or a hub repository")
     convert.add_argument("target", type=Path, help="the folder to write")
@@ -77,18 +86,43 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("target", type=Path, help="the folder to write")
     merge.set_defaults(run=_merge)
 
+
+def _add_using(commands: argparse._SubParsersAction) -> None:
+    """What a checkpoint can do."""
+    generate = commands.add_parser("generate", help="draw what a prompt asks for")
+    generate.add_argument("--prompt", required=True, action="append", help="may be given many times")
+    generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    generate.add_argument("--count", type=_count, default=1, help="drawings of each prompt, in rows of ten")
+    generate.add_argument("--guidance", type=float, default=1.0, help="above 1 follows the prompt more closely")
+    generate.set_defaults(run=_generate)
+
     ask = commands.add_parser("ask", help="answer a question about an image")
-    ask.add_argument("--image", type=Path, required=True)
     ask.add_argument("--question", required=True)
     ask.set_defaults(run=_ask)
 
-    for command, temperature in ((generate, 0.7), (ask, 0.0)):
-        command.add_argument("--checkpoint", type=Path, required=True, help="a folder that the demo wrote")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
-        command.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-        command.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach p together")
-    return parser
+    chat = commands.add_parser("chat", help="talk about an image, turn by turn, until the end of input")
+    chat.add_argument("--tokens", type=_count, default=256, help="the longest answer")
+    chat.set_defaults(run=_chat)
+
+    for command in (ask, chat):
+        command.add_argument("--image", type=Path, required=True)
+        command.add_argument("--format", choices=FORMS, help="how the question is put; by default as the model learned")
+    for command, temperature in ((generate, 0.7), (ask, 0.0), (chat, 0.0)):
+        _add_generation(command, temperature)
+
+
+def _add_generation(command: argparse.ArgumentParser, temperature: float) -> None:
+    """What every command that runs a model takes."""
+    command.add_argument("--checkpoint", type=Path, required=True, help="a folder of demo, train or convert")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    command.add_argument("--dtype", choices=DTYPES, help="cast the matrices; by default they stay as they are")
+    command.add_argument("--backend", choices=BACKENDS, help="the kernels to run on; by default the best that can")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
+    command.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    command.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach p together")
+    command.add_argument("--min-p", type=float, default=0.0, help="keep tokens p times as likely as the likeliest")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes drawn tokens less likely")
 
 
 def _count(text: str) -> int:
@@ -120,11 +154,12 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from .files import regular_target
-    from .pipeline import Pipeline, contact_sheet, write_png
+    from .pipeline import contact_sheet, write_png
 
     sampling = _sampling(arguments)
     regular_target(arguments.out)  # said before the work, not after it
-    drawings = Pipeline.load(arguments.checkpoint).draw([arguments.prompt] * arguments.count, sampling)
+    with _pipeline(arguments) as pipeline:
+        drawings = pipeline.draw(arguments.prompt, sampling, arguments.guidance, arguments.count)
     write_png(contact_sheet(drawings), arguments.out)
 
 
@@ -154,14 +189,55 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from .pipeline import Pipeline, read_image
+    from .pipeline import read_image
 
     sampling, image = _sampling(arguments), read_image(arguments.image)
-    (said,) = Pipeline.load(arguments.checkpoint).ask([image], [arguments.question], sampling)
+    with _pipeline(arguments) as pipeline:
+        (said,) = pipeline.ask([image], [arguments.question], sampling, arguments.format)
     print(said)
 
 
-def _sampling(arguments: argparse.Namespace):
-    from .generation import Sampling
+def _chat(arguments: argparse.Namespace) -> None:
+    from .dialogue import Chat
+    from .pipeline import read_image
 
-    return Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    sampling, image = _sampling(arguments), read_image(arguments.image)
+    with _pipeline(arguments) as pipeline:
+        chat = Chat(pipeline, image, arguments.format)
+        while True:
+            try:
+                question = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            if not question:
+                continue
+            try:
+                for piece in chat.ask(question, sampling, arguments.tokens):
+                    print(piece, end="", flush=True)
+                print()
+            except ValueError as error:
+                print(error, file=sys.stderr)
+
+
+@contextmanager
+def _pipeline(arguments: argparse.Namespace) -> Iterator[Pipeline]:
+    """The checkpoint on its device, within the back end that was named."""
+    import torch
+
+    from omnimamba_kernels import use_backend
+
+    from .pipeline import Pipeline
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    with use_backend(arguments.backend):
+        yield Pipeline.load(arguments.checkpoint, arguments.device, dtype)
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from .sampling import Sampling
+
+    return Sampling(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed,
+        arguments.min_p, arguments.repetition_penalty,
+    )  # fmt: skip

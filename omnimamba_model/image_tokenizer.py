@@ -75,7 +75,7 @@ class PatchTokenizer(nn.Module):
 
     def pictures(self, tokens: Tensor) -> list[Image.Image]:
         """Tokens (b, tokens) to grey pictures."""
-        levels = (self.decode(tokens).float().clamp(0, 1) * 255).round().to(torch.uint8)
+        levels = (self.decode(tokens.to(self.codebook.device)).float().clamp(0, 1) * 255).round().to(torch.uint8)
         return [Image.fromarray(grey) for grey in levels.cpu().numpy()]
 
     def look(self, images: Sequence[Image.Image]) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from omnimamba_kernels import (
     causal_conv1d_fn,
+    causal_conv1d_varlen_states,
     lora_linear,
     mamba_chunk_scan_combined,
     mamba_mixer_step,
@@ -22,6 +24,13 @@ from .config import BASE, MambaConfig
 
 Task = int | Tensor
 """A task id for the whole batch, or one id a batch row: integers of shape (b,); -1 is the base alone."""
+
+
+class Packing(NamedTuple):
+    """Sequences one after another: ``offsets`` (sequences + 1,) and each position's ``numbers`` (1, l) int32."""
+
+    offsets: Tensor
+    numbers: Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +93,7 @@ class RoutedLinear(nn.Module):
             self.add_module(f"{task}_lora_B0", up)
 
     def forward(self, x: Tensor, task: Task) -> Tensor:
-        if isinstance(task, Tensor) and x.ndim == 3:
+        if isinstance(task, Tensor) and task.ndim < x.ndim - 1:
             task = task[:, None].expand(x.shape[:2])
         mapped = self.bind(task)
         given = mapped.keywords
@@ -180,6 +189,30 @@ class MambaMixer(nn.Module):
             group_size=cfg.d_inner // cfg.ngroups, norm_before_gate=False,
         )  # fmt: skip
         return self.out_proj(y)
+
+    def prefill_packed(self, u: Tensor, task: Task, ends: Packing) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequences one after another in u (1, l, d_model), each from a fresh state: the outputs (1, l, d_model), and
+        each one's last convolution inputs (sequences, channels, d_conv - 1) and state."""
+        cfg = self.config
+        group = cfg.ngroups * cfg.d_state
+        z, xbc, dt = self.in_proj(u, task).split([cfg.d_inner, cfg.conv_dim, cfg.nheads], dim=-1)
+        conv = causal_conv1d_varlen_states(xbc[0], ends.offsets, cfg.d_conv - 1)
+        xbc = causal_conv1d_fn(
+            xbc.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            seq_idx=ends.numbers, activation="silu",
+        )  # fmt: skip
+        x, B, C = xbc.transpose(1, 2).split([cfg.d_inner, group, group], dim=-1)
+        y, ssm = mamba_chunk_scan_combined(
+            x.unflatten(-1, (cfg.nheads, cfg.headdim)), dt, self.decay(),
+            B.unflatten(-1, (cfg.ngroups, cfg.d_state)), C.unflatten(-1, (cfg.ngroups, cfg.d_state)),
+            cfg.chunk_size, D=self.D, dt_bias=self.dt_bias, cu_seqlens=ends.offsets,
+            dt_softplus=True, return_varlen_states=True,
+        )  # fmt: skip
+        y = rmsnorm_fn(
+            y.flatten(2), self.norm.weight, None, z=z, eps=cfg.norm_eps,
+            group_size=cfg.d_inner // cfg.ngroups, norm_before_gate=False,
+        )  # fmt: skip
+        return self.out_proj(y), conv, ssm
 
     def bind_step(self, task: Task, conv_state: Tensor, ssm_state: Tensor) -> Callable[[Tensor], Tensor]:
         """A function u (b, d_model) to (b, d_model) for one token, which advances the states in place."""

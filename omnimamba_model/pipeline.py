@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,23 @@ from PIL import Image
 from torch import Tensor
 
 from .config import OmniMambaConfig
+from .engine import generate
 from .files import write_whole
-from .generation import GREEDY, Sampling, answer, draw
+from .generation import answer_rows, draw
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
 from .published import PublishedPixels
-from .text_tokenizer import TextTokenizer, read_text_tokenizer
+from .sampling import GREEDY, Sampling
+from .text_tokenizer import TextTokenizer, WordTokenizer, read_text_tokenizer
 from .weights import TOKENIZER, CheckpointError, load, read_tokenizer
 
 VOCAB_PADDING = 16
 """Tables are rounded up to a multiple of this many rows; the last ones have no token."""
+
+
+FORMATS = {"instruct": ("In: {}\nOut: ", "\n"), "user": ("USER: {} ASSISTANT:", " "), "plain": ("{}", "")}
+"""How a question is put (stage 2 of training; the official inference script; as it is), and what stands before every
+question but the first."""
 
 
 class ImageTokenizer(Protocol):
@@ -50,6 +56,8 @@ class ImageTokenizer(Protocol):
 
     def save(self, folder: str | Path) -> None: ...
 
+    def to(self, device: str | torch.device) -> ImageTokenizer: ...
+
 
 @dataclass
 class Pipeline:
@@ -60,35 +68,51 @@ class Pipeline:
     """The longest answer."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Pipeline:
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
         """All three parts from a checkpoint folder; CheckpointError where one is missing or damaged."""
-        model = load(folder)
+        model = load(folder, device, dtype)
         if not isinstance(model, OmniMamba):
             raise CheckpointError(f"{folder} holds a plain language model, which can neither draw nor see")
-        return cls(model, *load_tokenizers(folder, model.config))
+        words, pixels = load_tokenizers(folder, model.config)
+        return cls(model, words, pixels.to(device))
 
-    def draw(self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0) -> list[Image.Image]:
-        """One drawing a prompt."""
+    @property
+    def device(self) -> torch.device:
+        return self.model.backbone.embedding.weight.device
+
+    def question(self, text: str, form: str | None = None, turn: int = 0) -> Tensor:
+        """The ids (l,) of a question; ``form`` is one of FORMATS, None the one that goes with the text tokenizer."""
+        form = form or ("plain" if isinstance(self.words, WordTokenizer) else "instruct")
+        if form not in FORMATS:
+            raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}")
+        frame, between = FORMATS[form]
+        return torch.tensor(self.words.encode((between if turn else "") + frame.format(text)), device=self.device)
+
+    def draw(
+        self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0, copies: int = 1
+    ) -> list[Image.Image]:
+        """``copies`` drawings a prompt, prompt by prompt."""
         caption = self.model.pad_captions([self.words.encode(prompt) for prompt in prompts])
-        return self.pixels.pictures(draw(self.model, caption, sampling, guidance))
+        return self.pixels.pictures(draw(self.model, caption, sampling, guidance, copies))
 
-    def ask(self, images: Sequence[Image.Image], questions: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
-        """One answer a pair. Questions of one length share a batch, so that padding never enters the state."""
+    def ask(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        sampling: Sampling = GREEDY,
+        form: str | None = None,
+    ) -> list[str]:
+        """One answer a pair, questions of any lengths side by side."""
         if len(images) != len(questions):
             raise ValueError(f"questions must be as many as images, {len(images)}, got {len(questions)}")
-        asked = [self.words.encode(question) for question in questions]
-        features = self.pixels.look(images)
-        groups: dict[int, list[int]] = defaultdict(list)
-        for row, ids in enumerate(asked):
-            groups[len(ids)].append(row)
-        said = [""] * len(asked)
-        for rows in groups.values():
-            question = torch.tensor([asked[row] for row in rows])
-            for row, ids in zip(
-                rows, answer(self.model, features[rows], question, self.answer_tokens, sampling), strict=True
-            ):
-                said[row] = self.words.decode(_until(ids.tolist(), self.model.config.tokens.eos))
-        return said
+        if not questions:
+            return []
+        eos = self.model.config.tokens.eos
+        asked = [self.question(question, form) for question in questions]
+        with torch.inference_mode():
+            features = self.pixels.look(images).to(self.device)
+            rows = answer_rows(self.model, features, asked, self.answer_tokens)
+        return [self.words.decode(_until(ids.tolist(), eos)) for ids in generate(self.model, rows, sampling)]
 
 
 def load_tokenizers(folder: str | Path, config: OmniMambaConfig) -> tuple[TextTokenizer, ImageTokenizer]:

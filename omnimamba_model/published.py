@@ -39,7 +39,11 @@ class PublishedPixels:
 
     @cached_property
     def vision(self) -> VisionEncoder:
-        return VisionEncoder.from_pretrained(*self.encoders)
+        return VisionEncoder.from_pretrained(*self.encoders).to(self.vq.quant_conv.weight.device)
+
+    def to(self, device: str | torch.device) -> PublishedPixels:
+        self.vq.to(device)
+        return self
 
     def sizes(self) -> dict[str, int]:
         """What a model's config must agree with."""
@@ -50,7 +54,7 @@ class PublishedPixels:
     def pictures(self, tokens: Tensor) -> list[Image.Image]:
         """Image tokens (b, image_tokens), row by row, to colour pictures."""
         across = self.side // self.vq.config.downsample
-        images = self.vq.decode(tokens.view(len(tokens), across, across))
+        images = self.vq.decode(tokens.to(self.vq.quant_conv.weight.device).view(len(tokens), across, across))
         levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(rows) for rows in levels.permute(0, 2, 3, 1).cpu().numpy()]
 

@@ -29,6 +29,10 @@ class MambaState:
         shape = (config.n_layer, batch, config.nheads, config.headdim, config.d_state)
         return cls(conv, torch.zeros(shape, dtype=torch.float32, device=device))
 
+    def take(self, rows: list[int]) -> MambaState:
+        """The states of some rows, in that order and as often as they are named."""
+        return MambaState(self.conv[:, rows].contiguous(), self.ssm[:, rows].contiguous(), self.position)
+
     @property
     def nbytes(self) -> int:
         return self.conv.nbytes + self.ssm.nbytes

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import write_whole
-from ..generation import Sampling
 from ..image_tokenizer import PatchTokenizer
 from ..omnimamba import OmniMamba
+from ..sampling import Sampling
 from ..text_tokenizer import WordTokenizer
 from ..training import train
 from ..weights import save

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generation import Sampling, answer, draw
+from ..generation import answer, draw
 from ..image_tokenizer import PatchTokenizer
 from ..omnimamba import OmniMamba
+from ..sampling import Sampling
 from ..text_tokenizer import WordTokenizer
 from .digits import Scans
 from .judge import Judge, copied_fraction, nearest_ratio

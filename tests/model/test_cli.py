@@ -3,6 +3,7 @@ import os
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from omnimamba_model import Sampling, cli, save
@@ -15,15 +16,17 @@ def calls(monkeypatch):
     seen = []
 
     class Recorder:
-        def draw(self, prompts, sampling):
-            seen.append((prompts, sampling))
-            return [Image.new("L", (8, 8), 30 * i) for i in range(len(prompts))]
+        def draw(self, prompts, sampling, guidance, copies):
+            seen.append((prompts, sampling, guidance, copies))
+            return [Image.new("L", (8, 8), 30 * i) for i in range(len(prompts) * copies)]
 
-        def ask(self, images, questions, sampling):
-            seen.append(([image.size for image in images], questions, sampling))
+        def ask(self, images, questions, sampling, form):
+            seen.append(([image.size for image in images], questions, sampling, form))
             return ["It is a seven."]
 
-    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, folder: seen.append(folder.name) or Recorder()))
+    monkeypatch.setattr(
+        Pipeline, "load", classmethod(lambda cls, folder, *place: seen.append((folder.name, *place)) or Recorder())
+    )
     return seen
 
 
@@ -36,9 +39,11 @@ def test_info_prints_text_and_json(capsys):
 
 def test_generate_passes_its_options_on(calls, tmp_path):
     out = tmp_path / "seven.png"
-    options = "--seed 5 --temperature 0.8 --top-k 40 --top-p 0.9 --count 3".split()
+    options = "--seed 5 --temperature 0.8 --top-k 40 --top-p 0.9 --min-p 0.1 --count 3 --guidance 2.5".split()
+    options += "--repetition-penalty 1.5 --dtype float16 --device cuda:1".split()
     assert cli.main(["generate", "--checkpoint", "trained", "--prompt", "a seven", "--out", str(out), *options]) == 0
-    assert calls == ["trained", (["a seven"] * 3, Sampling(0.8, 40, 0.9, 5))]
+    sampling = Sampling(0.8, 40, 0.9, 5, 0.1, 1.5)
+    assert calls == [("trained", "cuda:1", torch.float16), (["a seven"], sampling, 2.5, 3)]
     with Image.open(out) as image:
         assert image.size == (3 * 136 - 8, 128) and image.getpixel((2 * 136, 0)) == 60
 
@@ -47,7 +52,7 @@ def test_ask_prints_the_answer(calls, tmp_path, capsys):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "a.png"), "--question", "Which digit?"]) == 0
     assert capsys.readouterr().out == "It is a seven.\n"
-    assert calls == ["c", ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0))]
+    assert calls == [("c", "cpu", None), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None)]
 
 
 def test_demo_passes_its_options_on(monkeypatch, tmp_path, capsys):

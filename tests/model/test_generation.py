@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from omnimamba_model import GREEDY, Sampling, answer, cast_matrices, draw, generate_text
-from omnimamba_model.generation import probabilities, sample
+from omnimamba_model.sampling import probabilities, sample
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.2, 0.5]]).log()
 

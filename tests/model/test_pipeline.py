@@ -49,8 +49,8 @@ def test_answers_do_not_depend_on_the_batch(pipeline, model):
 
 
 def test_an_answer_ends_at_its_end_token(pipeline, monkeypatch):
-    ids = torch.tensor([[10, 11, 0, 0, 12]])
-    monkeypatch.setattr("omnimamba_model.pipeline.answer", lambda *_: ids)
+    ids = torch.tensor([10, 11, 0, 0, 12])
+    monkeypatch.setattr("omnimamba_model.pipeline.generate", lambda *_: [ids])
     assert pipeline.ask([picture(0)], ["word1"]) == [pipeline.words.decode([10, 11])]
 
 

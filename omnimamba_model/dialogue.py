@@ -1,0 +1,118 @@
+"""Questions about one image, turn by turn on one state: a turn costs its own tokens, whatever was said before.
+
+A turn is a question in one of pipeline.FORMATS, then the answer and the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import MMU
+from .engine import Row, stream
+from .files import write_whole
+from .omnimamba import OmniMamba
+from .pipeline import FORMATS, Pipeline
+from .sampling import GREEDY, Sampling
+from .state import MambaState
+from .weights import CheckpointError
+
+
+class Dialogue:
+    """One model's state after an image and the turns so far; ids in, ids out."""
+
+    def __init__(self, model: OmniMamba, state: MambaState) -> None:
+        self.model, self.state = model, state
+
+    @classmethod
+    @torch.inference_mode()
+    def about(cls, model: OmniMamba, features: Tensor) -> Dialogue:
+        """Begin with an image's features (image_features, feature_dim)."""
+        state = model.backbone.new_state(1)
+        model.backbone.prefill(model.mmu_opening(features[None]), state, MMU)
+        return cls(model, state)
+
+    def ask(
+        self, question: Tensor, steps: int, sampling: Sampling = GREEDY, stop: tuple[int, ...] | None = None
+    ) -> Iterator[int]:
+        """The answer's tokens as they come, the stop token left out; ``question`` are ids (l,), l at least 1.
+
+        Whoever stops listening early has heard what the state knows.
+        """
+        if question.ndim != 1 or not len(question):
+            raise ValueError(f"question must have shape (l,), l at least 1, got {tuple(question.shape)}")
+        stops = (self.model.config.tokens.eos,) if stop is None else stop
+        with torch.inference_mode():
+            row = Row(MMU, self._embed(question), steps, stops)
+            last = None
+            try:
+                for _, tokens in stream(self.model, [row], sampling, self.state):
+                    last = tokens
+                    if int(tokens) in stops:
+                        return
+                    yield int(tokens)
+            finally:
+                if last is not None:  # the stream takes a token in when it is asked for the next
+                    self.model.backbone.bind_step(self.state, MMU)(self._embed(last))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state, from which ``load`` goes on."""
+        about = {"position": str(self.state.position), "config": json.dumps(self.model.config.to_dict())}
+        tensors = {"conv": self.state.conv.contiguous(), "ssm": self.state.ssm.contiguous()}
+        write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata=about))
+
+    @classmethod
+    def load(cls, model: OmniMamba, path: str | Path) -> Dialogue:
+        """Go on from what ``save`` wrote; CheckpointError where it is damaged or another model's."""
+        fresh = model.backbone.new_state(1)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+            found, position = load_file(path, device=str(fresh.ssm.device)), int(about["position"])
+            config, conv, ssm = json.loads(about["config"]), found["conv"], found["ssm"]
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist") from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is no dialogue's state: {error!r}") from error
+        alike = conv.shape == fresh.conv.shape and ssm.shape == fresh.ssm.shape
+        if config != json.loads(json.dumps(model.config.to_dict())) or not alike:
+            raise CheckpointError(f"{path} is the state of another model: their configs differ")
+        return cls(model, MambaState(conv.to(fresh.conv.dtype), ssm.to(fresh.ssm.dtype), position))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """(l, d_model) at the places after what was said."""
+        backbone = self.model.backbone
+        ids = ids.to(backbone.embedding.weight.device)
+        return backbone.embed_understanding(backbone.embedding(ids[None]), self.state.position)[0]
+
+
+class Chat:
+    """A dialogue in words about one picture."""
+
+    def __init__(self, pipeline: Pipeline, image: Image.Image, form: str | None = None) -> None:
+        if form is not None and form not in FORMATS:
+            raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}")
+        self.pipeline, self.form, self.turns = pipeline, form, 0
+        features = pipeline.pixels.look([image])[0].to(pipeline.device)
+        self.dialogue = Dialogue.about(pipeline.model, features)
+
+    def ask(self, question: str, sampling: Sampling = GREEDY, steps: int | None = None) -> Iterator[str]:
+        """The answer, piece by piece. ValueError, and no turn, where the question has no ids."""
+        words = self.pipeline.words
+        ids = self.pipeline.question(question, self.form, self.turns)
+        self.turns += 1
+        said: list[int] = []
+        heard = ""
+        for token in self.dialogue.ask(ids, steps or self.pipeline.answer_tokens, sampling):
+            said.append(token)
+            whole = words.decode(said)
+            if whole.startswith(heard) and not whole.endswith("\ufffd"):  # half a character waits for its rest
+                yield whole[len(heard) :]
+                heard = whole

@@ -1,0 +1,200 @@
+"""The one loop that generates: rows of any task and length side by side, each on a state of constant size.
+
+A prompt enters by one scan. Rows of unlike lengths are packed one after another, so that no padding enters a state;
+then each token is one step of all rows that are not yet done. Tokens are kept, logits are not: memory does not grow by
+a vocabulary a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backbone import MambaBackbone, MambaLM
+from .config import BASE, MMU, T2I
+from .layers import Task
+from .omnimamba import OmniMamba
+from .sampling import Sampling, penalised, sample
+from .state import MambaState
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to go on with: ``prompt`` (l, d_model) embedded, l at least 1.
+
+    ``null`` (l, d_model) and ``guidance`` g: tokens are drawn from ``null's + g (prompt's - null's)`` logits.
+    ``copies`` continuations are drawn from one prefill.
+    """
+
+    task: int
+    prompt: Tensor
+    steps: int
+    stop: tuple[int, ...] = ()
+    null: Tensor | None = None
+    guidance: float = 1.0
+    copies: int = 1
+
+
+@torch.inference_mode()
+def generate(model: OmniMamba | MambaLM, rows: Sequence[Row], sampling: Sampling) -> list[Tensor]:
+    """Each row's continuation, its copies one after another: ids (at most ``steps``,), the stop token the last."""
+    count = sum(row.copies for row in rows)
+    found: list[list[Tensor]] = [[] for _ in range(count)]
+    for alive, tokens in stream(model, rows, sampling):
+        for i, token in zip(alive, tokens, strict=True):
+            found[i].append(token)
+    return [torch.stack(tokens) for tokens in found]
+
+
+def stream(
+    model: OmniMamba | MambaLM, rows: Sequence[Row], sampling: Sampling, state: MambaState | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Step by step the rows that are not done and their new tokens. ``state``: what the rows' prompts come after,
+    brought up to date in place; then there is one row, without guidance or copies.
+    """
+    if not rows:
+        return
+    batch = _Batch(model, rows, sampling, state)
+    while batch.alive:
+        tokens = batch.draw()
+        yield list(batch.alive), tokens
+        batch.advance(tokens)
+
+
+class _Batch:
+    """The rows that are not done: their states, the logits of their next tokens, and how many each has drawn.
+
+    A guided row has a twin, the null prompt's, behind all the rows: states, places and tasks are theirs too.
+    """
+
+    def __init__(
+        self, model: OmniMamba | MambaLM, rows: Sequence[Row], sampling: Sampling, state: MambaState | None
+    ) -> None:
+        self.model, self.sampling = model, sampling
+        self.generator = sampling.generator(rows[0].prompt.device)
+        guided = [i for i, row in enumerate(rows) if row.null is not None]
+        prompts = [row.prompt for row in rows] + [rows[i].null for i in guided]
+        tasks = [row.task for row in rows] + [rows[i].task for i in guided]
+        self.state, hidden = _prefill(model.backbone, prompts, tasks, state)
+        ends = [self.state.position] * len(prompts) if state is not None else [len(prompt) for prompt in prompts]
+        pick = [i for i, row in enumerate(rows) for _ in range(row.copies)]
+        pick += [len(rows) + k for k, i in enumerate(guided) for _ in range(rows[i].copies)]
+        if pick != list(range(len(prompts))):
+            self.state, hidden = self.state.take(pick), hidden[pick]
+        self.rows = [row for row in rows for _ in range(row.copies)]
+        self.alive = list(range(len(self.rows)))
+        self.taken = 0
+        self.tasks = [tasks[i] for i in pick]
+        self.at = torch.tensor([ends[i] for i in pick], device=hidden.device)
+        self._bind()
+        self.logits = self._logits(hidden)
+        self.drawn = [torch.zeros_like(logits, dtype=torch.bool) for logits in self.logits]
+
+    def _bind(self) -> None:
+        self.places = {t: [i for i, task in enumerate(self.tasks) if task == t] for t in sorted(set(self.tasks))}
+        mixed = len(self.places) > 1
+        self.task: Task = torch.tensor(self.tasks, device=self.at.device) if mixed else self.tasks[0]
+        self.twins = [k for k, row in enumerate(self.rows) if row.null is not None]
+        self.step = self.model.backbone.bind_step(self.state, self.task)
+
+    def draw(self) -> Tensor:
+        """A token for each living row."""
+        logits, penalty = self.logits, self.sampling.repetition_penalty
+        if penalty != 1.0:
+            logits = [penalised(row, drawn, penalty) for row, drawn in zip(logits, self.drawn, strict=True)]
+        if len(self.places) == 1:
+            tokens = sample(
+                logits if isinstance(logits, Tensor) else torch.stack(logits), self.sampling, self.generator
+            )
+        else:  # two vocabularies: row by row, in the rows' order
+            tokens = torch.cat([sample(row[None], self.sampling, self.generator) for row in logits])
+        if penalty != 1.0:
+            for drawn, token in zip(self.drawn, tokens, strict=True):
+                drawn[token] = True
+        return tokens
+
+    def advance(self, tokens: Tensor) -> None:
+        """Take the tokens in; rows that are done leave. Without stop tokens no value is read back from the device."""
+        self.taken += 1
+        keep = [k for k, row in enumerate(self.rows) if self.taken < row.steps]
+        if keep and any(self.rows[k].stop for k in keep):
+            known = tokens.tolist()
+            keep = [k for k in keep if known[k] not in self.rows[k].stop]
+        if not keep:
+            self.alive = []
+            return
+        if len(keep) < len(self.rows):
+            tokens = tokens[keep]
+            self._leave(keep)
+        if self.twins:
+            tokens = torch.cat([tokens, tokens[self.twins]])
+        self.logits = self._logits(self.step(self._embed(tokens)))
+        self.at = self.at + 1
+
+    def _leave(self, keep: list[int]) -> None:
+        """Only rows ``keep``, and their twins, go on."""
+        twin = {k: len(self.rows) + i for i, k in enumerate(self.twins)}
+        pick = keep + [twin[k] for k in keep if k in twin]
+        self.state, self.at = self.state.take(pick), self.at[pick]
+        self.tasks = [self.tasks[i] for i in pick]
+        self.rows, self.alive, self.drawn = ([v[k] for k in keep] for v in (self.rows, self.alive, self.drawn))
+        self._bind()
+
+    def _logits(self, hidden: Tensor) -> Tensor | list[Tensor]:
+        """(rows, vocabulary), guidance applied; where vocabularies differ (vocabulary,) for each row."""
+        count = len(self.rows)
+        if len(self.places) == 1:
+            found = _head(self.model, self.tasks[0])(hidden)
+            if not self.twins:
+                return found
+            asked, free = found[:count].clone(), found[count:]
+        else:
+            parts = {task: iter(_head(self.model, task)(hidden[places])) for task, places in self.places.items()}
+            every = [next(parts[task]) for task in self.tasks]
+            asked, free = every[:count], every[count:]
+        for k, null in zip(self.twins, free, strict=True):
+            asked[k] = null.lerp(asked[k], self.rows[k].guidance)
+        return asked
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """(rows and twins, d_model), each token at its row's place."""
+        backbone = self.model.backbone
+        if len(self.places) == 1:
+            return _embedding(backbone, self.tasks[0], tokens, self.at)
+        found = {task: _embedding(backbone, task, tokens[p], self.at[p]) for task, p in self.places.items()}
+        order = torch.tensor([i for places in self.places.values() for i in places], device=tokens.device)
+        joined = torch.cat(list(found.values()))
+        return torch.empty_like(joined).index_copy(0, order, joined)
+
+
+def _head(model: OmniMamba | MambaLM, task: int):
+    if isinstance(model, MambaLM):
+        return model.head
+    return model.image_head if task == T2I else model.text_head
+
+
+def _embedding(backbone: MambaBackbone, task: int, tokens: Tensor, at: Tensor) -> Tensor:
+    if task == T2I:
+        return backbone.img_embeddings(tokens) + backbone.pos_embed[0, at]
+    vectors = backbone.embedding(tokens)
+    if task == MMU:
+        return vectors + backbone.mmu_pos_embed[0, at.clamp(max=backbone.mmu_pos_embed.shape[1] - 1)]
+    assert task == BASE
+    return vectors
+
+
+def _prefill(
+    backbone: MambaBackbone, prompts: list[Tensor], tasks: list[int], state: MambaState | None
+) -> tuple[MambaState, Tensor]:
+    """States and last hidden states (rows, d_model) after the prompts."""
+    alike = len({len(prompt) for prompt in prompts}) == 1
+    task: Task = tasks[0] if len(set(tasks)) == 1 else torch.tensor(tasks, device=prompts[0].device)
+    if alike:
+        state = backbone.new_state(len(prompts)) if state is None else state
+        return state, backbone.prefill(torch.stack(prompts), state, task)
+    if state is not None:
+        raise ValueError(f"prompts after a state must have one length, got {[len(prompt) for prompt in prompts]}")
+    return backbone.prefill_packed(prompts, task)

@@ -1,0 +1,124 @@
+"""Turns on one state: the same tokens as if all of it were read anew, whole, saved or interrupted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, save
+from omnimamba_model.cli import main
+from omnimamba_model.dialogue import Chat, Dialogue
+from omnimamba_model.image_tokenizer import PatchTokenizer
+from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.text_tokenizer import WordTokenizer
+
+QUESTIONS = [torch.tensor([10, 11, 12]), torch.tensor([20]), torch.tensor([30, 31])]
+
+
+@torch.no_grad()
+def reread(model, features, ids, steps, stop):
+    """The next answer by full passes over everything said so far."""
+    grown, said = list(ids), []
+    for _ in range(steps):
+        text = torch.tensor([[*grown, 0]])
+        token = int(model.mmu(features[None], text).logits[0, -1].argmax())
+        grown.append(token)
+        if token == stop:
+            break
+        said.append(token)
+    return grown, said
+
+
+@pytest.mark.parametrize("stop", [63, None])
+def test_every_turn_is_as_if_all_were_read_anew(model, features, stop):
+    if stop is None:  # a token that does come up
+        stop = next(iter(Dialogue.about(model, features[0]).ask(QUESTIONS[0], 3, stop=(63,))))
+    dialogue, known = Dialogue.about(model, features[0]), []
+    for question in QUESTIONS:
+        known, expected = reread(model, features[0], [*known, *question.tolist()], 4, stop)
+        assert list(dialogue.ask(question, 4, stop=(stop,))) == expected
+
+
+def test_a_saved_dialogue_goes_on(model, features, tmp_path):
+    dialogue = Dialogue.about(model, features[0])
+    list(dialogue.ask(QUESTIONS[0], 4, stop=(63,)))
+    dialogue.save(tmp_path / "state")
+    again = Dialogue.load(model, tmp_path / "state")
+    assert list(again.ask(QUESTIONS[1], 5)) == list(dialogue.ask(QUESTIONS[1], 5))
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="no dialogue's state"):
+        Dialogue.load(model, tmp_path / "state")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Dialogue.load(model, tmp_path / "none")
+    dialogue.save(tmp_path / "state")
+    other = OmniMamba(OmniMambaConfig.preset("tiny", lora_rank=2))
+    with pytest.raises(CheckpointError, match="another model"):
+        Dialogue.load(other, tmp_path / "state")
+
+
+def test_who_stops_listening_has_heard_what_the_state_knows(model, features):
+    dialogue = Dialogue.about(model, features[0])
+    said = dialogue.ask(QUESTIONS[0], 9, stop=(63,))
+    heard = [next(said), next(said)]
+    said.close()
+    known = [*QUESTIONS[0].tolist(), *heard, *QUESTIONS[1].tolist()]
+    assert list(dialogue.ask(QUESTIONS[1], 4, stop=(63,))) == reread(model, features[0], known, 4, 63)[1]
+
+
+def test_questions_are_checked(model, features):
+    with pytest.raises(ValueError, match="l at least 1"):
+        next(Dialogue.about(model, features[0]).ask(torch.tensor([], dtype=torch.long), 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    words = WordTokenizer(["in", "out", *(f"word{i}" for i in range(54))])
+    sizes = dict(image_vocab_size=16, image_tokens=6, image_features=6, feature_dim=16)
+    save(OmniMamba(OmniMambaConfig.preset("tiny", **sizes)), tmp_path, words.to_json())
+    PatchTokenizer(16, 2, (4, 6)).save(tmp_path)
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def test_a_chat_says_an_answer_piece_by_piece(folder):
+    pipeline = Pipeline.load(folder)
+    chat = Chat(pipeline, Image.open(folder / "a.png"))
+    pieces = list(chat.ask("word3 word4", Sampling(seed=0), steps=6))
+    assert len(pieces) > 1 and "".join(pieces) == "".join(pieces).strip()
+    ids = pipeline.words.encode("In: word3 word4\nOut: ")
+    again = Dialogue.about(pipeline.model, pipeline.pixels.look([Image.open(folder / "a.png")])[0])
+    tokens = list(again.ask(torch.tensor(ids), 6, Sampling(seed=0)))
+    assert pipeline.words.decode(tokens) == "".join(pieces)
+    with pytest.raises(ValueError, match="form must be one of"):
+        Chat(pipeline, Image.open(folder / "a.png"), form="verse")
+
+
+def test_the_terminal_dialogue(folder, monkeypatch, capsys):
+    asked = iter(["word1 word2", "", "what", "word5"])
+
+    def line(prompt):
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", line)
+    assert main(["chat", "--checkpoint", str(folder), "--image", str(folder / "a.png"), "--seed", "1"]) == 0
+    shown = capsys.readouterr()
+    assert len([text for text in shown.out.splitlines() if text.strip()]) >= 2
+    assert "got what in" in shown.err  # a question that cannot be read is told, and the dialogue goes on
+
+
+def test_device_dtype_and_backend_from_the_command_line(folder, tmp_path, capsys):
+    common = ["--checkpoint", str(folder), "--device", "cpu", "--dtype", "bfloat16", "--backend", "reference"]
+    out = tmp_path / "out.png"
+    assert main(["generate", *common, "--prompt", "word1", "--prompt", "word2", "--count", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size[0] > 4 * 128
+    assert main(["ask", *common, "--image", str(folder / "a.png"), "--question", "word7", "--format", "plain"]) == 0
+    assert main(["ask", *common[:-1], "triton", "--image", str(folder / "a.png"), "--question", "word7"]) == 2
+    assert "cannot run" in capsys.readouterr().err
+    assert main(["ask", *common[:2], "--device", "tpu", "--image", str(folder / "a.png"), "--question", "word7"]) == 2
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "omnimamba"
