@@ -59,7 +59,14 @@ def generation(context: int, steps: int, who: str, dtype: str) -> Iterator[None]
         decode()
 
 
-TASKS = {"scan_training": scan_training, "generation": generation}
+def official_size(kind: str, who: str) -> Iterator[None]:
+    """OmniMamba's published size: its weights loaded and used."""
+    from .bench_omnimamba import peak
+
+    yield from peak(kind)
+
+
+TASKS = {"scan_training": scan_training, "generation": generation, "official_size": official_size}
 
 
 def _trim() -> None:
