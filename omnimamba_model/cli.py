@@ -80,6 +80,14 @@ def _add_making(commands: argparse._SubParsersAction) -> None:
     train.add_argument("changes", nargs="*", metavar="key=value", help="settings on top, such as t2i.batch=48")
     train.set_defaults(run=_train)
 
+    tokenize = commands.add_parser("tokenize", help="turn pictures and captions into what drawing learns from")
+    tokenize.add_argument("images", type=Path, help="a folder of pictures, captions beside them in NAME.txt")
+    tokenize.add_argument("--captions", type=Path, help="COCO's captions file instead, with names in that folder")
+    tokenize.add_argument("--tokenizer", type=Path, required=True, help="a folder with an image tokenizer")
+    tokenize.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
+    tokenize.add_argument("--device", default="cpu")
+    tokenize.set_defaults(run=_tokenize)
+
     merge = commands.add_parser("merge", help="join the two halves of stage 1 into stage 2's start")
     merge.add_argument("understanding", type=Path, help="the model that stage1-mmu trained")
     merge.add_argument("drawing", type=Path, help="the model that stage1-t2i trained")
@@ -179,6 +187,17 @@ def _train(arguments: argparse.Namespace) -> None:
     trained = run.run(settings.read(arguments.settings, arguments.changes), say)
     if trained is not None:
         print(f"the trained model is in {trained}")
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from .pipeline import load_pixels
+    from .training.tokenize import tokenize
+
+    pixels = load_pixels(arguments.tokenizer).to(arguments.device)
+    written, passed_over = tokenize(arguments.images, arguments.out, pixels, arguments.captions)
+    for reason in list(passed_over)[:20]:
+        print(f"passed over: {reason}", file=sys.stderr)
+    print(f"{written} pictures in {arguments.out}, {sum(passed_over.values())} passed over")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

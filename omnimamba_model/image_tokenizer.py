@@ -80,9 +80,16 @@ class PatchTokenizer(nn.Module):
 
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size to features; the enlarged pixels of a drawing shrink back exactly."""
+        return self.features(self._grey(images))
+
+    def tokens_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any size to tokens (b, tokens)."""
+        return self.encode(self._grey(images))
+
+    def _grey(self, images: Sequence[Image.Image]) -> Tensor:
         height, width = self.size
         grey = [image.convert("L").resize((width, height), Image.Resampling.BOX) for image in images]
-        return self.features(torch.from_numpy(np.stack([np.array(g, dtype=np.float32) for g in grey])) / 255)
+        return torch.from_numpy(np.stack([np.array(g, dtype=np.float32) for g in grey])) / 255
 
     def describe(self) -> str:
         return f"patches of {self.patch} at {self.size}"

@@ -46,6 +46,10 @@ class ImageTokenizer(Protocol):
         """Image tokens (b, image_tokens) to pictures."""
         ...
 
+    def tokens_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """Square pictures to image tokens (b, image_tokens)."""
+        ...
+
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures to the feature vectors of understanding (b, image_features, feature_dim)."""
         ...
@@ -124,10 +128,15 @@ def load_tokenizers(folder: str | Path, config: OmniMambaConfig) -> tuple[TextTo
         words = read_text_tokenizer(text)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    published = (Path(folder) / PublishedPixels.file).exists()
-    pixels = (PublishedPixels if published else PatchTokenizer).load(folder)
+    pixels = load_pixels(folder)
     _check_together(folder, config, words, pixels)
     return words, pixels
+
+
+def load_pixels(folder: str | Path) -> ImageTokenizer:
+    """The image tokenizer of a folder; CheckpointError where it is missing or damaged."""
+    published = (Path(folder) / PublishedPixels.file).exists()
+    return (PublishedPixels if published else PatchTokenizer).load(folder)
 
 
 def _check_together(folder: str | Path, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -57,6 +58,14 @@ class PublishedPixels:
         images = self.vq.decode(tokens.to(self.vq.quant_conv.weight.device).view(len(tokens), across, across))
         levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(rows) for rows in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    @torch.no_grad()
+    def tokens_of(self, images: Sequence[Image.Image]) -> Tensor:
+        """Square pictures to image tokens (b, image_tokens), row by row."""
+        shape, weight = (self.side, self.side), self.vq.quant_conv.weight
+        rows = [np.array(image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)) for image in images]
+        pixels = torch.from_numpy(np.stack(rows)).to(weight.device).permute(0, 3, 1, 2)
+        return self.vq.encode((pixels / 127.5 - 1).to(weight.dtype)).flatten(1)
 
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures to features (b, 729, 2176)."""
