@@ -73,3 +73,11 @@ BENCH = (
     Case("130M slice, 1 x 4096", 1, 1792, 4096, layout="slice"),
     Case("1.3B, 1 x 2048", 1, 4352, 2048),
 )
+
+GPU = (
+    Case("130M, 8 x 2048", 8, 1792, 2048, layout="slice"),
+    Case("1.3B, 8 x 2048", 8, 4352, 2048, layout="slice"),
+    Case("1.3B, 1 x 2048", 1, 4352, 2048, layout="slice"),
+    Case("1.3B contiguous, 8 x 2048", 8, 4352, 2048, layout="contiguous"),
+)
+"""What a GPU is measured at."""

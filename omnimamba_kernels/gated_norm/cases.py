@@ -58,3 +58,12 @@ BENCH = (
     Case("1.3B, 2048 rows", (1, 2048, 4096), before=False),
     Case("130M, one row", (1, 1536), before=False),
 )
+
+GPU = (
+    Case("130M, 8 x 2048", (8, 2048, 1536), before=False, wider=2),
+    Case("1.3B, 8 x 2048", (8, 2048, 4096), before=False, wider=2),
+    Case("2.7B, 1 x 2048", (1, 2048, 5120), before=False, wider=2),
+    Case("7B, 8 groups, 1 x 2048", (1, 2048, 8192), groups=8, before=False, wider=2),
+    Case("1.3B, 64 rows", (64, 4096), before=False, wider=2),
+)
+"""What a GPU is measured at: the norm of Mamba-2 models, z a slice of a wider row."""

@@ -9,9 +9,10 @@
 
 Shapes: x, z, dy (outer, inner, d) with contiguous columns; y, dx, dz (M, d) contiguous, M = outer inner rows.
 Plan: a program has BLOCK_M rows of one group, their first BLOCK_D columns in registers; further columns, which only a
-  long group has, are read twice. Backward: a program walks over its part of the rows and keeps its share of dweight and
-  dbias in registers, of further columns in its own row of ``sums``; torch adds the parts in their order.
-Traffic: M d elements, 3 times forward (2 without z), 5 times backward (3); 16 d bytes for each part of the rows.
+  long group has, are read twice. Backward: a program walks over its part of the rows, reads each twice, the second time
+  from the cache, and keeps its share of dweight and dbias in registers, or of a long group in its own row of ``sums``;
+  torch adds the parts in their order.
+Traffic: M d elements, 3 times forward (2 without z), 5 times backward (3); 8 d bytes a part, 16 with a bias.
 """
 
 from __future__ import annotations
@@ -140,15 +141,14 @@ def _backward(
     groups = d // GROUP
     first = tl.program_id(0) % groups * GROUP
     part = (tl.program_id(0) // groups).to(tl.int64)
-    col = tl.arange(0, BLOCK_D)[None, :]
-    known = col < GROUP
     weight += first
     if HAS_BIAS:
         bias += first
-    sums += part * 2 * d + first
+    sums += part * (2 if HAS_BIAS else 1) * d + first
 
-    dweight = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dbias = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if GROUP <= BLOCK_D:
+        dweight = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        dbias = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) if HAS_BIAS else None
     begin = part * part_rows
     for m in range(begin, tl.minimum(begin + part_rows, M), BLOCK_M):
         row = m + tl.arange(0, BLOCK_M)[:, None]
@@ -159,42 +159,42 @@ def _backward(
         dx_rows = dx + row * d + first
         dz_rows = dz + row * d + first if HAS_Z else dz
 
-        inside = known & (row < M)
-        u, dv, dn = _read_gradient(x_rows, z_rows, weight, dy_rows, col, inside, known, GATE_BEFORE, GATE_AFTER)
-        squares, products = tl.sum(u * u, 1, keep_dims=True), tl.sum(dn * u, 1, keep_dims=True)
-        for start in range(BLOCK_D, GROUP, BLOCK_D):
-            more = col + start
-            in_group = more < GROUP
-            u_more, _, dn_more = _read_gradient(
-                x_rows, z_rows, weight, dy_rows, more, in_group & (row < M), in_group, GATE_BEFORE, GATE_AFTER
+        squares = tl.zeros((BLOCK_M, 1), tl.float32)
+        products = tl.zeros((BLOCK_M, 1), tl.float32)
+        for start in range(0, GROUP, BLOCK_D):
+            col = start + tl.arange(0, BLOCK_D)[None, :]
+            known = col < GROUP
+            u, dv, dn = _read_gradient(
+                x_rows, z_rows, weight, dy_rows, col, known & (row < M), known, GATE_BEFORE, GATE_AFTER
             )
-            squares += tl.sum(u_more * u_more, 1, keep_dims=True)
-            products += tl.sum(dn_more * u_more, 1, keep_dims=True)
+            squares += tl.sum(u * u, 1, keep_dims=True)
+            products += tl.sum(dn * u, 1, keep_dims=True)
 
         r = tl.rsqrt(squares / GROUP + eps)
         slope = r * r * (products / GROUP)
-        _write_gradient(
-            u, dn, r, slope, x_rows, z_rows, weight, bias, dy_rows, dx_rows, dz_rows, col, inside, known,
-            GATE_BEFORE, GATE_AFTER, HAS_BIAS,
-        )  # fmt: skip
-        dweight += dv * u * r
-        dbias += dv
-        for start in range(BLOCK_D, GROUP, BLOCK_D):
-            more = col + start
-            in_group = more < GROUP
-            inside_more = in_group & (row < M)
-            u_more, dv_more, dn_more = _read_gradient(
-                x_rows, z_rows, weight, dy_rows, more, inside_more, in_group, GATE_BEFORE, GATE_AFTER
-            )
+        for start in range(0, GROUP, BLOCK_D):
+            col = start + tl.arange(0, BLOCK_D)[None, :]
+            known = col < GROUP
+            inside = known & (row < M)
+            u, dv, dn = _read_gradient(x_rows, z_rows, weight, dy_rows, col, inside, known, GATE_BEFORE, GATE_AFTER)
             _write_gradient(
-                u_more, dn_more, r, slope, x_rows, z_rows, weight, bias, dy_rows, dx_rows, dz_rows, more, inside_more,
-                in_group, GATE_BEFORE, GATE_AFTER, HAS_BIAS,
+                u, dn, r, slope, x_rows, z_rows, weight, bias, dy_rows, dx_rows, dz_rows, col, inside, known,
+                GATE_BEFORE, GATE_AFTER, HAS_BIAS,
             )  # fmt: skip
-            _add(sums + more, dv_more * u_more * r, in_group, m == begin)
-            _add(sums + d + more, dv_more, in_group, m == begin)
+            if GROUP <= BLOCK_D:
+                dweight += dv * u * r
+                if HAS_BIAS:
+                    dbias += dv
+            else:
+                _add(sums + col, dv * u * r, known, m == begin)
+                if HAS_BIAS:
+                    _add(sums + d + col, dv, known, m == begin)
 
-    tl.store(sums + col, tl.sum(dweight, 0, keep_dims=True), mask=known)
-    tl.store(sums + d + col, tl.sum(dbias, 0, keep_dims=True), mask=known)
+    if GROUP <= BLOCK_D:
+        col = tl.arange(0, BLOCK_D)[None, :]
+        tl.store(sums + col, tl.sum(dweight, 0, keep_dims=True), mask=col < GROUP)
+        if HAS_BIAS:
+            tl.store(sums + d + col, tl.sum(dbias, 0, keep_dims=True), mask=col < GROUP)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def backward(
     parts = max(1, min(blocks, use["per_multiprocessor"] * target.multiprocessors // groups))
     part_rows = triton.cdiv(blocks, parts) * use["BLOCK_M"]
     parts = triton.cdiv(M, part_rows) if M else 0
-    sums = x.new_empty(parts, 2, x.shape[-1], dtype=torch.float32)
+    sums = x.new_empty(parts, 1 if bias is None else 2, x.shape[-1], dtype=torch.float32)
     launch(
         _backward,
         (parts * groups,),
@@ -263,8 +263,8 @@ def backward(
         M, *rows.shape[1:], eps, part_rows, *rows.stride()[:2], *_strides(gate), *dy.stride()[:2],
         **_constants(use, z, bias, group_size, norm_before_gate),
     )  # fmt: skip
-    dweight, dbias = sums.sum(0)
-    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dz
+    total = sums.sum(0)
+    return dx, total[0].to(weight.dtype), None if bias is None else total[1].to(bias.dtype), dz
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -289,4 +289,4 @@ def _constants(
         "NORM_BEFORE_GATE": norm_before_gate,
         "BLOCK_M": use["BLOCK_M"],
         "BLOCK_D": min(triton.next_power_of_2(group_size), use["longest"]),
-    } | {name: value for name, value in use.items() if name in ("num_warps", "num_stages")}
+    } | {name: value for name, value in use.items() if name.startswith("num_")}

@@ -58,3 +58,13 @@ def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int 
         "bias": draw(case.out) if case.bias else None,
         "task": torch.randint(-1, tasks, case.lead, generator=make) if tasks else None,
     }
+
+
+GPU = (
+    Case((1,), 2048, 8512),
+    Case((16,), 2048, 8512),
+    Case((8192,), 2048, 8512, tasks=0),
+    Case((8192,), 2048, 8512),
+    Case((8192,), 4096, 2048, rank=16),
+)
+"""What a GPU is measured at: in_proj and out_proj of the 1.3B model, decoding and training, tasks mixed."""

@@ -79,3 +79,8 @@ def states(case: Case, dtype: torch.dtype, slots: int | None = None, seed: int =
         "conv_state": torch.randn(slots, case.channels, case.w - 1, generator=make).to(dtype),
         "ssm_state": torch.randn(slots, case.h, case.p, case.n, generator=make).to(dtype),
     }
+
+
+GPU_STEP = (Case(1, 1, 64, 64, 128), Case(64, 1, 64, 64, 128))
+GPU_SEQUENCE = (Case(1, 2048, 64, 64, 128), Case(8, 2048, 64, 64, 128))
+"""What a GPU is measured at: the 1.3B model's mixer."""

@@ -93,3 +93,12 @@ CASES = (
 BENCHMARKS = tuple(
     Case(f"1 x {l}, {h} heads", 1, l, h, 64, n=128, chunk=256, skip=1) for l in (1024, 4096) for h in (24, 64)
 )
+
+GPU = (
+    Case("8 x 2048, 64 heads", 8, 2048, 64, 64, n=128, chunk=256, skip=1),
+    Case("1 x 2048, 64 heads", 1, 2048, 64, 64, n=128, chunk=256, skip=1),
+    Case("4 x 32768, 64 heads", 4, 32768, 64, 64, n=128, chunk=256, skip=1),
+    Case("8 x 2048, 80 heads", 8, 2048, 80, 64, n=128, chunk=256, skip=1),
+    Case("1 x 1M, 24 heads", 1, 2**20, 24, 64, n=128, chunk=256, skip=1),
+)
+"""What a GPU is measured at: the 1.3B, the 2.7B and, for one very long sequence, the 130M model."""

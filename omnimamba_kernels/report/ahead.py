@@ -1,0 +1,141 @@
+"""Notes the launches of the operations and compiles each distinct one for a chip, in parallel and once for all time.
+
+What a compilation told is kept under ``build/triton-report`` by a hash of everything that goes into it: the sources of
+the kernel and of what it calls, Triton's version, the chip, the argument kinds, the constants and the options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..triton_launch import TARGETS, Launch, interpreting
+from .calls import Call
+from .resources import Resources, read
+
+FOLDER = Path("build") / "triton-report"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile for one chip, and the first call that starts it; fit to be sent to another process."""
+
+    op: str
+    call: str
+    large: bool
+    arch: str
+    module: str
+    kernel: str
+    kinds: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def function(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+    def key(self) -> str:
+        """What the result depends on."""
+        given = (_FORMAT, _versions(), self.arch, self.function().cache_key, self.kinds, self.constants, self.options)
+        return hashlib.sha256(repr(given).encode()).hexdigest()
+
+    def budget(self) -> tuple[int, str]:
+        """How many bytes a thread may spill and why: what the kernel's file says in ``SPILLS``, else none."""
+        return getattr(importlib.import_module(self.module), "SPILLS", {}).get((self.kernel, self.arch), (0, ""))
+
+
+def jobs(calls: Iterable[Call], archs: Iterable[str]) -> list[Job]:
+    """The distinct compilations that the calls need."""
+    if interpreting():
+        raise RuntimeError("Triton interprets kernels in this process: unset TRITON_INTERPRET to compile them")
+    calls = list(calls)
+    found: dict[tuple, Job] = {}
+    for arch in archs:
+        for call in calls:
+            for launch in call.launches(TARGETS[arch]):
+                job = _job(call, arch, launch)
+                found.setdefault((arch, job.module, job.kernel, job.kinds, job.constants, job.options), job)
+    return list(found.values())
+
+
+def _job(call: Call, arch: str, launch: Launch) -> Job:
+    kernel = launch.kernel
+    return Job(call.op, call.name, call.large, arch, kernel.__module__, kernel.__name__, launch.kinds,
+               launch.constants, launch.options)  # fmt: skip
+
+
+def compile_all(
+    jobs: list[Job], processes: int | None = None, folder: Path = FOLDER
+) -> Iterator[tuple[Job, Resources]]:
+    """Each job with what its compilation told, in the jobs' order; RuntimeError where one does not compile."""
+    keys = [job.key() for job in jobs]
+    kept = [_load(folder, key) for key in keys]
+    missing = [job for job, found in zip(jobs, kept, strict=True) if found is None]
+    processes = max(1, min(len(missing), processes or len(os.sched_getaffinity(0))))
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
+    with ProcessPoolExecutor(processes, context) if missing else contextlib.nullcontext() as pool:
+        compiled = pool.map(compile_one, missing) if missing else iter(())
+        for job, key, found in zip(jobs, keys, kept, strict=True):
+            if found is None:
+                found = next(compiled)
+                _keep(folder, key, found)
+            yield job, found
+
+
+def compile_one(job: Job) -> Resources:
+    """Compiles a kernel from its source, whatever Triton's own cache holds: the assembler's words are needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, target = job.function(), TARGETS[job.arch]
+    kinds, constants = dict(job.kinds), dict(job.constants)
+    signature = {name: kinds[name].split()[0] if name in kinds else "constexpr" for name in function.arg_names}
+    index = {name: (i,) for i, name in enumerate(function.arg_names)}
+    aligned = {index[name]: [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.endswith(" 16")}
+    source = ASTSource(function, signature, {index[name]: value for name, value in constants.items()}, aligned)
+    chip = GPUTarget("cuda", int(job.arch[3:]), 32) if job.arch.startswith("sm_") else GPUTarget("hip", job.arch, 64)
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.cache.dir = folder
+        triton.knobs.nvidia.dump_ptxas_log = True
+        try:
+            with contextlib.redirect_stdout(log):
+                compiled = triton.compile(source, target=chip, options=dict(job.options))
+        except Exception as error:
+            raise RuntimeError(
+                f"{job.op}: {job.kernel} does not compile for {job.arch} ({job.call}): {error}"
+            ) from error
+    return read(compiled, log.getvalue(), target)
+
+
+@cache
+def _versions() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _load(folder: Path, key: str) -> Resources | None:
+    path = folder / f"{key}.json"
+    return Resources(**json.loads(path.read_text())) if path.exists() else None
+
+
+def _keep(folder: Path, key: str, found: Resources) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "w") as file:
+        json.dump(asdict(found), file)
+    os.replace(temporary, folder / f"{key}.json")
