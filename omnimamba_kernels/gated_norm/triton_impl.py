@@ -99,34 +99,21 @@ def _forward(
 
 
 @triton.jit
-def _read_gradient(x, z, weight, dy, col, inside, known, GATE_BEFORE: tl.constexpr, GATE_AFTER: tl.constexpr):
-    """Blocks of u, dv and dn."""
-    u = _read(x, z, col, inside, GATE_BEFORE)
-    dv = _load(dy, col, inside)
-    if GATE_AFTER:
-        dv *= _gate(z, col, inside)[0]
-    return u, dv, dv * _load(weight, col, known)
+def _read_gradient(x, z, weight, dy, col, inside, known, HAS_Z: tl.constexpr):
+    """Blocks of x, dy and weight, of the gate and its slope."""
+    gate, slope = 1.0, 0.0
+    if HAS_Z:
+        gate, slope = _gate(z, col, inside)
+    return _load(x, col, inside), _load(dy, col, inside), _load(weight, col, known), gate, slope
 
 
 @triton.jit
-def _write_gradient(
-    u, dn, r, slope, x, z, weight, bias, dy, dx, dz, col, inside, known,
-    GATE_BEFORE: tl.constexpr, GATE_AFTER: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Stores the blocks of dx and dz; slope = r^2 mean(dn u)."""
-    du = r * (dn - u * slope)
-    if GATE_BEFORE:
-        gate, gate_slope = _gate(z, col, inside)
-        dz_block = du * _load(x, col, inside) * gate_slope
-        du *= gate
-    if GATE_AFTER:
-        v = u * r * _load(weight, col, known)
-        if HAS_BIAS:
-            v += _load(bias, col, known)
-        dz_block = _load(dy, col, inside) * v * _gate(z, col, inside)[1]
-    if GATE_BEFORE or GATE_AFTER:
-        tl.store(dz + col, dz_block.to(dz.dtype.element_ty), mask=inside)
-    tl.store(dx + col, du.to(dx.dtype.element_ty), mask=inside)
+def _add(sums, rows, known, is_first):
+    """Adds the sum of ``rows`` to memory of this program alone; the barriers order its own threads."""
+    tl.debug_barrier()
+    before = tl.load(sums, mask=known & (not is_first), other=0.0)
+    tl.debug_barrier()
+    tl.store(sums, before + tl.sum(rows, 0, keep_dims=True), mask=known)
 
 
 @triton.jit
@@ -164,11 +151,13 @@ def _backward(
         for start in range(0, GROUP, BLOCK_D):
             col = start + tl.arange(0, BLOCK_D)[None, :]
             known = col < GROUP
-            u, dv, dn = _read_gradient(
-                x_rows, z_rows, weight, dy_rows, col, known & (row < M), known, GATE_BEFORE, GATE_AFTER
+            x_in, dy_in, w, gate, _ = _read_gradient(
+                x_rows, z_rows, weight, dy_rows, col, known & (row < M), known, HAS_Z
             )
+            u = x_in * gate if GATE_BEFORE else x_in
+            dv = dy_in * gate if GATE_AFTER else dy_in
             squares += tl.sum(u * u, 1, keep_dims=True)
-            products += tl.sum(dn * u, 1, keep_dims=True)
+            products += tl.sum(dv * w * u, 1, keep_dims=True)
 
         r = tl.rsqrt(squares / GROUP + eps)
         slope = r * r * (products / GROUP)
@@ -176,11 +165,21 @@ def _backward(
             col = start + tl.arange(0, BLOCK_D)[None, :]
             known = col < GROUP
             inside = known & (row < M)
-            u, dv, dn = _read_gradient(x_rows, z_rows, weight, dy_rows, col, inside, known, GATE_BEFORE, GATE_AFTER)
-            _write_gradient(
-                u, dn, r, slope, x_rows, z_rows, weight, bias, dy_rows, dx_rows, dz_rows, col, inside, known,
-                GATE_BEFORE, GATE_AFTER, HAS_BIAS,
-            )  # fmt: skip
+            x_in, dy_in, w, gate, gate_slope = _read_gradient(
+                x_rows, z_rows, weight, dy_rows, col, inside, known, HAS_Z
+            )
+            u = x_in * gate if GATE_BEFORE else x_in
+            dv = dy_in * gate if GATE_AFTER else dy_in
+            du = r * (dv * w - u * slope)
+            if GATE_BEFORE:
+                tl.store(dz_rows + col, (du * x_in * gate_slope).to(dz.dtype.element_ty), mask=inside)
+                du *= gate
+            if GATE_AFTER:
+                v = u * r * w
+                if HAS_BIAS:
+                    v += _load(bias, col, known)
+                tl.store(dz_rows + col, (dy_in * v * gate_slope).to(dz.dtype.element_ty), mask=inside)
+            tl.store(dx_rows + col, du.to(dx.dtype.element_ty), mask=inside)
             if GROUP <= BLOCK_D:
                 dweight += dv * u * r
                 if HAS_BIAS:
@@ -195,15 +194,6 @@ def _backward(
         tl.store(sums + col, tl.sum(dweight, 0, keep_dims=True), mask=col < GROUP)
         if HAS_BIAS:
             tl.store(sums + d + col, tl.sum(dbias, 0, keep_dims=True), mask=col < GROUP)
-
-
-@triton.jit
-def _add(sums, rows, known, is_first):
-    """Adds the sum of ``rows`` to memory of this program alone; the barriers order its own threads."""
-    tl.debug_barrier()
-    before = tl.load(sums, mask=known & (not is_first), other=0.0)
-    tl.debug_barrier()
-    tl.store(sums, before + tl.sum(rows, 0, keep_dims=True), mask=known)
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:

@@ -1,0 +1,57 @@
+"""Counts what Triton's interpreter loads, stores and multiplies, by kernel."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from omnimamba_kernels.cost import Cost
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, Cost]]:
+    """Within the block every interpreted kernel adds to its entry: bytes of the lanes that a mask lets through, and two
+    FLOPs for each multiplication of a matrix product."""
+    from triton.runtime import interpreter
+
+    found: dict[str, Cost] = defaultdict(Cost)
+    running: list[str] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store = builder.create_masked_load, builder.create_masked_store
+    dot, start = builder.create_dot, executor.__call__
+
+    def lanes(pointers: Any, mask: Any) -> int:
+        active = np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape))
+        return active * pointers.get_element_ty().primitive_bitwidth // 8
+
+    def counting_load(self, pointers, mask, *rest, **named):
+        found[running[-1]] += Cost(loaded=lanes(pointers, mask))
+        return load(self, pointers, mask, *rest, **named)
+
+    def counting_store(self, pointers, value, mask, *rest, **named):
+        found[running[-1]] += Cost(stored=lanes(pointers, mask))
+        return store(self, pointers, value, mask, *rest, **named)
+
+    def counting_dot(self, a, b, *rest):
+        found[running[-1]] += Cost(flops=2 * a.data.size * b.data.shape[-1])
+        return dot(self, a, b, *rest)
+
+    def counting_start(self, *args, **named):
+        running.append(self.fn.__name__)
+        try:
+            return start(self, *args, **named)
+        finally:
+            running.pop()
+
+    with (
+        mock.patch.object(builder, "create_masked_load", counting_load),
+        mock.patch.object(builder, "create_masked_store", counting_store),
+        mock.patch.object(builder, "create_dot", counting_dot),
+        mock.patch.object(executor, "__call__", counting_start),
+    ):
+        yield found

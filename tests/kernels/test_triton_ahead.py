@@ -1,0 +1,129 @@
+"""Triton kernels compiled ahead for chips that are not here: no spills, shared memory that fits, matrix units reached.
+
+A representative set: ``python -m omnimamba_kernels.report triton`` compiles every launch of every case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omnimamba_kernels.backends import OPS
+from omnimamba_kernels.triton_launch import TARGETS, interpreting
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if interpreting():
+    pytest.skip("Triton interprets kernels in this process and compiles none", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from omnimamba_kernels.report import ahead, table
+from omnimamba_kernels.report.calls import calls
+from omnimamba_kernels.report.resources import _CHIPS, resident
+
+KERNELS = Path(ahead.__file__).resolve().parents[1]
+WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
+
+
+def representative(op: str) -> list[ahead.Job]:
+    """Of each kernel the first large bfloat16 launch for every chip, and the first float32 launch for Hopper."""
+    found: dict[tuple, ahead.Job] = {}
+    large = [call for call in calls(op) if call.large and call.name.endswith("bf16")]
+    small = [call for call in calls(op) if not call.large and call.name.endswith("fp32")]
+    for job in [*ahead.jobs(large, TARGETS), *ahead.jobs(small, ["sm_90"])]:
+        found.setdefault((job.kernel, job.arch, job.large), job)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("op", WRITTEN)
+def test_kernels_fit_every_chip(op):
+    rows = list(ahead.compile_all(representative(op), processes=2))
+    assert {job.arch for job, _ in rows} == set(TARGETS)
+    broken = {f"{j.kernel} for {j.arch}, {j.call}": faults for j, r in rows if (faults := table.faults(j, r))}
+    assert not broken, broken
+
+
+@pytest.mark.parametrize("op", WRITTEN)
+def test_a_spill_budget_names_its_reason(op):
+    for job in representative(op):
+        spilled, reason = job.budget()
+        assert spilled == 0 or len(reason) > 20, f"SPILLS[{job.kernel}, {job.arch}] needs a reason"
+
+
+@triton.jit
+def product(a, b, c, PRECISION: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision=PRECISION))
+
+
+@triton.jit
+def crowded(a, b, N: tl.constexpr):
+    i = tl.arange(0, N)
+    values = tl.load(a + i)
+    for _ in range(10):
+        values = tl.cumsum(values * values, 0)
+    tl.store(b + i, values + tl.load(a + i))
+
+
+def compiled(kernel, arch: str, kinds: dict, options: dict | None = None, **constants):
+    job = ahead.Job("test", "test", False, arch, __name__, kernel.__name__, tuple(kinds.items()),
+                    tuple(constants.items()), tuple((options or {}).items()))  # fmt: skip
+    return job, ahead.compile_one(job)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_a_product_of_halves_reaches_the_matrix_units(arch):
+    kinds = {"a": "*fp16 16", "b": "*fp16 16", "c": "*fp32 16"}
+    job, found = compiled(product, arch, kinds, PRECISION="tf32", N=64)
+    wanted = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
+    assert found.dots == 1 and set(found.matrix) == {wanted[arch]} and found.registers and not table.faults(job, found)
+    assert "none reaches the matrix units" in table.faults(job, dataclasses.replace(found, matrix={}))[0]
+
+
+def test_a_product_asked_for_in_plain_float32_need_not():
+    kinds = dict.fromkeys("abc", "*fp32 16")
+    assert compiled(product, "sm_90", kinds, PRECISION="ieee", N=32)[1].dots == 0
+    assert compiled(product, "sm_90", kinds, PRECISION="tf32x3", N=32)[1].dots >= 1
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_a_spill_is_seen(arch):
+    limit = {"maxnreg": 24} if arch == "sm_90" else {"waves_per_eu": 8}
+    job, found = compiled(crowded, arch, {"a": "*fp32 16", "b": "*fp32 16"}, {"num_warps": 1, **limit}, N=16384)
+    assert found.spilled > 0 and "spills" in table.faults(job, found)[0]
+
+
+def test_shared_memory_beyond_the_chip_is_seen():
+    kinds = {"a": "*fp16 16", "b": "*fp16 16", "c": "*fp32 16"}
+    job, found = compiled(product, "gfx942", kinds, {"num_warps": 8}, PRECISION="tf32", N=128)
+    assert not table.faults(job, found)
+    assert "shared memory" in table.faults(job, dataclasses.replace(found, shared=65_537))[0]
+
+
+def test_residency():
+    hopper, cdna = _CHIPS["sm_90"], _CHIPS["gfx942"]
+    assert resident(hopper, 32, 4, 128, 0) == (4, 0.25)
+    assert resident(hopper, 32, 4, 32, 0) == (16, 1.0)
+    assert resident(hopper, 32, 8, 64, 100 * 1024) == (2, 0.25)
+    assert resident(hopper, 32, 8, 255, 0) == (1, 0.125)
+    assert resident(cdna, 64, 4, 128, 0) == (4, 0.5)
+    assert resident(cdna, 64, 4, 32, 65_536) == (1, 0.125)
+
+
+def test_the_command_prints_a_table_and_json(tmp_path):
+    command = [sys.executable, "-m", "omnimamba_kernels.report", "triton", "--op", "gated_norm", "--large"]
+    command += ["--arch", "sm_90", "--kernel", "_forward", "--processes", "1"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "gated_norm  _forward  sm_90" in shown.stdout
+    rows = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert rows and all(row["spilled"] == 0 and row["registers"] > 0 for row in rows)
