@@ -48,7 +48,7 @@ class Call:
     def launches(self, target: Target) -> list[Launch]:
         """What the call starts on ``target``, forward and backward."""
         with recording(target) as found, use_backend("triton"):
-            with _Weightless():
+            with Made("meta"):
                 tensors = self.tensors()
             present = [name for name in self.wanted if tensors[name] is not None]
             leaves = tensors | {name: tensors[name].detach().requires_grad_() for name in present}
@@ -59,13 +59,17 @@ class Call:
         return found
 
 
-class _Weightless(TorchFunctionMode):
-    """Everything that is made has a shape and a dtype, and no memory."""
+class Made(TorchFunctionMode):
+    """Within the block tensors are made on ``device`` (on meta without memory), whatever the generator."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "generator"}
         if function in _device_constructors():
-            kwargs["device"] = "meta"
+            kwargs["device"] = self.device
         return function(*args, **kwargs)
 
 

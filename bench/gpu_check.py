@@ -1,0 +1,192 @@
+"""Everything that only a GPU can show, in one command: ``python -m bench.gpu_check --out DIR``.
+
+Tests every kernel on the GPU for each back end that is there, bfloat16 included, then times every operation against
+torch, transformers' fallback and the packages that are importable (mamba_ssm, causal_conv1d, fla, flashinfer), each
+part within its share of the time. Without a GPU the same parts run with what a CPU has, and say what they left out.
+Writes results.json and report.md, after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from omnimamba_kernels import backends
+from omnimamba_kernels.backends import NAMES, OPS
+
+from . import machine, results
+from .gpu_ops import NO_TIME
+from .report import duration, table
+
+PEERS = ("transformers", "mamba_ssm", "causal_conv1d", "fla", "flashinfer")
+TESTS_SHARE = 0.5
+"""Of the time for all parts: the tests'. What they leave is the benchmarks', the scan first."""
+ORDER = ("ssd_scan", "gated_norm", "causal_conv1d", "state_update", "lora_linear", "mamba_mixer")
+
+
+@dataclass
+class Part:
+    """What became of one part: ok, failed, skipped or out of time, and why."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    detail: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+def child(arguments: list[str], seconds: float, log: Path, **environment: str) -> int | None:
+    """The exit status of ``python ARGUMENTS`` with its words in ``log``; None where the time was up."""
+    with log.open("w") as words:
+        try:
+            return subprocess.run(
+                [sys.executable, *arguments], cwd=machine.ROOT, env={**os.environ, **environment}, stdout=words,
+                stderr=subprocess.STDOUT, timeout=max(1.0, seconds), check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def run_tests(backend: str, out: Path, seconds: float, only: str = "") -> Part:
+    """The kernel tests of one back end."""
+    name = f"tests, {backend}"
+    missing = [package for package in ("pytest", "hypothesis") if importlib.util.find_spec(package) is None]
+    reason = backends()[backend] or (f"{' and '.join(missing)} not installed" if missing else None)
+    if reason:
+        return Part(name, "skipped", detail=reason)
+    report, start = out / f"tests-{backend}.xml", time.monotonic()
+    report.unlink(missing_ok=True)
+    together = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    wanted = f"{backend} and {only}" if only else backend
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, f"--junitxml={report}", "-k", wanted]
+    status = child([*command, "tests/kernels"], seconds, out / f"tests-{backend}.log")
+    taken = time.monotonic() - start
+    if status is None:
+        return Part(name, "out of time", taken, f"stopped after {taken:.0f} s; see tests-{backend}.log")
+    if not report.exists():
+        return Part(name, "failed", taken, f"pytest ended with status {status}; see tests-{backend}.log")
+    counts, failures = read_tests(report)
+    broken = status != 0 or not counts["passed"]
+    return Part(name, "failed" if broken else "ok", taken, ", ".join(f"{n} {k}" for k, n in counts.items()), failures)
+
+
+def read_tests(path: Path) -> tuple[dict[str, int], list[str]]:
+    """How many tests passed, failed and were skipped, and the names of those that failed."""
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    failed = [f"{c.get('classname')}::{c.get('name')}" for c in cases if {e.tag for e in c} & {"failure", "error"}]
+    skipped = sum("skipped" in {e.tag for e in c} for c in cases)
+    return {"passed": len(cases) - len(failed) - skipped, "failed": len(failed), "skipped": skipped}, failed
+
+
+def run_benchmark(op: str, out: Path, seconds: float) -> tuple[Part, dict[str, Any]]:
+    """The timings of one operation, with an empty kernel cache, so that first calls are what a newcomer sees."""
+    path, start = out / f"bench-{op}.json", time.monotonic()
+    path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="omnimamba-") as cache:
+        command = ["-m", "bench.gpu_ops", op, "--out", str(path), "--seconds", f"{0.8 * seconds:.0f}"]
+        status = child(command, seconds, out / f"bench-{op}.log", TRITON_CACHE_DIR=cache)
+    found = json.loads(path.read_text()) if path.exists() else {"rates": {}, "rows": []}
+    wrong = [f"{row['case']}, {row['who']}: {row['reason']}" for row in found["rows"] if is_fault(row)]
+    kind = "out of time" if status is None else "failed" if status or wrong else "ok"
+    detail = f"{sum('seconds' in row for row in found['rows'])} timed of {len(found['rows'])}"
+    if status:
+        detail += f"; ended with status {status}, see bench-{op}.log"
+    return Part(f"benchmark, {op}", kind, time.monotonic() - start, detail, wrong), found
+
+
+def is_fault(row: dict[str, Any]) -> bool:
+    """Whether a contender should have had a time: one of ours that broke, or anyone whose result was wrong."""
+    reason = row.get("reason", "")
+    broke = row["who"] in NAMES and bool(reason) and reason != NO_TIME and "cannot run: " not in reason
+    return broke or "failed its check" in reason
+
+
+def text(content: dict[str, Any]) -> str:
+    """The report: machine, parts, one line a contender."""
+    about, parts = content["machine"], content["parts"]
+    peers = ", ".join(f"{name} {'present' if there else 'absent'}" for name, there in content["peers"].items())
+    rates = next((r for r in content["rates"].values() if r), {})
+    said = [f"{about['device']}; torch {torch.__version__}; commit {about['commit']}; {peers}."]
+    if rates:
+        said.append(f"{rates['copy'] / 1e9:.0f} GB/s copied, {rates['matmul'] / 1e12:.2f} TFLOP/s of a matrix product.")
+    said += [f"{name}: {reason}" for name, reason in about["backends"].items() if reason]
+    lines = [[p["name"], p["status"], duration(p["seconds"] or 1e-6), p["detail"]] for p in parts]
+    failures = [f"- {p['name']}: {failure}" for p in parts for failure in p["failures"]]
+    return "\n\n".join([
+        "# GPU check", *said, table(["part", "status", "time", "detail"], lines), *failures,
+        table(["operation", "case", "by", "time", "against ours", "of the floor", "first call"], rows(content["rows"])),
+    ]) + "\n"  # fmt: skip
+
+
+def rows(found: list[dict[str, Any]]) -> list[list[str]]:
+    lines = []
+    for row in found:
+        if "seconds" in row:
+            shown = [
+                duration(row["seconds"]),
+                f"{row['times_ours']:.2f}x",
+                f"{row['floor_share']:.2f} ({row['limit']})",
+            ]
+        else:
+            shown = [f"not timed: {row['reason']}", "", ""]
+        first = duration(row["first_call"]) if "first_call" in row else ""
+        lines.append([row["group"], row["case"], row["who"], *shown, first])
+    return lines
+
+
+def check(out: Path, seconds: float, only: str = "", ops: tuple[str, ...] = ORDER) -> dict[str, Any]:
+    """Runs all parts and returns what was written."""
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    content: dict[str, Any] = {
+        "machine": machine.describe(), "parts": [], "rates": {}, "rows": [],
+        "peers": {name: importlib.util.find_spec(name) is not None for name in PEERS},
+    }  # fmt: skip
+
+    def done(part: Part) -> None:
+        content["parts"].append(vars(part))
+        results.save(out / "results.json", content)
+        (out / "report.md").write_text(text(content))
+        print(f"[{time.monotonic() - start:4.0f} s] {part.name}: {part.status}. {part.detail}", flush=True)
+
+    kinds = ("triton", "cuda") if torch.cuda.is_available() else ("triton", "cuda", "native")
+    able = [name for name in kinds if backends()[name] is None]
+    for name in kinds:
+        left = TESTS_SHARE * seconds - (time.monotonic() - start)
+        done(run_tests(name, out, left / max(1, len(able)), only))
+        able = able[1:] if name in able else able
+    for i, op in enumerate(ops):
+        left = seconds - (time.monotonic() - start)
+        part, found = run_benchmark(op, out, left / (len(ops) - i) if i else left / 3)
+        content["rates"][op] = found["rates"]
+        content["rows"] += found["rows"]
+        done(part)
+    return content
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, report.md and the logs")
+    parser.add_argument("--seconds", type=float, default=500.0, help="for everything (default: 500)")
+    parser.add_argument("--only", default="", help="a pytest expression that tests must also match")
+    parser.add_argument("--op", action="append", choices=OPS, help="time only this operation (may be repeated)")
+    options = parser.parse_args(arguments)
+    content = check(options.out, options.seconds, options.only, tuple(options.op or ORDER))
+    print(f"\n{options.out / 'report.md'}\n")
+    return int(any(part["status"] in ("failed", "out of time") for part in content["parts"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
