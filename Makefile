@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := mkdir -p build && flock build/.lock $(BIN)/python setup.py -q build_ext --inplace --strict
 
-.PHONY: demo test bench native check test-sanitize format clean
+.PHONY: demo test bench native check test-interpreted test-sanitize gpu-check format clean
 
 demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 	$(BIN)/omnimamba demo --out demo-out
@@ -13,7 +13,18 @@ demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 test: $(READY) check  ## style, all tests, and the kernels once more under sanitizers
 	$(NATIVE)
 	$(BIN)/python -m pytest tests
-	$(MAKE) test-sanitize
+	$(MAKE) test-interpreted test-sanitize
+
+# The Triton kernels on the CPU, in Triton's interpreter; where Triton does not exist there is nothing to do.
+test-interpreted: $(READY)
+	! $(BIN)/python -c "import triton" 2> /dev/null || \
+	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k triton
+
+# On a machine with a GPU, with the Python, torch and Triton that are there: nothing is installed or fetched.
+OUT ?= gpu-check-out
+gpu-check:  ## all kernel tests on the GPU, then every operation against its peers: OUT/report.md
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m bench.gpu_check --out $(OUT)
 
 bench: $(VENV)/.peers  ## every table of the README
 	$(NATIVE)

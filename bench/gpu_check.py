@@ -31,6 +31,7 @@ from .gpu_ops import NO_TIME
 from .report import duration, table
 
 PEERS = ("transformers", "mamba_ssm", "causal_conv1d", "fla", "flashinfer")
+TESTS = "tests/kernels"
 TESTS_SHARE = 0.5
 """Of the time for all parts: the tests'. What they leave is the benchmarks', the scan first."""
 ORDER = ("ssd_scan", "gated_norm", "causal_conv1d", "state_update", "lora_linear", "mamba_mixer")
@@ -59,7 +60,7 @@ def child(arguments: list[str], seconds: float, log: Path, **environment: str) -
             return None
 
 
-def run_tests(backend: str, out: Path, seconds: float, only: str = "") -> Part:
+def run_tests(backend: str, out: Path, seconds: float, tests: str = TESTS) -> Part:
     """The kernel tests of one back end."""
     name = f"tests, {backend}"
     missing = [package for package in ("pytest", "hypothesis") if importlib.util.find_spec(package) is None]
@@ -68,10 +69,10 @@ def run_tests(backend: str, out: Path, seconds: float, only: str = "") -> Part:
         return Part(name, "skipped", detail=reason)
     report, start = out / f"tests-{backend}.xml", time.monotonic()
     report.unlink(missing_ok=True)
-    together = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    wanted = f"{backend} and {only}" if only else backend
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, f"--junitxml={report}", "-k", wanted]
-    status = child([*command, "tests/kernels"], seconds, out / f"tests-{backend}.log")
+    workers = min(4, (os.cpu_count() or 1) // 4)
+    together = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, f"--junitxml={report}", "-k", backend]
+    status = child([*command, tests], seconds, out / f"tests-{backend}.log")
     taken = time.monotonic() - start
     if status is None:
         return Part(name, "out of time", taken, f"stopped after {taken:.0f} s; see tests-{backend}.log")
@@ -146,7 +147,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def check(out: Path, seconds: float, only: str = "", ops: tuple[str, ...] = ORDER) -> dict[str, Any]:
+def check(out: Path, seconds: float, tests: str = TESTS, ops: tuple[str, ...] = ORDER) -> dict[str, Any]:
     """Runs all parts and returns what was written."""
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -165,7 +166,7 @@ def check(out: Path, seconds: float, only: str = "", ops: tuple[str, ...] = ORDE
     able = [name for name in kinds if backends()[name] is None]
     for name in kinds:
         left = TESTS_SHARE * seconds - (time.monotonic() - start)
-        done(run_tests(name, out, left / max(1, len(able)), only))
+        done(run_tests(name, out, left / max(1, len(able)), tests))
         able = able[1:] if name in able else able
     for i, op in enumerate(ops):
         left = seconds - (time.monotonic() - start)
@@ -180,10 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, report.md and the logs")
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything (default: 500)")
-    parser.add_argument("--only", default="", help="a pytest expression that tests must also match")
+    parser.add_argument("--tests", default=TESTS, help=f"a file or folder of tests (default: {TESTS})")
     parser.add_argument("--op", action="append", choices=OPS, help="time only this operation (may be repeated)")
     options = parser.parse_args(arguments)
-    content = check(options.out, options.seconds, options.only, tuple(options.op or ORDER))
+    content = check(options.out, options.seconds, options.tests, tuple(options.op or ORDER))
     print(f"\n{options.out / 'report.md'}\n")
     return int(any(part["status"] in ("failed", "out of time") for part in content["parts"]))
 

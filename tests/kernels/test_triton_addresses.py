@@ -156,7 +156,7 @@ def test_triton_writes_rows_beyond_two_to_the_31():
         x[-last:] = torch.randn(last, d).half()
     except RuntimeError:
         pytest.skip("no 4 GiB of address space")
-    weight, builder, start = torch.ones(d), interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+    weight, builder, executor = torch.ones(d), interpreter.interpreter_builder, interpreter.GridExecutor
     move, resize = builder.set_grid_idx, builder.set_grid_dim
 
     def last_program(self, *args, **named):
@@ -165,11 +165,12 @@ def test_triton_writes_rows_beyond_two_to_the_31():
             mock.patch.object(builder, "set_grid_dim", lambda *_: resize(programs, 1, 1)),
             mock.patch.object(builder, "set_grid_idx", lambda x, y, z: move(x + programs - 1, y, z)),
         ):
-            return start(self, *args, **named)
+            return guarded_start(self, *args, **named)
 
     with running("triton"), guarded():
         want = rmsnorm_fn(x[-last:], weight, None)
-        with mock.patch.object(interpreter.GridExecutor, "__call__", last_program):
+        guarded_start = executor.__call__
+        with mock.patch.object(executor, "__call__", last_program):
             y = rmsnorm_fn(x, weight, None)
     assert y.numel() > 2**31 and same_bits(y[-last:], want)
 

@@ -1,0 +1,102 @@
+"""The GPU check and the tuning script, as far as a machine without a GPU can run them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import gpu_check, gpu_ops, tune  # noqa: E402
+from bench.gpu_clock import Clock  # noqa: E402
+from bench.gpu_problems import Problem  # noqa: E402
+from omnimamba_kernels import backends, triton_launch  # noqa: E402
+from omnimamba_kernels.backends import OPS  # noqa: E402
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+RATES = {"copy": 1e9, "matmul": 1e9}
+
+
+@no_gpu
+@pytest.mark.skipif(backends()["native"] is not None, reason="no native kernels")
+def test_every_part_runs_or_says_why_not(tmp_path, capsys):
+    only = "tests/kernels/test_gated_norm.py::test_groups_of_one"
+    content = gpu_check.check(tmp_path, 300, only, ops=("gated_norm",))
+    parts = {part["name"]: part for part in content["parts"]}
+    assert parts["tests, triton"]["status"] == parts["tests, cuda"]["status"] == "skipped"
+    assert parts["tests, native"]["status"] == "ok" and " 0 failed" in parts["tests, native"]["detail"]
+    assert parts["benchmark, gated_norm"]["status"] == "ok"
+    timed = {row["who"] for row in content["rows"] if "seconds" in row}
+    assert {"native", "reference"} <= timed
+    assert all("seconds" in row or row["reason"] for row in content["rows"])
+    assert json.loads((tmp_path / "results.json").read_text())["parts"] == content["parts"]
+    report = (tmp_path / "report.md").read_text()
+    assert "need a GPU" in report and "| gated_norm forward" in report
+    assert set(gpu_check.ORDER) == set(OPS)
+
+
+def test_failures_and_lost_time_are_told(tmp_path):
+    report = tmp_path / "t.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>'
+        '</testcase><testcase classname="a" name="left"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert gpu_check.read_tests(report) == ({"passed": 1, "failed": 1, "skipped": 1}, ["a::bad"])
+    log = tmp_path / "log"
+    assert gpu_check.child(["-c", "import time; time.sleep(60)"], 1.0, log) is None
+    assert gpu_check.child(["-c", "print('words'); raise SystemExit(3)"], 60, log) == 3 and log.read_text() == "words\n"
+
+
+def test_a_contender_of_ours_that_breaks_is_a_fault_and_a_missing_peer_is_none():
+    def broken():
+        raise ValueError("shape")
+
+    calls = {"reference": broken, "mamba_ssm": broken, "wrong": lambda: lambda: 1.0, "torch": lambda: lambda: 0.0}
+    problem = Problem("g", "c", 1e3, 0.0, calls, error=float, bound=0.5)
+    clock = Clock(torch.device("cpu"), 0.01)
+    rows = {row["who"]: row for row in gpu_ops.measure(problem, clock, RATES, float("inf"))}
+    assert rows["torch"]["seconds"] > 0 and rows["torch"]["floor"] == 1e-6 and rows["torch"]["limit"] == "memory"
+    assert [who for who, row in rows.items() if gpu_check.is_fault(row)] == ["reference", "wrong"]
+    late = gpu_ops.measure(problem, clock, RATES, 0.0)
+    assert all(row["reason"] == gpu_ops.NO_TIME and not gpu_check.is_fault(row) for row in late)
+
+
+@no_gpu
+def test_tuning_without_a_gpu_says_so(capsys):
+    before = (tune.KERNELS / "gated_norm" / "launch.json").read_text()
+    assert tune.main(["gated_norm"]) == 2 and "needs a GPU" in capsys.readouterr().err
+    assert (tune.KERNELS / "gated_norm" / "launch.json").read_text() == before
+
+
+def test_a_tuned_rule_comes_first_and_replaces_its_like(tmp_path):
+    last = {"use": {"BLOCK": 1, "num_warps": 4}}
+    rule = {"arch": ["sm_90"], "when": {"d": [8, 8]}, "use": {"BLOCK": 2, "num_warps": 4}}
+    better = {**rule, "use": {"BLOCK": 4, "num_warps": 8}}
+    table = tune.merged({"kernel": [last]}, [{"kernel": "kernel", "rule": rule}])
+    assert table == {"kernel": [rule, last]}
+    table = tune.merged(table, [{"kernel": "kernel", "rule": better}])
+    assert table == {"kernel": [better, last]}
+    tune.save(tmp_path / "launch.json", tune.written(table))
+    assert json.loads((tmp_path / "launch.json").read_text()) == table
+    assert [path.name for path in tmp_path.iterdir()] == ["launch.json"]
+
+
+def test_written_tables_are_what_the_files_have():
+    for path in triton_launch.Path(triton_launch.__file__).parent.glob("*/launch.json"):
+        assert json.loads(tune.written(json.loads(path.read_text()))) == json.loads(path.read_text())
+
+
+def test_candidates_are_neighbours():
+    use = {"BLOCK": 64, "num_warps": 4}
+    found = list(tune.candidates(use))
+    assert use not in found and {"BLOCK": 128, "num_warps": 4} in found and {"BLOCK": 32, "num_warps": 8} in found
+    with tune.trying("op", "kernel", {"BLOCK": 7}) as asked:
+        assert triton_launch.settings("op", "kernel", triton_launch.INTERPRETER, d=3) == {"BLOCK": 7}
+    assert asked == {(("d", 3),)}
