@@ -44,7 +44,7 @@ def guarded() -> Iterator[None]:
 
     def check(pointers: Any, mask: Any) -> None:
         shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
-        active = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data, shape)]
+        active = np.broadcast_to(pointers.data, shape)[np.broadcast_to(mask.data.astype(bool), shape)]
         known = np.zeros(active.shape, bool)
         for first, last in ranges:
             known |= (active >= first) & (active < last)
