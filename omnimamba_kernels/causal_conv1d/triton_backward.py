@@ -54,12 +54,12 @@ def _gradients(x, rows, dy_rows, links, taps, bias, COUNT: tl.constexpr, WIDTH: 
 def _from_final(dfinal, f_k, links, t, ahead, length, inside, WIDTH: tl.constexpr):
     """What the final states' gradient adds at time t + ahead; the links are those of time t."""
     k = t + ahead - (length - (WIDTH - 1))
-    inside = inside & (k >= 0) & (k < WIDTH - 1)
+    value = tl.load(dfinal + k * f_k, mask=inside & (k >= 0) & (k < WIDTH - 1), other=0.0).to(tl.float32)
     if len(links) > 0:
         i = tl.maximum(length - 1 - t, 0)
         # No time at all, and the states from before it are handed on; else those of the last time's sequence are.
-        inside = inside & ((length == 0) | linked(links, i, tl.maximum(WIDTH - 2 - k, 0), WIDTH))
-    return tl.load(dfinal + k * f_k, mask=inside, other=0.0).to(tl.float32)
+        value = tl.where((length == 0) | linked(links, i, tl.maximum(WIDTH - 2 - k, 0), WIDTH), value, 0.0)
+    return value
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def forward(
     w = weight.shape[1]
     y = empty_like(x)
     final = x.new_empty(b, d, w - 1) if return_final_states else None
-    use, tiles_t, tiles_d = _tiles("forward", x)
+    use, tiles_t, tiles_d = _tiles("forward", x, triton_launch.target_of(x), return_final_states)
     align, sizes, strides = _in_units(x, y)
     launch(
         forward_kernel, (b * tiles_t * tiles_d,),
@@ -65,7 +65,8 @@ def backward(
     dinitial = None if initial_states is None else initial_states.new_empty(b, d, w - 1)
     dweight = weight.new_empty(d, w)
     dbias = None if bias is None else bias.new_empty(d)
-    use, tiles_t, tiles_d = _tiles("backward", x)
+    target, states = triton_launch.target_of(x), initial_states is not None or dfinal is not None
+    use, tiles_t, tiles_d = _tiles("backward", x, target, states)
     sums = x.new_empty(b * tiles_t, w + 1, d, dtype=torch.float32) if needs[1] or needs[2] else None
     align, sizes, strides = _in_units(x, dy, dx)
     launch(
@@ -77,7 +78,7 @@ def backward(
     )  # fmt: skip
     if sums is None:
         return dx, None, None, dinitial, None
-    use = triton_launch.settings("causal_conv1d", "sum", triton_launch.target_of(x), parts=b * tiles_t)
+    use = triton_launch.settings("causal_conv1d", "sum", target)
     launch(
         sum_kernel, (triton.cdiv(d, use["BLOCK_C"]), w + 1), sums, dweight, dbias, b * tiles_t, d, WIDTH=w, **use
     )  # fmt: skip
@@ -122,13 +123,11 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
     return states
 
 
-def _tiles(kernel: str, x: Tensor) -> tuple[dict[str, int], int, int]:
+def _tiles(kernel: str, x: Tensor, target: triton_launch.Target, states: bool) -> tuple[dict[str, int], int, int]:
     """How to launch, and the number of tiles along the times and along the channels."""
-    b, d, l = x.shape
-    use = triton_launch.settings(
-        "causal_conv1d", kernel, triton_launch.target_of(x), time_last=int(not channel_last(x)), bytes=x.element_size(),
-        elements=x.numel(),
-    )  # fmt: skip
+    _, d, l = x.shape
+    sizes = dict(time_last=int(not channel_last(x)), states=int(states), length=l, elements=x.numel())
+    use = triton_launch.settings("causal_conv1d", kernel, target, **sizes)
     times = use["BLOCK_T"] * use["LOOPS"] * STEPS.value
     return use, max(1, triton.cdiv(l, times)), triton.cdiv(d, use["BLOCK_D"])
 
