@@ -1,0 +1,307 @@
+"""The LoRA linear layer in Triton, host side.
+
+    y_i = W x_i + bias + scale B_t A_t u_i,    u = dropout(x),    t = task of row i, -1: the base alone
+
+The adapters are concatenated by rank: low = scale (u [A_1; A_2; ..]^T), masked by each row's task, and low [B_1 | B_2 | ..]^T
+is where the accumulators of x W^T start. No sorting, nothing read back, any mix of tasks.
+
+Launches  up to FEW_ROWS rows: 1. More: 2 forward (low; y), 3 where low is split along ``in``. Backward, each as needed:
+          one pass over dy for dlow, dB and dbias, with a small sum for each; dx; dweight; dA and its sum.
+Saved     low (rows, tasks r) float32, so that the backward does not read x for dB.
+float32 operands (or a mix of float32 and 16 bits) are multiplied as three tf32 products, on AMD in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import triton_launch
+from ..triton_launch import Target, launch, settings, target_of
+from .triton_few_rows import few_rows_kernel
+from .triton_low_rank import low_backward_kernel, narrow_kernel, sum_kernel
+from .triton_matmul import matmul_kernel
+
+# Up to so many rows, one program holds all of them beside its strip of the weights.
+FEW_ROWS = 64
+# Up to so many ranks of all adapters together, such a program computes low itself.
+FUSED_RANKS = 64
+
+
+class Dropout(NamedTuple):
+    """The mask's numbers as the kernels take them: 32 bits each, as signed integers; ``keep`` is 1 - p."""
+
+    seed: int
+    threshold: int
+    keep: float
+
+    @classmethod
+    def of(cls, p: float, seed: int) -> Dropout | None:
+        return cls(_signed(seed), _signed(int(p * 2**32)), 1 - p) if p else None
+
+
+NO_DROPOUT = (0, 0, 1.0)
+
+
+def _signed(number: int) -> int:
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    return triton_launch.cannot_store(*tensors)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    task: Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    save: bool = False,
+) -> tuple[tuple[Tensor], tuple]:
+    dropout = Dropout.of(dropout_p, dropout_seed)
+    few = x.shape[0] <= FEW_ROWS
+    fused = few and task is not None and lora_A.shape[0] * lora_A.shape[1] <= FUSED_RANKS and dropout is None
+    low = None if task is None or fused else _project_down(x, lora_A, task, scale, dropout)
+    if few:
+        y, low = _few_rows(x, weight, lora_A, lora_B, bias, task, low, scale, fused, save)
+    else:
+        y = _matmul(x, weight.T, x.dtype, bias, low, None if low is None else lora_B.transpose(1, 2))
+    return (y,), (x, weight, lora_A, lora_B, bias, task, low) if save else ()
+
+
+def backward(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None],
+    needs: tuple[bool, ...],
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, bias, task, low = saved
+    dx = dweight = dA = None
+    if grads[0] is None:
+        return None, None, None, None, None, None
+    dy = grads[0]
+    dropout = Dropout.of(dropout_p, dropout_seed)
+    routed = task is not None
+    wanted = (routed and (needs[0] or needs[2]), routed and needs[3], needs[4])
+    dlow, dB, dbias = _low_backward(dy, lora_B, low, task, bias, scale, wanted)
+    if needs[0]:
+        dx = _matmul(dy, weight, x.dtype, None, dlow, lora_A, dropout)
+    if needs[1]:
+        dweight = _matmul(dy.T, x, weight.dtype)
+    if routed and needs[2]:
+        dA = _gradient_A(x, dlow, lora_A, dropout)
+    return dx, dweight, dA, dB, dbias, None
+
+
+# ---- the parts ----
+
+
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """a (m, k) b (k, n) + bias + low up, with up (tasks, r, n); ``dropout`` is that of the last term."""
+    (m, k), n = a.shape, b.shape[1]
+    c = a.new_empty(m, n, dtype=dtype)
+    target = target_of(a)
+    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b))
+    tiles = triton.cdiv(m, use["BLOCK_M"]) * triton.cdiv(n, use["BLOCK_N"])
+    ranks, rank = (0, 1) if low is None else (low.shape[1], up.shape[1])
+    launch(
+        matmul_kernel, (tiles,),
+        a, b, c, bias, low, up, m, n, k, ranks, rank, *a.stride(), *b.stride(), _stride(bias),
+        *((0, 0, 0) if up is None else up.stride()), *(dropout or NO_DROPOUT),
+        HAS_BIAS=bias is not None, HAS_LOW=low is not None, **_dropout_flags(dropout, m, n),
+        **_dot_flags(dtype, target), BLOCK_R=_block_r(ranks), **use,
+    )  # fmt: skip
+    return c
+
+
+def _few_rows(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    task: Tensor | None,
+    low: Tensor | None,
+    scale: float,
+    fused: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and low where it was given or is to be saved."""
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n)
+    tasks, rank = (0, 1) if task is None else lora_A.shape[:2]
+    if fused and save:
+        low = x.new_empty(m, tasks * rank, dtype=torch.float32)
+    target = target_of(x)
+    use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=_bytes(x, weight))
+    launch(
+        few_rows_kernel, (triton.cdiv(n, use["BLOCK_N"]),),
+        x, weight, lora_A, lora_B, bias, task, low, y, m, n, k, tasks * rank, max(rank, 1), scale,
+        *x.stride(), *weight.stride(), *((0,) * 6 if task is None else (*lora_A.stride(), *lora_B.stride())),
+        _stride(bias), _stride(task),
+        HAS_BIAS=bias is not None, HAS_LOW=task is not None, FUSED=fused, SAVE=fused and save,
+        **_dot_flags(x.dtype, target), BLOCK_R=_block_r(tasks * rank), **use,
+    )  # fmt: skip
+    return y, low
+
+
+def _project_down(x: Tensor, lora_A: Tensor, task: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
+    """low (rows, tasks r) = scale u A^T, masked by task."""
+    parts = _narrow(x, lora_A.permute(2, 0, 1), task, scale, dropout, transposed=False, dtype=torch.float32)
+    if parts.shape[0] == 1:
+        return parts[0]
+    low = torch.empty_like(parts[0])
+    _sum(parts, low, lora_A.shape[1], low.shape[1], lora_A.shape[1], 1)
+    return low
+
+
+def _gradient_A(x: Tensor, dlow: Tensor, lora_A: Tensor, dropout: Dropout | None) -> Tensor:
+    tasks, rank, width = lora_A.shape
+    parts = _narrow(x.T, dlow.unflatten(1, (tasks, rank)), None, 1.0, dropout, transposed=True, dtype=lora_A.dtype)
+    dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+    _sum(parts, dA, rank, 1, rank * width, width)
+    return dA
+
+
+def _narrow(
+    a: Tensor,
+    b: Tensor,
+    task: Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+    *,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Parts (s, m, tasks r) of a (m, k) b (k, tasks, r), the dropout on a; ``dtype``: what their sum will be stored in."""
+    (m, k), (_, tasks, rank) = a.shape, b.shape
+    ranks = tasks * rank
+    target = target_of(a)
+    use = settings("lora_linear", "narrow", target, m=m, k=k, bytes=_bytes(a, b))
+    block_r = min(_block_r(ranks), use.pop("longest_r"))
+    tiles_m, tiles_r = triton.cdiv(m, use["BLOCK_M"]), triton.cdiv(ranks, block_r)
+    splits, chunk = _split(k, use["BLOCK_K"], tiles_m * tiles_r, target, use.pop("per_multiprocessor"))
+    parts = a.new_empty(splits, m, ranks, dtype=torch.float32)
+    launch(
+        narrow_kernel, (tiles_m, splits, tiles_r),
+        a, b, task, parts, m, k, ranks, max(rank, 1), chunk, scale, *a.stride(), *b.stride(), _stride(task),
+        m if transposed else k, *(dropout or NO_DROPOUT),
+        ROUTE=task is not None, TRANSPOSED=transposed, **_dropout_flags(dropout, m, k),
+        **_dot_flags(dtype, target), BLOCK_R=block_r, **use,
+    )  # fmt: skip
+    return parts
+
+
+def _low_backward(
+    dy: Tensor,
+    lora_B: Tensor | None,
+    low: Tensor | None,
+    task: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dlow (rows, tasks r), dB and dbias, those ``wanted``, from one pass over dy."""
+    if not any(wanted):
+        return None, None, None
+    (m, n), target = dy.shape, target_of(dy)
+    tasks, rank = (0, 1) if task is None else (lora_B.shape[0], lora_B.shape[2])
+    ranks = tasks * rank
+    use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=_bytes(dy, dy if task is None else lora_B))
+    block_r = min(_block_r(ranks), use.pop("longest_r"))
+    blocks, tiles_r = triton.cdiv(m, use["BLOCK_M"]), max(1, triton.cdiv(ranks, block_r))
+    splits, chunk = _split(n, use["BLOCK_N"], blocks * tiles_r, target, use.pop("per_multiprocessor"))
+    shapes = ((splits, m, ranks), (blocks, n, ranks), (blocks, n, 1))
+    parts = [dy.new_empty(s, dtype=torch.float32) if want else None for s, want in zip(shapes, wanted, strict=True)]
+    launch(
+        low_backward_kernel, (blocks, splits, tiles_r),
+        dy, lora_B, low, task, *parts, m, n, ranks, max(rank, 1), chunk, scale,
+        *dy.stride(), *((0, 0, 0) if task is None else lora_B.stride()), _stride(task),
+        NEEDS_LOW=wanted[0], NEEDS_B=wanted[1], NEEDS_BIAS=wanted[2],
+        **_dot_flags(dy.dtype if lora_B is None else lora_B.dtype, target), BLOCK_R=block_r, **use,
+    )  # fmt: skip
+    return _summed(parts, lora_B, bias, rank)
+
+
+def _summed(
+    parts: list[Tensor | None], lora_B: Tensor | None, bias: Tensor | None, rank: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dlow = dB = dbias = None
+    if parts[0] is not None:
+        dlow = parts[0][0]
+        if parts[0].shape[0] > 1:
+            dlow = torch.empty_like(dlow)
+            _sum(parts[0], dlow, rank, dlow.shape[1], rank, 1)
+    if parts[1] is not None:
+        dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+        _sum(parts[1], dB, rank, rank, lora_B.shape[1] * rank, 1)
+    if parts[2] is not None:
+        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+        _sum(parts[2], dbias, 1, 1, 0, 0)
+    return dlow, dB, dbias
+
+
+def _sum(parts: Tensor, out: Tensor, rank: int, out_m: int, out_task: int, out_rank: int) -> None:
+    """out = the sum of parts (s, m, tasks r) over s; the strides say where (m, task, r) lies in ``out``."""
+    count, m, ranks = parts.shape
+    use = settings("lora_linear", "sum", target_of(parts))
+    launch(
+        sum_kernel, (triton.cdiv(m * ranks, use["BLOCK"]),),
+        parts, out, count, m, ranks, max(rank, 1), out_m, out_task, out_rank, **use,
+    )  # fmt: skip
+
+
+# ---- launch arguments ----
+
+
+def _split(length: int, block: int, tiles: int, target: Target, per_multiprocessor: int) -> tuple[int, int]:
+    """How many parts, of how many elements each, to cut ``length`` into: enough for a busy chip, of four blocks at least
+    while there is so much."""
+    wanted = triton.cdiv(per_multiprocessor * target.multiprocessors, max(tiles, 1))
+    blocks = triton.cdiv(length, block)
+    chunk = max(triton.cdiv(blocks, wanted), min(blocks, 4), 1) * block
+    return max(triton.cdiv(length, chunk), 1), chunk
+
+
+def _block_r(ranks: int) -> int:
+    """Ranks in one step of a product, which takes 16 at least."""
+    return min(max(triton.next_power_of_2(ranks), 16), FUSED_RANKS)
+
+
+def _bytes(a: Tensor, b: Tensor) -> int:
+    """How wide the operands of a product are: 2 where the matrix units take them as they are."""
+    return 2 if a.dtype is b.dtype and a.dtype is not torch.float32 else 4
+
+
+def _stride(vector: Tensor | None) -> int:
+    return 0 if vector is None else vector.stride(0)
+
+
+def _dropout_flags(dropout: Dropout | None, m: int, n: int) -> dict[str, bool]:
+    return {"DROPOUT": dropout is not None, "BIG": dropout is not None and m * n > 2**32}
+
+
+def _dot_flags(stored: torch.dtype, target: Target) -> dict[str, bool | str]:
+    """How float32 operands are multiplied, for a result stored in ``stored``."""
+    precision = "ieee" if target.arch.startswith("gfx") else "tf32x3"
+    return {"SPLIT": stored is torch.bfloat16, "PRECISION": precision}
