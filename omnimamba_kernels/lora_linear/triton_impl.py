@@ -69,7 +69,8 @@ def forward(
 ) -> tuple[tuple[Tensor], tuple]:
     dropout = Dropout.of(dropout_p, dropout_seed)
     few = x.shape[0] <= FEW_ROWS
-    fused = few and task is not None and lora_A.shape[0] * lora_A.shape[1] <= FUSED_RANKS and dropout is None
+    fused = few and task is not None and dropout is None
+    fused = fused and lora_A.dtype is x.dtype and lora_A.shape[0] * lora_A.shape[1] <= FUSED_RANKS
     low = None if task is None or fused else _project_down(x, lora_A, task, scale, dropout)
     if few:
         y, low = _few_rows(x, weight, lora_A, lora_B, bias, task, low, scale, fused, save)
@@ -121,15 +122,16 @@ def _matmul(
     (m, k), n = a.shape, b.shape[1]
     c = a.new_empty(m, n, dtype=dtype)
     target = target_of(a)
-    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b))
+    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b), ranks=0 if low is None else low.shape[1])
     tiles = triton.cdiv(m, use["BLOCK_M"]) * triton.cdiv(n, use["BLOCK_N"])
     ranks, rank = (0, 1) if low is None else (low.shape[1], up.shape[1])
+    block_r = min(_block_r(ranks), use.pop("longest_r"))
     launch(
         matmul_kernel, (tiles,),
         a, b, c, bias, low, up, m, n, k, ranks, rank, *a.stride(), *b.stride(), _stride(bias),
         *((0, 0, 0) if up is None else up.stride()), *(dropout or NO_DROPOUT),
-        HAS_BIAS=bias is not None, HAS_LOW=low is not None, **_dropout_flags(dropout, m, n),
-        **_dot_flags(dtype, target), BLOCK_R=_block_r(ranks), **use,
+        HAS_BIAS=bias is not None, HAS_LOW=low is not None, MORE_RANKS=ranks > block_r,
+        **_dropout_flags(dropout, m, n), **_dot_flags(dtype, target), BLOCK_R=block_r, **use,
     )  # fmt: skip
     return c
 
@@ -227,7 +229,8 @@ def _low_backward(
     (m, n), target = dy.shape, target_of(dy)
     tasks, rank = (0, 1) if task is None else (lora_B.shape[0], lora_B.shape[2])
     ranks = tasks * rank
-    use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=_bytes(dy, dy if task is None else lora_B))
+    narrow = dy.dtype is torch.bfloat16 and (lora_B is None or lora_B.dtype is dy.dtype)
+    use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=2 if narrow else 4)
     block_r = min(_block_r(ranks), use.pop("longest_r"))
     blocks, tiles_r = triton.cdiv(m, use["BLOCK_M"]), max(1, triton.cdiv(ranks, block_r))
     splits, chunk = _split(n, use["BLOCK_N"], blocks * tiles_r, target, use.pop("per_multiprocessor"))
@@ -302,6 +305,7 @@ def _dropout_flags(dropout: Dropout | None, m: int, n: int) -> dict[str, bool]:
 
 
 def _dot_flags(stored: torch.dtype, target: Target) -> dict[str, bool | str]:
-    """How float32 operands are multiplied, for a result stored in ``stored``."""
-    precision = "ieee" if target.arch.startswith("gfx") else "tf32x3"
-    return {"SPLIT": stored is torch.bfloat16, "PRECISION": precision}
+    """How float32 operands are multiplied: in bfloat16 parts for a result ``stored`` in 16 bits, else as PRECISION says.
+    The interpreter gets bfloat16 products wrong."""
+    split = stored is not torch.float32 and target.arch != "interpreter"
+    return {"SPLIT": split, "PRECISION": "ieee" if target.arch.startswith("gfx") else "tf32x3"}

@@ -29,11 +29,40 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
     return first + pid % in_group % height, pid % in_group // height
 
 
+@triton.jit
+def _part(t, second):
+    """t in bfloat16, rounded; and where ``second``, what the rounding took away."""
+    high = t.to(tl.bfloat16)
+    return tl.where(second, (t.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16), high)
+
+
+@triton.jit
+def _add_low(
+    acc, low, up, row, col, M, N, start, ranks, rank, up_task, up_rank, up_n,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + low up over BLOCK_R ranks. With SPLIT as one bfloat16 product: the pairs of the parts of low and up lie side
+    by side along its depth; there are two pairs where up is bfloat16 already, else four."""
+    UP_IS_ONE: tl.constexpr = up.dtype.element_ty == tl.bfloat16
+    PAIRS: tl.constexpr = (2 if UP_IS_ONE else 4) if SPLIT else 1
+    lane = tl.arange(0, PAIRS * BLOCK_R)
+    r = (start + lane % BLOCK_R).to(tl.int64)
+    left = tl.load(low + row[:, None] * ranks + r[None, :], mask=(row[:, None] < M) & (r[None, :] < ranks), other=0.0)
+    up_row = up + r // rank * up_task + r % rank * up_rank
+    in_up = (r[:, None] < ranks) & (col[None, :] < N)
+    right = tl.load(up_row[:, None] + col[None, :] * up_n, mask=in_up, other=0.0)
+    if SPLIT:
+        left = _part(left, lane[None, :] // BLOCK_R % 2 == 1)
+        if not UP_IS_ONE:
+            right = _part(right, lane[:, None] // BLOCK_R >= 2)
+    return multiply(left, right, acc, False, PRECISION)
+
+
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def matmul_kernel(
     a, b, c, bias, low, up, M, N, K, ranks, rank, a_m, a_k, b_k, b_n, bias_n, up_task, up_rank, up_n,
     seed, threshold, keep,
-    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, DROPOUT: tl.constexpr, BIG: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, MORE_RANKS: tl.constexpr, DROPOUT: tl.constexpr, BIG: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -45,12 +74,12 @@ def matmul_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     if HAS_LOW:
-        for start in tl.range(0, ranks, BLOCK_R, num_stages=1):
-            r = start + tl.arange(0, BLOCK_R).to(tl.int64)
-            left = tl.load(low + row[:, None] * ranks + r[None, :], mask=row_in & (r[None, :] < ranks), other=0.0)
-            up_row = up + r // rank * up_task + r % rank * up_rank
-            right = tl.load(up_row[:, None] + col[None, :] * up_n, mask=(r[:, None] < ranks) & col_in, other=0.0)
-            acc = multiply(left, right, acc, SPLIT, PRECISION)
+        acc = _add_low(acc, low, up, row, col, M, N, 0, ranks, rank, up_task, up_rank, up_n, SPLIT, PRECISION, BLOCK_R)
+        if MORE_RANKS:
+            for start in tl.range(BLOCK_R, ranks, BLOCK_R, num_stages=1):
+                acc = _add_low(
+                    acc, low, up, row, col, M, N, start, ranks, rank, up_task, up_rank, up_n, SPLIT, PRECISION, BLOCK_R
+                )
         if DROPOUT:
             acc = tl.where(kept(row[:, None], col[None, :], N, seed, threshold, BIG), acc / keep, 0.0)
 
