@@ -1,0 +1,85 @@
+"""One decode step of the mixer in Triton, host side.
+
+Whole sequences (``mamba_split_conv1d_scan_combined``) are made of the public functions of the other operations, on every
+back end alike. Elements moved for each position there, in 16 bits at p 64, n 128 and one group:
+
+    convolution    dim + 2 n in, dim + 2 n out, channel-last as the scan wants them
+    scan           dim + 2 n + h in, dim out; with the gate alone (no norm weight) z, dim, is read here and it ends
+    gated norm     2 dim in (z in place in zxbcdt), dim out
+
+That is 7 dim with a norm: 57 KB a position at 64 heads, 6 dim without. Nothing is copied between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import triton_launch
+from ..triton_launch import launch, settings, target_of
+from .triton_step import step_kernel
+
+# Each state's tickets (slots, h), all 0 between steps. They belong to the state, which one step at a time may change.
+_TICKETS = WeakTensorKeyDictionary()
+
+
+def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    return triton_launch.cannot_store(*tensors)
+
+
+def forward(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    rmsnorm_weight: Tensor | None,
+    state_batch_indices: Tensor | None,
+    *,
+    headdim: int,
+    ngroups: int,
+    rmsnorm_eps: float,
+    norm_before_gate: bool,
+    activation: bool,
+    save: bool = False,
+) -> tuple[tuple[Tensor], tuple]:
+    b, columns = zxbcdt.shape
+    h, n = A.shape[0], ssm_state.shape[3]
+    channels, w = conv1d_weight.shape
+    dim, length = h * headdim, conv_state.shape[2]
+    extra = (columns - dim - channels - h) // 2
+    out = zxbcdt.new_empty(b, extra + dim)
+    use = settings("mamba_mixer", "step", target_of(zxbcdt), channels=b * dim, n=n)
+    members = triton.cdiv(dim // ngroups, use["BLOCK_C"])  # programs of a group
+    has_norm = rmsnorm_weight is not None
+    u, squares = (zxbcdt.new_empty(size, dtype=torch.float32) if has_norm else None for size in (b * dim, b * ngroups * members))
+    launch(
+        step_kernel, (b * ngroups * members,),
+        zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, state_batch_indices,
+        out, u, squares, _tickets(ssm_state), h, ngroups, headdim, n, extra, rmsnorm_eps,
+        *zxbcdt.stride(), *conv_state.stride(), *ssm_state.stride(), *conv1d_weight.stride(), _stride(conv1d_bias),
+        _stride(dt_bias), _stride(A), _stride(D), D.stride(1) if D is not None and D.dim() == 2 else 0,
+        _stride(rmsnorm_weight), _stride(state_batch_indices),
+        HAS_SLOTS=state_batch_indices is not None, HAS_CONV_BIAS=conv1d_bias is not None,
+        HAS_DT_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_NORM=has_norm, NORM_BEFORE_GATE=norm_before_gate,
+        ACTIVATION=activation, WIDTH=w, STATE_LEN=length, BLOCK_N=triton.next_power_of_2(n),
+        BLOCK_L=min(triton.next_power_of_2(length), 16), BLOCK_S=triton.next_power_of_2(members), **use,
+    )  # fmt: skip
+    return (out,), ()
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _tickets(ssm_state: Tensor) -> Tensor:
+    shape = ssm_state.shape[:2]
+    tickets = _TICKETS.get(ssm_state)
+    if tickets is None or tickets.shape != shape:
+        tickets = _TICKETS[ssm_state] = torch.zeros(shape, dtype=torch.int32, device=ssm_state.device)
+    return tickets
