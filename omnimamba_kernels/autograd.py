@@ -52,7 +52,8 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
         if recorded:
             return _Run.apply(implementation, options, *tensors)
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):  # arithmetic is float32 at least, whatever a caller's autocast says
+    # Arithmetic is float32 at least, whatever a caller's autocast says. Of meta tensors torch cannot say.
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return implementation.forward(*tensors, save=recorded, **options)[0]
     return implementation.forward(*tensors, save=recorded, **options)[0]

@@ -5,9 +5,9 @@ Maths    low[m, r] = scale sum_k A[r, k] x[m, k] in the columns of row m's task,
 Shapes   x (M, K), weight (N, K), lora_A (tasks, rank, K), lora_B (tasks, N, rank), any strides and any float type each;
          y (M, N) contiguous; M <= BLOCK_M, ranks = tasks rank.
 Plan     a program owns BLOCK_N columns of y for all rows and walks along K once, with a few stages of the weight strip
-         on their way. Beside it it computes low for itself (FUSED): A's ranks are few and every program finds them in L2,
-         which costs less than a launch of their own and a wait for it. Strips are narrow enough for a program on every
-         multiprocessor, so K need not be split. Many ranks, or dropout: low is computed before and read.
+         on their way. In passing it computes low for itself (FUSED): A's ranks are few and every program finds them in
+         L2, which costs less than a launch of their own and a wait for it. Strips are narrow enough for a program on
+         every multiprocessor, so K need not be split. Many ranks, or dropout: low is computed before and read.
 Traffic  N K weights once from memory; (M + ranks) K elements a program from L2.
 The bits of a row depend on no other row: M only decides which rows of a tile are zero.
 """

@@ -2,13 +2,14 @@
 
     y_i = W x_i + bias + scale B_t A_t u_i,    u = dropout(x),    t = task of row i, -1: the base alone
 
-The adapters are concatenated by rank: low = scale (u [A_1; A_2; ..]^T), masked by each row's task, and low [B_1 | B_2 | ..]^T
-is where the accumulators of x W^T start. No sorting, nothing read back, any mix of tasks.
+The adapters are concatenated by rank: low = scale (u [A_1; A_2; ..]^T), masked by each row's task, and the accumulators
+of x W^T start from low [B_1 | B_2 | ..]^T. No sorting, nothing read back, any mix of tasks.
 
 Launches  up to FEW_ROWS rows: 1. More: 2 forward (low; y), 3 where low is split along ``in``. Backward, each as needed:
           one pass over dy for dlow, dB and dbias, with a small sum for each; dx; dweight; dA and its sum.
 Saved     low (rows, tasks r) float32, so that the backward does not read x for dB.
-float32 operands (or a mix of float32 and 16 bits) are multiplied as three tf32 products, on AMD in float32.
+Products  16-bit operands of one type as they are; others in float32: as three tf32 products, on AMD in float32 itself.
+          Where the result is stored in 16 bits a float32 operand beside bfloat16 goes as two bfloat16 parts.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def _matmul(
     (m, k), n = a.shape, b.shape[1]
     c = a.new_empty(m, n, dtype=dtype)
     target = target_of(a)
-    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b), ranks=0 if low is None else low.shape[1])
+    use = settings(
+        "lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b), ranks=0 if low is None else low.shape[1]
+    )
     tiles = triton.cdiv(m, use["BLOCK_M"]) * triton.cdiv(n, use["BLOCK_N"])
     ranks, rank = (0, 1) if low is None else (low.shape[1], up.shape[1])
     block_r = min(_block_r(ranks), use.pop("longest_r"))
@@ -195,7 +198,7 @@ def _narrow(
     transposed: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Parts (s, m, tasks r) of a (m, k) b (k, tasks, r), the dropout on a; ``dtype``: what their sum will be stored in."""
+    """Parts (s, m, tasks r) of a (m, k) b (k, tasks, r), the dropout on a; their sum will be stored in ``dtype``."""
     (m, k), (_, tasks, rank) = a.shape, b.shape
     ranks = tasks * rank
     target = target_of(a)
@@ -278,8 +281,7 @@ def _sum(parts: Tensor, out: Tensor, rank: int, out_m: int, out_task: int, out_r
 
 
 def _split(length: int, block: int, tiles: int, target: Target, per_multiprocessor: int) -> tuple[int, int]:
-    """How many parts, of how many elements each, to cut ``length`` into: enough for a busy chip, of four blocks at least
-    while there is so much."""
+    """How many parts, of how many elements each, to cut ``length`` into: to fill a chip, but of four blocks at least."""
     wanted = triton.cdiv(per_multiprocessor * target.multiprocessors, max(tiles, 1))
     blocks = triton.cdiv(length, block)
     chunk = max(triton.cdiv(blocks, wanted), min(blocks, 4), 1) * block
@@ -305,7 +307,7 @@ def _dropout_flags(dropout: Dropout | None, m: int, n: int) -> dict[str, bool]:
 
 
 def _dot_flags(stored: torch.dtype, target: Target) -> dict[str, bool | str]:
-    """How float32 operands are multiplied: in bfloat16 parts for a result ``stored`` in 16 bits, else as PRECISION says.
-    The interpreter gets bfloat16 products wrong."""
+    """How float32 operands are multiplied: in bfloat16 parts (which the interpreter cannot multiply) for a result
+    ``stored`` in 16 bits, else as PRECISION says."""
     split = stored is not torch.float32 and target.arch != "interpreter"
     return {"SPLIT": split, "PRECISION": "ieee" if target.arch.startswith("gfx") else "tf32x3"}

@@ -5,11 +5,11 @@ Maths    low = u A^T and dA^T = u^T dlow                       (narrow_kernel; u
          low and dlow times scale in the columns of the row's own task, 0 in the others.
 Shapes   u (M, K), dy (M, N), A (tasks, rank, K), B (tasks, N, rank), any strides and any float type each;
          low, dlow (M, ranks) float32 contiguous, ranks = tasks rank.
-Plan     both are bound by the one pass over u or dy. narrow_kernel splits K into parts where rows alone are too few
-         programs; low_backward_kernel splits N, and a block of rows gives its parts of dB and dbias from the very tiles that
-         dlow needs. Parts are float32 and sum_kernel adds them in their order: the same bits in every run.
-Traffic  u or dy once, plus 8 ranks bytes for each part of each row (dlow, dA) and for each block of BLOCK_M rows of each
-         column (dB): at ranks 16, BLOCK_M 256 and 16-bit dy a quarter of dy's own bytes, mostly in L2.
+Plan     both are bound by the one pass over u or dy. narrow_kernel splits K into parts where rows alone make too few
+         programs. low_backward_kernel splits N, and the tile of dy that dlow needs gives its share of dB and dbias too.
+         Parts are float32 and sum_kernel adds them in their order: the same bits in every run.
+Traffic  u or dy once. Parts are written and read: 8 ranks bytes for each part of a row of low, dlow or dA, and for each
+         BLOCK_M rows of dy and each column (dB): at ranks 16, BLOCK_M 256, 16-bit dy a quarter of dy's own bytes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def low_backward_kernel(
             at = parts_B + (block * N + col)[:, None] * ranks + r[None, :]
             tl.store(at, dB, mask=(col[:, None] < N) & r_in)
         if NEEDS_BIAS:
-            tl.store(parts_bias + block * N + col, tl.sum(tile.to(tl.float32), 0), mask=(col < N) & (tl.program_id(2) == 0))
+            tl.store(
+                parts_bias + block * N + col, tl.sum(tile.to(tl.float32), 0), mask=(col < N) & (tl.program_id(2) == 0)
+            )
     if NEEDS_LOW:
         acc = routed(acc, tl.load(task + row * task_m, mask=row < M, other=-1), r, rank, scale)
         tl.store(parts_low + (split * M + row)[:, None] * ranks + r[None, :], acc, mask=row_in & r_in)

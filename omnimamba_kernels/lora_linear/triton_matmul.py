@@ -1,9 +1,9 @@
 """The wide matrix products of the LoRA linear layer: y = x W^T, dx = dy W, dW = dy^T x.
 
-Maths    c[m, n] = sum_k a[m, k] b[k, n] + bias[n] + sum_r low[m, r] up[r, n]; the last term, masked by dropout if asked,
-         belongs to x's gradient: (keep[m, n] / (1 - p)) sum_r.
-Shapes   a (M, K), b (K, N), up (ranks, N) as (tasks, rank, N), any strides and any float type each; low (M, ranks) float32
-         contiguous; bias (N,); c (M, N), rows contiguous.
+Maths    c[m, n] = sum_k a[m, k] b[k, n] + bias[n] + sum_r low[m, r] up[r, n]
+         In x's gradient dropout masks the last term: keep[m, n] / (1 - p) sum_r.
+Shapes   a (M, K), b (K, N), up (ranks, N) as (tasks, rank, N), any strides and any float type each;
+         low (M, ranks) float32 contiguous; bias (N,); c (M, N) contiguous.
 Plan     a program owns one tile of c. Its accumulator starts from low up, one step of K for two adapters of rank 8, and
          then walks along K. Tiles run down GROUP_M rows of tiles before the next column of them, so that the programs
          alive together share strips of a and b in the L2 cache.
@@ -41,8 +41,8 @@ def _add_low(
     acc, low, up, row, col, M, N, start, ranks, rank, up_task, up_rank, up_n,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + low up over BLOCK_R ranks. With SPLIT as one bfloat16 product: the pairs of the parts of low and up lie side
-    by side along its depth; there are two pairs where up is bfloat16 already, else four."""
+    """acc + low up over BLOCK_R ranks. With SPLIT as one bfloat16 product along whose depth the pairs of parts of low
+    and up lie side by side: two pairs where up is bfloat16 already, else four."""
     UP_IS_ONE: tl.constexpr = up.dtype.element_ty == tl.bfloat16
     PAIRS: tl.constexpr = (2 if UP_IS_ONE else 4) if SPLIT else 1
     lane = tl.arange(0, PAIRS * BLOCK_R)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the LoRA linear layer share: products of mixed types, routing by task, the dropout mask."""
+"""What the LoRA linear layer's Triton kernels share: products of mixed types, routing by task, the dropout mask."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """One decode step of the mixer in Triton, host side.
 
-Whole sequences (``mamba_split_conv1d_scan_combined``) are made of the public functions of the other operations, on every
-back end alike. Elements moved for each position there, in 16 bits at p 64, n 128 and one group:
+Whole sequences (``mamba_split_conv1d_scan_combined``) are made of the public functions of the other operations, on
+every back end alike. Elements moved a position, dim = h p:
 
-    convolution    dim + 2 n in, dim + 2 n out, channel-last as the scan wants them
-    scan           dim + 2 n + h in, dim out; with the gate alone (no norm weight) z, dim, is read here and it ends
-    gated norm     2 dim in (z in place in zxbcdt), dim out
+    convolution    dim + 2 g n in, dim + 2 g n out: a view of zxbcdt in, channel-last out, as the scan reads it
+    scan           dim + 2 g n + h in, dim out; without a norm weight it also reads z, gates, and is the end
+    gated norm     dim and z, dim, in, dim out: z a view of zxbcdt
 
-That is 7 dim with a norm: 57 KB a position at 64 heads, 6 dim without. Nothing is copied between them.
+7 dim + 6 g n + h with a norm: 59 KB at 64 heads of 64, n 128, 16 bits; 5 dim + 6 g n + h without. Nothing is copied.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def forward(
     use = settings("mamba_mixer", "step", target_of(zxbcdt), channels=b * dim, n=n)
     members = triton.cdiv(dim // ngroups, use["BLOCK_C"])  # programs of a group
     has_norm = rmsnorm_weight is not None
-    u, squares = (zxbcdt.new_empty(size, dtype=torch.float32) if has_norm else None for size in (b * dim, b * ngroups * members))
+    u, squares = (
+        zxbcdt.new_empty(size, dtype=torch.float32) if has_norm else None for size in (b * dim, b * ngroups * members)
+    )
     launch(
         step_kernel, (b * ngroups * members,),
         zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, state_batch_indices,

@@ -1,0 +1,88 @@
+"""The Triton decode step: one launch, whatever the order of its programs; its tickets; addresses beyond 32 bits."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from common import running, same_bits
+from test_mamba_mixer_step import ONE, OPTIONS, arguments, stepper
+
+from omnimamba_kernels import mamba_mixer_step, use_backend
+from omnimamba_kernels.mamba_mixer.cases import Case, rows
+from omnimamba_kernels.triton_launch import TARGETS, interpreting, recording
+
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(not interpreting(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
+WIDE = Case(2, 1, 4, 24, 5, g=2, extra=3)  # three programs a group in the interpreter
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_one_launch(arch):
+    tensors, plain = arguments(Case(4, 1, 64, 64, 128))
+    meta = {k: v.to("meta") for k, v in tensors.items()}
+    with recording(TARGETS[arch]) as found, use_backend("triton"):
+        y = mamba_mixer_step(**meta, **plain)
+    assert [each.kernel.__name__ for each in found] == ["step_kernel"]
+    assert found[0].grid[0] >= 2 * TARGETS[arch].multiprocessors and y.shape == (4, 4096)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options", [OPTIONS["norm then gate"], OPTIONS["gate then norm"], OPTIONS["gate alone"]], ids=str
+)
+def test_programs_in_any_order(options, monkeypatch):
+    """Whoever comes last normalises and moves B's and C's windows on: the bits are the same."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    tensors, plain = arguments(WIDE, options=options)
+    place, orders = InterpreterBuilder.set_grid_idx, []
+
+    def shuffled(self, x, y, z):
+        if x == 0:
+            orders.append(random.Random(len(orders)).sample(range(self.grid_dim[0]), self.grid_dim[0]))
+        place(self, orders[-1][x], y, z)
+
+    with running("triton"):
+        want = stepper(plain)(**tensors)
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", shuffled)
+        for _ in range(4):
+            got = stepper(plain)(**tensors)
+            assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    assert len(orders) == 4 and len(orders[0]) == 2 * 2 * 3 and all(order != sorted(order) for order in orders)
+
+
+@interpreted
+def test_a_state_steps_on_in_place():
+    """The same two state tensors for many steps, as a decoding loop has them, equal fresh ones for each step."""
+    tensors, plain = arguments(WIDE)
+    sequence = rows(Case(2, 5, 4, 24, 5, g=2, extra=3), torch.float32)
+    conv, ssm = tensors["conv_state"].clone(), tensors["ssm_state"].clone()
+    with running("triton"):
+        for t in range(sequence.shape[1]):
+            want, new_conv, new_ssm = stepper(plain)(
+                **(tensors | {"zxbcdt": sequence[:, t], "conv_state": conv, "ssm_state": ssm})
+            )
+            got = mamba_mixer_step(
+                **(tensors | {"zxbcdt": sequence[:, t], "conv_state": conv, "ssm_state": ssm}), **plain
+            )
+            assert same_bits(got, want) and same_bits(conv, new_conv) and same_bits(ssm, new_ssm)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["conv_state", "ssm_state", "zxbcdt"])
+def test_operands_wider_than_32_bits(name):
+    """Rows more than 2^31 elements apart, in address space of which only the tensor's own part is ever touched."""
+    tensors, plain = arguments(ONE)
+    want = stepper(plain)(**tensors)
+    given = {k: v.clone() for k, v in tensors.items()}
+    inner = given[name][0]
+    space = torch.from_numpy(np.empty(2 * (2**31 + 2**20), dtype=np.float32))
+    strides = (2**31 + 8, *inner.contiguous().stride())
+    given[name] = space.as_strided(given[name].shape, strides).copy_(given[name])
+    with running("triton"):
+        y = mamba_mixer_step(**given, **plain)
+        want = stepper(plain)(**tensors)
+    assert same_bits(y, want[0]) and same_bits(given["conv_state"], want[1]) and same_bits(given["ssm_state"], want[2])
