@@ -281,7 +281,7 @@ def _sum(parts: Tensor, out: Tensor, rank: int, out_m: int, out_task: int, out_r
 
 
 def _split(length: int, block: int, tiles: int, target: Target, per_multiprocessor: int) -> tuple[int, int]:
-    """How many parts, of how many elements each, to cut ``length`` into: to fill a chip, but of four blocks at least."""
+    """How many parts, and how long, to cut ``length`` into: to fill a chip, yet of four blocks at least."""
     wanted = triton.cdiv(per_multiprocessor * target.multiprocessors, max(tiles, 1))
     blocks = triton.cdiv(length, block)
     chunk = max(triton.cdiv(blocks, wanted), min(blocks, 4), 1) * block
