@@ -123,11 +123,11 @@ def _matmul(
     (m, k), n = a.shape, b.shape[1]
     c = a.new_empty(m, n, dtype=dtype)
     target = target_of(a)
-    use = settings(
-        "lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b), ranks=0 if low is None else low.shape[1]
-    )
-    tiles = triton.cdiv(m, use["BLOCK_M"]) * triton.cdiv(n, use["BLOCK_N"])
     ranks, rank = (0, 1) if low is None else (low.shape[1], up.shape[1])
+    # Along the depth of low up the ranks stand once for each pair of parts (_add_low).
+    depth = 0 if low is None else _block_r(ranks) * (2 if up.dtype is torch.bfloat16 else 4)
+    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b), depth=depth)
+    tiles = triton.cdiv(m, use["BLOCK_M"]) * triton.cdiv(n, use["BLOCK_N"])
     block_r = min(_block_r(ranks), use.pop("longest_r"))
     launch(
         matmul_kernel, (tiles,),
