@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/parallel.h"
@@ -8,9 +9,10 @@
 namespace omnimamba {
 namespace {
 
-constexpr int STEP = 2 * W;             // weights taken at a time from each row
-constexpr int ROWS = 4;                 // rows of x in one tile
-constexpr int PANEL = W == 16 ? 4 : 2;  // weight rows in one tile: ROWS * PANEL accumulators stay in registers
+constexpr int STEP = 2 * W;      // weights taken at a time from each row
+constexpr int ROWS = 4;          // rows of x in one tile
+constexpr int STREAMS = 4;       // weight rows in one tile, each in a stream of its own
+constexpr int64_t AHEAD = 1024;  // bytes from a weight in use to the one prefetched, in each stream
 
 constexpr int64_t ENOUGH = 1 << 14;  // elements below which waking threads costs more than it saves
 
@@ -33,14 +35,18 @@ OM_INLINE Pair load_pair(const T* w) {
   return {load(w), load(w + W)};
 }
 
-// Where element k of a step of STEP goes.
-template <class T>
-constexpr int place(int k) {
-  return k;
-}
-template <>
-constexpr int place<bf16>(int k) {
-  return k / 2 + (k % 2) * W;
+// STEP values of x in the order in which load_pair gives the weights of type TW.
+template <class TW>
+OM_INLINE void reorder(const float* x, float* to) {
+  if constexpr (std::is_same_v<TW, bf16>) {
+    typedef uint64_t Pairs __attribute__((vector_size(8 * W)));  // the even neighbour is the lower half
+    Pairs pairs;
+    std::memcpy(&pairs, x, sizeof pairs);
+    store(to, (vf) __builtin_convertvector(pairs, vu));
+    store(to + W, (vf) __builtin_convertvector(pairs >> 32, vu));
+  } else {
+    std::memcpy(to, x, sizeof(float) * STEP);
+  }
 }
 
 // x as floats in the weights' order, each row padded with zeros to a multiple of STEP.
@@ -54,17 +60,17 @@ void unpack_row(const TX* x, int64_t in, float* to) {
     } else {
       for (int64_t k = begin; k < in; k++) plain[k - begin] = to_float(x[k]);
     }
-    for (int k = 0; k < STEP; k++) to[begin + place<TW>(k)] = plain[k];
+    reorder<TW>(plain, to + begin);
   }
 }
 
 // ---- the tile ----
 
-// sums[r][m] = dot(x row r, weight row m), for R rows of x and PANEL rows of weights. `ahead` is the next panel.
+// sums[r][m] = dot(x row r, weight row m), for R rows of x and one weight row of each stream.
 template <int R, class TW>
-OM_INLINE void dot_tile(const TW* const* w, const TW* const* ahead, const float* x, int64_t in, float (*sums)[PANEL]) {
+OM_INLINE void dot_tile(const TW* const* w, const float* x, int64_t in, float (*sums)[STREAMS]) {
   const int64_t pitch = padded(in), whole = in / STEP * STEP;
-  vf acc[R][PANEL] = {};
+  vf acc[R][STREAMS] = {};
   auto multiply = [&](const Pair& pair, int64_t k, int m) {
     for (int r = 0; r < R; r++) {
       acc[r][m] += pair.first * load(x + r * pitch + k);
@@ -72,29 +78,28 @@ OM_INLINE void dot_tile(const TW* const* w, const TW* const* ahead, const float*
     }
   };
   for (int64_t k = 0; k < whole; k += STEP)
-    for (int m = 0; m < PANEL; m++) {
+    for (int m = 0; m < STREAMS; m++) {
       for (size_t byte = 0; byte < sizeof(TW) * STEP; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead[m] + k) + byte);
+        __builtin_prefetch(reinterpret_cast<const char*>(w[m] + k) + byte + AHEAD);
       multiply(load_pair(w[m] + k), k, m);
     }
   if (whole < in)
-    for (int m = 0; m < PANEL; m++) {
+    for (int m = 0; m < STREAMS; m++) {
       TW rest[STEP] = {};
       std::memcpy(static_cast<void*>(rest), w[m] + whole, sizeof(TW) * static_cast<size_t>(in - whole));
       multiply(load_pair(rest), whole, m);
     }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < PANEL; m++) sums[r][m] = sum(acc[r][m]);
+    for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
 }
 
 template <class TW>
-void dot_rows(int64_t rows, const TW* const* w, const TW* const* ahead, const float* x, int64_t in,
-              float (*sums)[PANEL]) {
+void dot_rows(int64_t rows, const TW* const* w, const float* x, int64_t in, float (*sums)[STREAMS]) {
   switch (rows) {
-    case 1: return dot_tile<1>(w, ahead, x, in, sums);
-    case 2: return dot_tile<2>(w, ahead, x, in, sums);
-    case 3: return dot_tile<3>(w, ahead, x, in, sums);
-    default: return dot_tile<ROWS>(w, ahead, x, in, sums);
+    case 1: return dot_tile<1>(w, x, in, sums);
+    case 2: return dot_tile<2>(w, x, in, sums);
+    case 3: return dot_tile<3>(w, x, in, sums);
+    default: return dot_tile<ROWS>(w, x, in, sums);
   }
 }
 
@@ -135,37 +140,30 @@ OM_INLINE float project_up(const LoraLinearParams& p, const float* low, int task
   return total;
 }
 
-// Adds bias and adapter to the sums of one tile and writes them as y.
+// Adds bias and adapter to one sum and writes it as y.
 template <class TY>
-void finish(const LoraLinearParams& p, const float* low, int64_t row, int64_t rows, int64_t o, int64_t outs,
-            float (*sums)[PANEL]) {
-  for (int64_t r = 0; r < rows; r++) {
-    int t = task_of(p, row + r);
-    for (int64_t m = 0; m < outs; m++) {
-      float value = sums[r][m];
-      if (p.bias) for_float_type(p.bias.dtype, [&](auto b) { value += to_float(*p.bias.at<decltype(b)>(o + m)); });
-      if (t >= 0)
-        for_float_type(p.lora_B.dtype,
-                       [&](auto b) { value += project_up<decltype(b)>(p, low + (row + r) * p.rank, t, o + m); });
-      *p.y.at<TY>(row + r, o + m) = from_float<TY>(value);
-    }
-  }
+OM_INLINE void finish(const LoraLinearParams& p, const float* low, int64_t row, int64_t o, float value) {
+  if (p.bias) for_float_type(p.bias.dtype, [&](auto b) { value += to_float(*p.bias.at<decltype(b)>(o)); });
+  if (const int t = task_of(p, row); t >= 0)
+    for_float_type(p.lora_B.dtype, [&](auto b) { value += project_up<decltype(b)>(p, low + row * p.rank, t, o); });
+  *p.y.at<TY>(row, o) = from_float<TY>(value);
 }
 
+// Outputs [begin, end), cut into STREAMS streams of neighbouring weight rows.
 template <class TW, class TY>
-void panels(const LoraLinearParams& p, const float* x, const float* low, int64_t begin, int64_t end) {
-  const int64_t last = p.out - 1;
-  for (int64_t panel = begin; panel < end; panel++) {
-    const TW *w[PANEL], *ahead[PANEL];
-    for (int m = 0; m < PANEL; m++) {  // beyond the last row the last one stands in; its sums are dropped
-      w[m] = p.weight.at<TW>(std::min(panel * PANEL + m, last));
-      ahead[m] = p.weight.at<TW>(std::min((panel + 1) * PANEL + m, last));
-    }
+void streams(const LoraLinearParams& p, const float* x, const float* low, int64_t begin, int64_t end) {
+  const int64_t length = (end - begin + STREAMS - 1) / STREAMS;
+  for (int64_t i = begin; i < begin + length; i++) {
+    const TW* w[STREAMS];
+    for (int m = 0; m < STREAMS; m++)  // beyond the last row the last one stands in; its sums are dropped
+      w[m] = p.weight.at<TW>(std::min(i + m * length, end - 1));
     for (int64_t row = 0; row < p.rows; row += ROWS) {
-      float sums[ROWS][PANEL];
-      int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
-      dot_rows(rows, w, ahead, x + row * padded(p.in), p.in, sums);
-      finish<TY>(p, low, row, rows, panel * PANEL, std::min<int64_t>(PANEL, p.out - panel * PANEL), sums);
+      float sums[ROWS][STREAMS];
+      const int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
+      dot_rows(rows, w, x + row * padded(p.in), p.in, sums);
+      for (int64_t r = 0; r < rows; r++)
+        for (int m = 0; m < STREAMS && i + m * length < end; m++)
+          finish<TY>(p, low, row + r, i + m * length, sums[r][m]);
     }
   }
 }
@@ -183,8 +181,8 @@ void lora_linear_forward(const LoraLinearParams& p) {
       parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows,
                    [&](int64_t row, int) { unpack_row<TX, TW>(p.x.at<TX>(row), p.in, x + row * padded(p.in)); });
       if (p.task) project_down(p, low);
-      parallel_parts(p.threads, (p.out + PANEL - 1) / PANEL,
-                     [&](int64_t begin, int64_t end, int) { panels<TW, TX>(p, x, low, begin, end); });
+      parallel_parts(p.rows * p.in * p.out < ENOUGH ? 1 : p.threads, p.out,
+                     [&](int64_t begin, int64_t end, int) { streams<TW, TX>(p, x, low, begin, end); });
     });
   });
 }

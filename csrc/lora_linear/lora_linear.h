@@ -5,8 +5,10 @@
 // Shapes   x (rows, in), weight (out, in), lora_A (tasks, r, in), lora_B (tasks, out, r), bias (out,), task (rows,) int32,
 //          y (rows, out). Any float type each; innermost strides 1, others any.
 // Plan     x goes to float32 once, in the order in which weights unpack: 16 bits to 32 costs a shift for bfloat16's odd
-//          neighbours and a mask for its even ones, so W evens come first, then W odds. Then threads own panels of weight
-//          rows; a panel meets four rows of x at a time in registers, while the next panel is prefetched.
+//          neighbours and a mask for its even ones, so W evens come first, then W odds. Then threads own stretches of
+//          outputs, each cut into four streams of neighbouring weight rows: a tile takes one row of every stream to
+//          four rows of x in registers. A core waits for memory, not for its multipliers, and has more lines on their way
+//          when it reads several long streams, each prefetched a little ahead, than one, or than neighbouring rows.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
 // Traffic  the weights once (2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
 // Many rows are a matrix product: matmul.h.
