@@ -2,6 +2,8 @@
 // The module is compiled once for each instruction set (OMNIMAMBA_MODULE names it); native.py loads the one to use.
 #include <pybind11/pybind11.h>
 
+#include <functional>
+#include <map>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -141,6 +143,34 @@ struct Kernel {
   }
 };
 
+// ---- kernels in a row, their arguments fixed beforehand: program.add(name, x=x, batch=b, ...), program.run() ----
+
+using Bound = std::function<void(int threads)>;
+
+// What fixes the arguments of a kernel without a result, by name.
+std::map<std::string, std::function<Bound(const py::kwargs&)>>& binders() {
+  static auto* all = new std::map<std::string, std::function<Bound(const py::kwargs&)>>;
+  return *all;
+}
+
+struct Program {
+  std::vector<Bound> steps;
+
+  // Whether the kernel was added; one with a result (the size of a workspace) is called at once instead.
+  bool add(const std::string& name, const py::kwargs& values) {
+    const auto binder = binders().find(name);
+    if (binder == binders().end()) return false;
+    steps.push_back(binder->second(values));
+    return true;
+  }
+
+  void run() const {
+    const int threads = torch_threads();
+    py::gil_scoped_release free;
+    for (const Bound& step : steps) step(threads);
+  }
+};
+
 template <class Params>
 Fields<Params>& params() {
   return *new Fields<Params>;
@@ -148,12 +178,21 @@ Fields<Params>& params() {
 
 template <class Params, class Result>
 void kernel(py::module_& m, const Fields<Params>& fields, const char* name, Result (*function)(const Params&)) {
-  using Bound = Kernel<Params, Result>;
-  auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Bound::call));
-  auto* bound = new Bound{&fields, function, {name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}};
+  using Called = Kernel<Params, Result>;
+  auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Called::call));
+  auto* bound = new Called{&fields, function, {name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}};
   auto self = py::reinterpret_steal<py::object>(PyCapsule_New(bound, nullptr, nullptr));
   py::dict kernels = m.attr("kernels");
   kernels[name] = py::reinterpret_steal<py::object>(PyCFunction_New(&bound->definition, self.ptr()));
+  if constexpr (std::is_void_v<Result>)
+    binders()[name] = [&fields, function](const py::kwargs& values) -> Bound {
+      Params p;
+      for (const auto& [key, value] : values) fields.set(p, key.ptr(), value.ptr());
+      return [p, function](int threads) mutable {
+        p.threads = threads;
+        function(p);
+      };
+    };
 }
 
 #define FIELD(name) .add<&Params::name>(#name)
@@ -209,9 +248,9 @@ void bind_state_update(py::module_& m) {
 
 void bind_gated_norm(py::module_& m) {
   using Params = GatedNormParams;
-  auto& fields = params<Params>() FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(y) FIELD(dy) FIELD(dx) FIELD(dz)
-      FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size) FIELD(eps)
-          FIELD(norm_before_gate);
+  auto& fields = params<Params>() FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(update) FIELD(y) FIELD(dy) FIELD(dx)
+      FIELD(dz) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size)
+          FIELD(eps) FIELD(norm_before_gate);
   kernel(m, fields, "gated_norm_forward", gated_norm_forward);
   kernel(m, fields, "gated_norm_backward", gated_norm_backward);
   kernel(m, fields, "gated_norm_workspace", gated_norm_workspace);
@@ -258,6 +297,10 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
       .def_readonly("avx2", &CpuFeatures::avx2)
       .def_readonly("avx512", &CpuFeatures::avx512);
   m.def("cpu_features", &cpu_features);
+  py::class_<Program>(m, "Program", py::module_local())
+      .def(py::init())
+      .def("add", &Program::add)
+      .def("run", &Program::run);
   bind_causal_conv1d(m);
   bind_ssd_scan(m);
   bind_state_update(m);

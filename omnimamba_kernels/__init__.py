@@ -5,8 +5,9 @@ says which can run and why the others cannot, ``use_backend(name)`` fixes one fo
 """
 
 from .backends import backends, use_backend
+from .capture import CannotCapture, capture
 from .causal_conv1d.api import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
-from .gated_norm.api import rmsnorm_fn
+from .gated_norm.api import add_rmsnorm, rmsnorm_fn
 from .lora_linear.api import lora_linear
 from .mamba_mixer.api import mamba_mixer_step, mamba_split_conv1d_scan_combined
 from .ssd_scan.api import mamba_chunk_scan_combined
@@ -15,7 +16,10 @@ from .state_update.api import selective_state_update
 __version__ = "0.1.0"
 
 __all__ = [
+    "CannotCapture",
+    "add_rmsnorm",
     "backends",
+    "capture",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",

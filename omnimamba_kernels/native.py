@@ -17,6 +17,7 @@ from torch import Tensor
 
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
+_recording: ContextVar[Recording | None] = ContextVar("omnimamba_recording", default=None)
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
 
 
@@ -94,9 +95,38 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+class Recording:
+    """The kernels called while it was on, as one program of the native module, and the tensors they work on."""
+
+    def __init__(self) -> None:
+        self._module = _load(_chosen.get() or _best())
+        self._program = self._module.Program()
+        self._alive: list[Tensor] = []
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within the block, and in this thread, kernels are recorded instead of run."""
+        token = _recording.set(self)
+        try:
+            yield
+        finally:
+            _recording.reset(token)
+
+    def take(self, kernel: str, fields: dict[str, Any]) -> Any:
+        if not self._program.add(kernel, **fields):
+            return self._module.kernels[kernel](**fields)
+        self._alive += [value for value in fields.values() if isinstance(value, Tensor)]
+
+    def run(self) -> None:
+        self._program.run()
+
+
 def call(kernel: str, **fields: Any) -> Any:
     """Runs a compiled kernel on a Params struct filled by field name: tensors become views, None an absent view.
 
     Threads follow ``torch.get_num_threads()``.
     """
+    recording = _recording.get()
+    if recording is not None:
+        return recording.take(kernel, fields)
     return _load(_chosen.get() or _best()).kernels[kernel](**fields)

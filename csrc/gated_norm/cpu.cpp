@@ -86,6 +86,12 @@ void gradient_row(const GatedNormParams& p, int64_t i, int64_t j, float* dweight
   }
 }
 
+// x += update, in storage type T.
+template <class T>
+void add_row(const T* update, int64_t d, T* x) {
+  for_vectors(d, [&](int64_t i, int n) { store_some(x + i, load_some(x + i, n) + load_some(update + i, n), n); });
+}
+
 }  // namespace
 
 void gated_norm_forward(const GatedNormParams& p) {
@@ -95,6 +101,7 @@ void gated_norm_forward(const GatedNormParams& p) {
     parallel_for(threads, p.outer * p.inner, [&](int64_t row, int) {
       const int64_t i = row / p.inner, j = row % p.inner;
       const T* z = p.z ? p.z.at<T>(i, j) : nullptr;
+      if (p.update) add_row(p.update.at<T>(i, j), p.width, p.x.at<T>(i, j));
       norm_row<gate.value>(p.x.at<T>(i, j), z, p.weight.at<float>(), p.bias.at<float>(), p.y.at<T>(i, j), p.width,
                            p.group_size, p.eps);
     });

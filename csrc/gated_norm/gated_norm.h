@@ -10,6 +10,7 @@ struct GatedNormParams {
   View z;       // as x; optional
   View weight;  // (d,) float, contiguous
   View bias;    // (d,) float, contiguous; optional
+  View update;  // as x; optional: x += update in place, before all else
   View y;       // (outer, inner, d) of T, the last dimension contiguous
 
   View dy;         // as x

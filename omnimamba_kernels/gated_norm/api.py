@@ -1,9 +1,10 @@
-"""Public function of the gated RMSNorm: the name and arguments of mamba_ssm."""
+"""Public functions of the gated RMSNorm, under mamba_ssm's name, and of the residual addition before a norm."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import autograd, checks
 from ..backends import choose
@@ -75,3 +76,46 @@ def _check(x, weight, bias, z, group_size, eps) -> None:
     checks.divisible("x's last dimension", d, "group_size", d if group_size is None else group_size)
     checks.floating(x=x, weight=weight, bias=bias, z=z)
     checks.same_device(x=x, weight=weight, bias=bias, z=z)
+
+
+def _fake_sum(residual: Tensor, *_: object) -> Tensor:
+    return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+
+
+@traceable(_fake_sum, mutates=("residual",))
+@torch.no_grad()
+def add_rmsnorm(
+    residual: Tensor, update: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> Tensor:
+    """``residual += update`` in place, and the RMSNorm of the sum: what stands between two layers of a decode step.
+
+    Args:
+        residual: (..., d), any strides; changes in place, rounded to its own dtype.
+        update: residual's shape.
+        weight: (d,).
+        eps: added to the mean square.
+        backend: one of ``backends()``; None chooses.
+
+    Returns:
+        ``residual / sqrt(mean(residual^2) + eps) weight`` like residual. No gradients.
+
+    Raises:
+        ValueError: a shape does not fit. TypeError: a dtype does not. The residual is then untouched.
+
+    Source: RMSNorm (arXiv 1910.07467); fused_add_rms_norm of vLLM does the same.
+    """
+    checks.is_tensor("residual", residual)
+    checks.is_tensor("update", update)
+    checks.shape("update", update, *residual.shape, letters="residual's shape")
+    _check(residual, weight, None, None, None, eps)
+    checks.floating(update=update)
+    checks.same_device(residual=residual, update=update)
+    checks.writable(residual=residual)
+    implementation = choose("gated_norm", backend, residual, weight, None, update, eps=float(eps),
+                            group_size=residual.shape[-1], norm_before_gate=True)  # fmt: skip
+    if hasattr(implementation, "add_forward"):
+        y = implementation.add_forward(residual, update, weight, eps=float(eps))
+    else:
+        y = rmsnorm_fn(residual.add_(update), weight, None, eps=eps, backend=backend)
+    increment_version((residual,))
+    return y

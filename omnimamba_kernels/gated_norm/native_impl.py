@@ -40,6 +40,26 @@ def forward(
     return (y,), (x, weight, bias, z) if save else ()
 
 
+def add_forward(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    if residual.dim() > 3 or residual.stride(-1) != 1:  # not as the kernel's three dimensions without a copy
+        residual += update
+        return forward(residual, weight, None, None, eps=eps, group_size=residual.shape[-1], norm_before_gate=True)[0][
+            0
+        ]
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    native.call(
+        "gated_norm_forward",
+        x=residual,
+        update=_rows(update if update.dtype is residual.dtype else update.to(residual.dtype)),
+        weight=_floats(weight),
+        y=y,
+        **_sizes(residual),
+        group_size=residual.shape[-1],
+        eps=eps,
+    )
+    return y
+
+
 def backward(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None],

@@ -37,3 +37,9 @@ def forward(
     if gate is not None and norm_before_gate:
         y = y * gate
     return (y.to(x.dtype).contiguous(),), ()
+
+
+def add_forward(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """residual += update in place, then its norm."""
+    residual += update
+    return forward(residual, weight, None, None, eps=eps, group_size=residual.shape[-1], norm_before_gate=True)[0][0]

@@ -7,6 +7,7 @@ import torch
 from common import evaluate, same_bits
 
 from omnimamba_kernels import (
+    add_rmsnorm,
     causal_conv1d_fn,
     causal_conv1d_update,
     causal_conv1d_varlen_states,
@@ -120,7 +121,12 @@ def mixer_step(**given):
     return mamba_mixer_step(**given, headdim=P, ngroups=G)
 
 
+def add_arguments() -> dict[str, torch.Tensor]:
+    return tensors(residual=(B, DIM), update=(B, DIM), weight=(DIM,))
+
+
 STEPS = [
+    (add_rmsnorm, add_arguments, ("residual",)),
     (selective_state_update, step_arguments, ("state",)),
     (causal_conv1d_update, update_arguments, ("conv_state",)),
     (mixer_step, mixer_arguments, ("conv_state", "ssm_state")),
@@ -150,6 +156,7 @@ def operator_calls():
     n = tensors(x=(B, L, DIM), weight=(DIM,))
     yield ops.rmsnorm_fn, (n["x"].requires_grad_(), n["weight"], None, None, 1e-5, None, True, None)
     yield ops.rmsnorm_fn, (n["x"].detach().transpose(0, 1), n["weight"], None, None, 1e-5, None, True, None)
+    yield ops.add_rmsnorm, (*add_arguments().values(), 1e-5, None)
     s = {name: t.detach() for name, t in s.items()}
     s["x"] = s["x"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     ids = torch.arange(B * L, dtype=torch.int32).view(B, L) // 7 - 1

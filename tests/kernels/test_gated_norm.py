@@ -6,7 +6,7 @@ from common import DTYPES, check, evaluate, framed, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnimamba_kernels import rmsnorm_fn
+from omnimamba_kernels import add_rmsnorm, rmsnorm_fn
 from omnimamba_kernels.gated_norm.cases import CASES
 
 GRADS = ("x", "weight", "bias", "z")
@@ -131,3 +131,56 @@ def test_output_aliases_nothing(run):
     y = rmsnorm_fn(x, weight, None, z)
     assert len({t.untyped_storage().data_ptr() for t in (x, z, weight, y)}) == 4
     assert all(same_bits(a, b) for a, b in zip(before, (x, z, weight), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3,), (2, 37), (2, 3, 16), (2, 2, 3, 5)], ids=str)
+def test_add_rmsnorm_adds_in_place_and_norms_the_sum(run, shape, dtype):
+    g = torch.Generator().manual_seed(4)
+    update, weight = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[-1], generator=g)
+    tensors = {"residual": torch.randn(shape, generator=g).to(dtype), "update": update, "weight": weight}
+
+    def both(residual, update, weight):
+        residual = residual.clone()
+        return add_rmsnorm(residual, update, weight, 1e-5), residual
+
+    def exact(residual, update, weight):
+        total = residual + update
+        rounded = total.to(dtype).to(total.dtype)  # the residual's own rounding comes before the norm
+        return oracle(rounded, weight, eps=1e-5), total
+
+    check(run, both, exact, tensors)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_add_rmsnorm_at_any_stride(run, order):
+    residual, update = torch.randn(3, 20), torch.randn(3, 20)
+    frame, other = framed(residual, order), framed(update, order)
+    y = add_rmsnorm(frame.tensor, other.tensor, torch.ones(20))
+    assert frame.intact() and same_bits(frame.tensor, residual + update) and same_bits(other.tensor, update)
+    torch.testing.assert_close(y, rmsnorm_fn(residual + update, torch.ones(20), None))
+
+
+def test_add_rmsnorm_takes_an_update_of_another_dtype(run):
+    residual, update = torch.randn(2, 9), torch.randn(2, 9).bfloat16()
+    total = residual + update
+    y = add_rmsnorm(residual, update, torch.ones(9))
+    assert same_bits(residual, total) and y.dtype == torch.float32
+    torch.testing.assert_close(y, rmsnorm_fn(total, torch.ones(9), None))
+
+
+@pytest.mark.parametrize(
+    "wrong, error, named",
+    [
+        ({"update": torch.randn(2, 8)}, ValueError, "update"),
+        ({"weight": torch.randn(8)}, ValueError, "weight"),
+        ({"update": torch.ones(2, 9, dtype=torch.int32)}, TypeError, "update"),
+        ({"eps": -1.0}, ValueError, "eps"),
+    ],
+)
+def test_add_rmsnorm_refuses_untouched(run, wrong, error, named):
+    given = {"residual": torch.randn(2, 9), "update": torch.randn(2, 9), "weight": torch.randn(9)} | wrong
+    before = given["residual"].clone()
+    with pytest.raises(error, match=named):
+        add_rmsnorm(**given)
+    assert same_bits(given["residual"], before)
