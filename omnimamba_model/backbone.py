@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimamba_kernels import rmsnorm_fn
+from omnimamba_kernels import CannotCapture, add_rmsnorm, capture, rmsnorm_fn
 
 from .config import BASE, MambaConfig
 from .hub import Pretrained
@@ -117,22 +117,29 @@ class MambaBackbone(nn.Module):
     def bind_step(self, state: MambaState, task: Task = BASE) -> Callable[[Tensor], Tensor]:
         """A function that takes one token in: (b, d_model) to its hidden state (b, d_model).
 
-        Weights and states are looked up here, once, so that a step is kernels and additions only.
-        It keeps no gradients; call it in inference mode.
+        Weights and states are looked up here, once: bind again after replacing one of them. On a CPU a step
+        is one call of the native kernels. It keeps no gradients; call it in inference mode.
         """
         dtype, eps = self.dtype, self.config.norm_eps
-        layers = [
-            (layer.norm.weight, layer.mixer.bind_step(task, state.conv[i], state.ssm[i]))
-            for i, layer in enumerate(self.layers)
-        ]
-        last = self.norm_f.weight
+        mixers = [layer.mixer.bind_step(task, state.conv[i], state.ssm[i]) for i, layer in enumerate(self.layers)]
+        norms = [*(layer.norm.weight for layer in self.layers), self.norm_f.weight]
+
+        def advance(residual: Tensor) -> Tensor:
+            normed = rmsnorm_fn(residual, norms[0], None, eps=eps)
+            for mix, norm in zip(mixers, norms[1:], strict=True):
+                normed = add_rmsnorm(residual, mix(normed.to(dtype)), norm, eps)
+            return normed.to(dtype)
+
+        example = state.ssm.new_empty(state.ssm.shape[1], self.config.d_model, dtype=wide(dtype))
+        try:
+            advance = capture(advance, example)
+        except CannotCapture:
+            pass  # another back end, a GPU, fp64: kernel by kernel
 
         def step(embedding: Tensor) -> Tensor:
-            residual = embedding.to(wide(embedding.dtype), copy=True)
-            for weight, mix in layers:
-                residual += mix(rmsnorm_fn(residual, weight, None, eps=eps).to(dtype))
+            hidden = advance(embedding.to(wide(dtype), copy=True))
             state.position += 1
-            return rmsnorm_fn(residual, last, None, eps=eps).to(dtype)
+            return hidden
 
         return step
 
