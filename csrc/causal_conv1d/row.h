@@ -28,9 +28,11 @@ OM_INLINE void conv_update_row(const CausalConv1dUpdateParams& p, int64_t b, int
     for (int k = 0; k < N - 1; k++) in[k] = in[k + 1];
   }
   if (!p.cache_seqlens)
-    for (int i = 0; i < n; i++)
-      for (int64_t k = 0; k + l < len; k++)
-        *p.conv_state.at<S>(slot, c + i, k) = *p.conv_state.at<S>(slot, c + i, k + l);
+    for (int i = 0; i < n; i++) {
+      S* row = p.conv_state.at<S>(slot, c + i);
+      const int64_t step = p.conv_state.stride[2];
+      for (int64_t k = 0; k + l < len; k++) row[k * step] = row[(k + l) * step];
+    }
   for (int64_t t = l < len ? 0 : l - len; t < l; t++) {
     S* to = p.cache_seqlens ? place(t % len) : place(len - l + t);
     scatter(to, ss, gather(p.x.at<X>(b, c, t), xs, n), n);

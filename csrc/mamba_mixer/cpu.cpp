@@ -13,6 +13,8 @@ namespace {
 using Params = MambaMixerStepParams;
 
 constexpr int64_t ENOUGH = 1 << 14;  // elements below which waking threads costs more than it saves
+constexpr int64_t FILTERED =
+    16;  // elements that a convolved one, with its filter and state apart in memory, counts for
 
 int threads_for(const Params& p, int64_t elements) { return elements < ENOUGH ? 1 : p.threads; }
 
@@ -87,18 +89,20 @@ void convolve(const Params& p, const Layout& at) {
   conv.state_len = p.state_len, conv.activation = p.activation;
   for_float_type(p.conv_state.dtype, [&](auto state) {
     for_conv_width(p.width, [&](auto width) {
-      parallel_for(threads_for(p, p.batch * at.channels), (at.channels + W - 1) / W, [&](int64_t block, int) {
-        const int64_t c = block * W;
-        const int n = static_cast<int>(std::min<int64_t>(W, at.channels - c));
-        for (int k = 0; k < width.value; k++) unpack(p.conv1d_weight, c, k, 0, n, at.filter + k * at.channels + c);
-        if (p.conv1d_bias) unpack(p.conv1d_bias, c, 0, 0, n, at.bias + c);
-        for (int64_t b = 0; b < p.batch; b++) {
-          const int64_t slot = slot_of(p, b);
-          if (slot < 0) continue;
-          unpack(p.zxbcdt, b, at.xbc + c, 1, n, at.input + b * at.channels + c);
-          conv_update_row<float, decltype(state), float, width.value>(conv, b, slot, c, n);
-        }
-      });
+      parallel_for(threads_for(p, FILTERED * p.batch * at.channels), (at.channels + W - 1) / W,
+                   [&](int64_t block, int) {
+                     const int64_t c = block * W;
+                     const int n = static_cast<int>(std::min<int64_t>(W, at.channels - c));
+                     for (int k = 0; k < width.value; k++)
+                       unpack(p.conv1d_weight, c, k, 0, n, at.filter + k * at.channels + c);
+                     if (p.conv1d_bias) unpack(p.conv1d_bias, c, 0, 0, n, at.bias + c);
+                     for (int64_t b = 0; b < p.batch; b++) {
+                       const int64_t slot = slot_of(p, b);
+                       if (slot < 0) continue;
+                       unpack(p.zxbcdt, b, at.xbc + c, 1, n, at.input + b * at.channels + c);
+                       conv_update_row<float, decltype(state), float, width.value>(conv, b, slot, c, n);
+                     }
+                   });
     });
   });
 }
