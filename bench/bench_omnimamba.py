@@ -17,28 +17,32 @@ import torch
 from torch import Tensor
 
 from omnimamba_kernels import use_backend
-from omnimamba_model import OmniMamba, OmniMambaConfig, answer, draw
+from omnimamba_model import MambaConfig, OmniMamba, OmniMambaConfig, answer, draw
 from omnimamba_model.cli import main
 
 from . import inputs
 from .measure import Contender, Work, relative_error
 
-GROUP, OURS = "OmniMamba 1.3B", "OmniMamba 1.3B, bf16 weights"
+GROUP, OURS = "OmniMamba", "OmniMamba, bf16 weights"
 QUESTION, ANSWER = 16, 32
 full = pytest.mark.full
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="omnimamba-1.3b-")
+SMALL, FULL = "two layers of width 64", "1.3B"
+CONFIGS = {SMALL: OmniMambaConfig(MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)), FULL: OmniMambaConfig()}
 
 
 @functools.cache
-def checkpoint() -> Path:
+def _folder(size: str) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix=f"omnimamba-{len(size)}-")
+
+
+@functools.cache
+def checkpoint(size: str) -> Path:
     """The folder that `omnimamba convert` makes of a file with the official names."""
-    folder = Path(_folder().name)
+    folder = Path(_folder(size).name)
     torch.manual_seed(0)
-    tensors = official_tensors()
+    tensors = official_tensors(size)
     torch.save(tensors, folder / "OmniMamba-1.3b.pth")
     assert main(["convert", str(folder / "OmniMamba-1.3b.pth"), str(folder / "converted")]) == 0
     (folder / "OmniMamba-1.3b.pth").unlink()
@@ -48,10 +52,10 @@ def checkpoint() -> Path:
     return folder / "converted"
 
 
-def official_tensors() -> dict[str, Tensor]:
+def official_tensors(size: str) -> dict[str, Tensor]:
     """bf16; matrices scaled to keep activations of order one."""
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in OmniMamba(OmniMambaConfig()).state_dict().items()}
+        shapes = {name: t.shape for name, t in OmniMamba(CONFIGS[size]).state_dict().items()}
     found = {}
     for name, shape in shapes.items():
         tensor = torch.empty(shape, dtype=torch.bfloat16)
@@ -68,13 +72,13 @@ def official_tensors() -> dict[str, Tensor]:
 
 
 @functools.cache
-def model() -> OmniMamba:
-    return OmniMamba.from_pretrained(checkpoint())
+def model(size: str) -> OmniMamba:
+    return OmniMamba.from_pretrained(checkpoint(size))
 
 
-def token_bytes(head: Tensor) -> int:
+def token_bytes(size: str, head: Tensor) -> int:
     """What a token reads: every layer's matrices, and its task's table as the head."""
-    layers = model().backbone.layers.named_parameters()
+    layers = model(size).backbone.layers.named_parameters()
     return head.nbytes + sum(p.nbytes for name, p in layers if p.ndim == 2 and "_lora_" not in name)
 
 
@@ -88,9 +92,9 @@ def sight() -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def first_token_error(task: str) -> float:
+def first_token_error(size: str, task: str) -> float:
     """The first token's logits against plain PyTorch in fp32 on the same weights."""
-    network = model()
+    network = model(size)
 
     def logits() -> Tensor:
         state = network.backbone.new_state(1)
@@ -103,37 +107,41 @@ def first_token_error(task: str) -> float:
         return relative_error(got, logits())
 
 
-def peak(task: str) -> Iterator[None]:
+def peak(size: str, task: str) -> Iterator[None]:
     """For bench.memory: loading the weights and using them."""
     yield
     yield
-    network = OmniMamba.from_pretrained(checkpoint_of_child())
+    network = OmniMamba.from_pretrained(checkpoint_of_parent(size))
     if task == "t2i":
         draw(network, caption())
     else:
         answer(network, *sight(), ANSWER, stop=[])
 
 
-def checkpoint_of_child() -> Path:
-    """The newest folder that a parent made; a child process has none of its own."""
-    return max(Path(tempfile.gettempdir()).glob("omnimamba-1.3b-*/converted"), key=lambda p: p.stat().st_mtime)
+def checkpoint_of_parent(size: str) -> Path:
+    """The newest folder of that size; a child process makes none of its own."""
+    found = Path(tempfile.gettempdir()).glob(f"omnimamba-{len(size)}-*/converted")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
-@full
-@pytest.mark.parametrize("task", ["t2i", "mmu"])
-def test_official_size(bench, benchmark, task):
-    backbone = model().backbone
-    drawing = task == "t2i"
+CASES = [(SMALL, "t2i"), pytest.param(FULL, "t2i", marks=full), pytest.param(FULL, "mmu", marks=full)]
+
+
+@pytest.mark.parametrize(("size", "task"), CASES)
+def test_official_names(bench, benchmark, size, task):
+    network, drawing = model(size), task == "t2i"
+    backbone = network.backbone
     head = backbone.img_embeddings.word_embeddings.weight if drawing else backbone.embedding.weight
     tokens = 256 if drawing else ANSWER
-    run = (lambda: draw(model(), caption())) if drawing else (lambda: answer(model(), *sight(), ANSWER, stop=[]))
+    run = (lambda: draw(network, caption())) if drawing else (lambda: answer(network, *sight(), ANSWER, stop=[]))
     bound = 2 * inputs.BOUND[torch.float32]
-    contender = Contender(OURS, run, lambda: first_token_error(task), bound, expected=20.0)
-    case = "draws an image of 256 tokens" if drawing else f"answers {QUESTION} tokens about an image in {ANSWER}"
-    work = Work("read", bytes=tokens * token_bytes(head))
-    rows = bench.compare(benchmark, GROUP, case, [contender], work, tokens=tokens)
-    weights = sum(p.nbytes for p in model().parameters())
-    bench.peaks(benchmark, rows, "official_size", kind=task)
+    expected = 20.0 if size == FULL else 0.0
+    contender = Contender(OURS, run, lambda: first_token_error(size, task), bound, expected=expected)
+    did = "draws an image of 256 tokens" if drawing else f"answers {QUESTION} tokens about an image in {ANSWER}"
+    work = Work("read", bytes=tokens * token_bytes(size, head))
+    rows = bench.compare(benchmark, GROUP, f"{size}: {did}", [contender], work, tokens=tokens)
+    bench.peaks(benchmark, rows, "official_names", size=size, kind=task)
+    weights = sum(p.nbytes for p in network.parameters())
     for row in rows:
         if row.peak_bytes:
             row.note = f"peak {row.peak_bytes / weights:.2f} of the weights"

@@ -59,14 +59,14 @@ def generation(context: int, steps: int, who: str, dtype: str) -> Iterator[None]
         decode()
 
 
-def official_size(kind: str, who: str) -> Iterator[None]:
-    """OmniMamba's published size: its weights loaded and used."""
+def official_names(size: str, kind: str, who: str) -> Iterator[None]:
+    """OmniMamba from a checkpoint: its weights loaded and used."""
     from .bench_omnimamba import peak
 
-    yield from peak(kind)
+    yield from peak(size, kind)
 
 
-TASKS = {"scan_training": scan_training, "generation": generation, "official_size": official_size}
+TASKS = {"scan_training": scan_training, "generation": generation, "official_names": official_names}
 
 
 def _trim() -> None:
