@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..cost import Cost, blocks, nbytes
 from ..triton_launch import Target, settings
-from .layout import channel_last
+from .layout import alignment, channel_last
 
 STEPS = 8  # triton_steps.STEPS
 LINKS = 16  # times whose ids load_links looks at
@@ -118,7 +118,7 @@ def _walk(kernel: str, x: Tensor, target: Target, states: bool) -> tuple[range, 
     """The times at which STEPS begin in a row of tiles, the times of a position, and the number of tiles."""
     _, d, l = x.shape
     sizes = dict(time_last=int(not channel_last(x)), states=int(states), length=l, elements=x.numel())
-    use = settings("causal_conv1d", kernel, target, **sizes)
+    use = settings("causal_conv1d", kernel, target, **sizes, aligned=alignment(x) * x.element_size())
     span = use["LOOPS"] * STEPS
     tiles_t = max(1, blocks(l, span * use["BLOCK_T"]))
     return range(0, tiles_t * use["BLOCK_T"] * span, STEPS), span, tiles_t, blocks(d, use["BLOCK_D"])

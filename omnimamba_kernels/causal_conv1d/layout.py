@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,13 @@ from torch import Tensor
 def channel_last(x: Tensor) -> bool:
     """Whether x's channels are one element apart."""
     return x.stride(1) == 1
+
+
+def alignment(x: Tensor, *others: Tensor) -> int:
+    """The largest of 1, 2, 4, 8, 16 that divides the size of x's dimension of unit stride and all other strides."""
+    unit = 1 if channel_last(x) else 2
+    strides = (step for t in (x, *others) for i, step in enumerate(t.stride()) if i != unit)
+    return math.gcd(16, x.shape[unit], *strides)
 
 
 def empty_like(x: Tensor, length: int | None = None) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 from torch import Tensor
 
 from .. import triton_launch
 from ..triton_launch import launch
-from .layout import channel_last, empty_like
+from .layout import alignment, channel_last, empty_like
 from .triton_backward import backward_kernel, sum_kernel
 from .triton_decode import update_kernel, varlen_states_kernel
 from .triton_forward import forward_kernel
@@ -36,8 +34,9 @@ def forward(
     w = weight.shape[1]
     y = empty_like(x)
     final = x.new_empty(b, d, w - 1) if return_final_states else None
-    use, tiles_t, tiles_d = _tiles("forward", x, triton_launch.target_of(x), return_final_states)
-    align, sizes, strides = _in_units(x, y)
+    align = alignment(x, y)
+    use, tiles_t, tiles_d = _tiles("forward", x, align, triton_launch.target_of(x), return_final_states)
+    sizes, strides = _in_units(align, x, y)
     launch(
         forward_kernel, (b * tiles_t * tiles_d,),
         x, weight, bias, initial_states, seq_idx, y, final, *sizes, tiles_t, tiles_d,
@@ -65,10 +64,11 @@ def backward(
     dinitial = None if initial_states is None else initial_states.new_empty(b, d, w - 1)
     dweight = weight.new_empty(d, w)
     dbias = None if bias is None else bias.new_empty(d)
-    target, states = triton_launch.target_of(x), initial_states is not None or dfinal is not None
-    use, tiles_t, tiles_d = _tiles("backward", x, target, states)
+    align, target = alignment(x, dy, dx), triton_launch.target_of(x)
+    states = initial_states is not None or dfinal is not None
+    use, tiles_t, tiles_d = _tiles("backward", x, align, target, states)
     sums = x.new_empty(b * tiles_t, w + 1, d, dtype=torch.float32) if needs[1] or needs[2] else None
-    align, sizes, strides = _in_units(x, dy, dx)
+    sizes, strides = _in_units(align, x, dy, dx)
     launch(
         backward_kernel, (b * tiles_t * tiles_d,),
         x, weight, bias, initial_states, seq_idx, dy, dfinal, dx, dinitial, sums, *sizes, tiles_t, tiles_d,
@@ -123,23 +123,21 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
     return states
 
 
-def _tiles(kernel: str, x: Tensor, target: triton_launch.Target, states: bool) -> tuple[dict[str, int], int, int]:
+def _tiles(kernel: str, x: Tensor, align: int, target: triton_launch.Target, states: bool) -> tuple[dict, int, int]:
     """How to launch, and the number of tiles along the times and along the channels."""
     _, d, l = x.shape
     sizes = dict(time_last=int(not channel_last(x)), states=int(states), length=l, elements=x.numel())
-    use = triton_launch.settings("causal_conv1d", kernel, target, **sizes)
+    use = triton_launch.settings("causal_conv1d", kernel, target, **sizes, aligned=align * x.element_size())
     times = use["BLOCK_T"] * use["LOOPS"] * STEPS.value
     return use, max(1, triton.cdiv(l, times)), triton.cdiv(d, use["BLOCK_D"])
 
 
-def _in_units(x: Tensor, *others: Tensor) -> tuple[int, tuple[int, int], tuple[int, ...]]:
-    """ALIGN, (channels, length) and the tensors' strides as the kernels take them (triton_steps)."""
+def _in_units(align: int, x: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """(channels, length) and the tensors' strides as the kernels take them (triton_steps)."""
     _, d, l = x.shape
     unit = 1 if channel_last(x) else 2
-    every = [t.stride() for t in (x, *others)]
-    align = math.gcd(16, x.shape[unit], *(step for steps in every for i, step in enumerate(steps) if i != unit))
-    sizes = (d // align, l) if unit == 1 else (d, l // align)
-    return align, sizes, tuple(step if i == unit else step // align for steps in every for i, step in enumerate(steps))
+    strides = (step if i == unit else step // align for t in (x, *others) for i, step in enumerate(t.stride()))
+    return (d // align, l) if unit == 1 else (d, l // align), tuple(strides)
 
 
 def _strides(t: Tensor | None, rank: int) -> tuple[int, ...]:

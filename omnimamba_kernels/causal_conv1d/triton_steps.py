@@ -113,14 +113,16 @@ def load_links(seq_idx, s_l, t, length, WIDTH: tl.constexpr):
     if seq_idx is None:
         return ()
     else:
-        i = tl.arange(0, 16)[None, :]
-        later = tl.reshape(t, [t.shape[0] * t.shape[1], 1]) + i
+        # The sum runs along another dimension than the one it is then given, or its layout would become the tile's.
+        ALONG: tl.constexpr = 1 if t.shape[0] == 1 else 0
+        i = tl.expand_dims(tl.arange(0, 16), 1 - ALONG)
+        later = tl.trans(t) + i
         own = load_id(seq_idx, s_l, later, length)
         bits = tl.zeros(own.shape, tl.int64)
         for j in tl.static_range(WIDTH):
-            linked = (own >= 0) & (load_id(seq_idx, s_l, later - j, length) == own)
-            bits += tl.where(linked & (i < STEPS + WIDTH - 1), 1, 0).to(tl.int64) << (WIDTH * i + j)
-        return (tl.reshape(tl.sum(bits, axis=1), t.shape),)
+            same = (own >= 0) & (load_id(seq_idx, s_l, later - j, length) == own)
+            bits += tl.where(same & (i < STEPS + WIDTH - 1), 1, 0).to(tl.int64) << (WIDTH * i + j)
+        return (tl.expand_dims(tl.sum(bits, axis=ALONG), 1 - ALONG),)
 
 
 @triton.jit
