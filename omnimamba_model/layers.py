@@ -114,6 +114,7 @@ class RoutedLinear(nn.Module):
         else:
             adapters = [self.adapter(t) for t in range(len(self.tasks))]
             down, up = (torch.stack(side) for side in zip(*adapters, strict=True))
+            task = task.int()  # as the kernels take it: nothing is left to convert at each step
         return partial(lora_linear, weight=self.weight, lora_A=down, lora_B=up, scale=self.scale, task=task)
 
     def adapter(self, task: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from omnimamba_kernels import use_backend
+from omnimamba_kernels import native, use_backend
 from omnimamba_model import BASE, MMU, T2I, MambaConfig, MambaLM, OmniMamba, cast_matrices
 
 TASK_IDS = [BASE, MMU, T2I, torch.tensor([T2I, BASE, MMU])]
@@ -128,6 +128,19 @@ def test_a_step_leaves_its_input_alone(model):
     before = x.clone()
     model.backbone.bind_step(model.backbone.new_state(3))(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="only native kernels are recorded")
+@pytest.mark.parametrize("task", [BASE, MMU, torch.tensor([T2I, MMU, BASE])], ids=["base", "one", "mixed"])
+@torch.no_grad()
+def test_a_bound_native_step_runs_without_calling_its_kernels_one_by_one(model, task, monkeypatch):
+    x = embeddings(model, 1)[:, 0]
+    with use_backend("reference"):
+        want = model.backbone.bind_step(model.backbone.new_state(3), task)(x)
+    with use_backend("native"):
+        step = model.backbone.bind_step(model.backbone.new_state(3), task)
+    monkeypatch.delattr(native, "call")
+    torch.testing.assert_close(step(x), want, rtol=1e-4, atol=1e-4)
 
 
 def test_initial_steps_and_decays_follow_mamba2():
