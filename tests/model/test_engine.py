@@ -1,5 +1,7 @@
 """Rows of any task, length and end side by side: each as if it were alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,6 +30,15 @@ def test_mixed_tasks_and_lengths_are_as_if_alone(model, rows):
     assert len({len(row) for row in together}) > 1
     for row, found in zip(rows, together, strict=True):
         assert torch.equal(found, alone(model, row)), row.task
+
+
+def test_guided_rows_that_end_at_different_times_keep_their_own_null_prompt(model, caption):
+    with torch.inference_mode():
+        rows = drawing_rows(model, caption, guidance=3.0)
+        ends = zip(rows, (2, 9, 5), strict=True)
+        rows = [replace(row, steps=steps, null=row.null + i) for i, (row, steps) in enumerate(ends)]
+    for row, found in zip(rows, generate(model, rows, GREEDY), strict=True):
+        assert torch.equal(found, alone(model, row))
 
 
 def test_packed_prefill_leaves_the_states_of_each_prompt_alone(model, rows):

@@ -211,9 +211,17 @@ def test_sharded_folders(model, tmp_path):
     save(model, tmp_path, max_shard_bytes=20_000)
     index = tmp_path / "model.safetensors.index.json"
     values = json.loads(index.read_text())
-    for name in ("../x.safetensors", "/etc/passwd", 3, "gone.safetensors"):
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.safetensors"
+    save_file({"a": torch.ones(1)}, outside)  # whole and readable: only its place is wrong
+    for name, message in [
+        (f"../{outside.name}", "beside it"),
+        (str(outside), "beside it"),
+        ("config.json", "beside it"),
+        (3, "object with a weight_map"),
+        ("gone.safetensors", "does not exist"),
+    ]:
         index.write_text(json.dumps({"weight_map": values["weight_map"] | {"a": name}}))
-        with pytest.raises(CheckpointError, match="beside it|does not exist|weight_map"):
+        with pytest.raises(CheckpointError, match=message):
             load(tmp_path)
     save(model, tmp_path)  # a damaged index can be replaced
     assert same(load(tmp_path), model)
