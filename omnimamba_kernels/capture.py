@@ -9,27 +9,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import native
+from .native import CannotCapture
 
 _MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "full")
 """What torch may still do: make memory, or a constant, which a replay finds as it was made. And views."""
-
-
-class CannotCapture(RuntimeError):
-    """Something in the function is not a native kernel; the message names it."""
 
 
 class _OnlyMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name not in _MEMORY and not function.is_view:
-            raise CannotCapture(f"capture: {function} is not a native kernel of omnimamba; only those can be replayed")
+            native.refuse_while_recording(str(function))
         return function(*args, **(kwargs or {}))
 
 
 def capture(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
     """Records the native kernels that ``function(*inputs)`` would run; returns a function that runs them in one call.
 
-    The idea of a CUDA graph, on a CPU: a decode step of a small model spends a fifth of its time in the Python around
+    The idea of a CUDA graph, on a CPU: a decode step of a small model spends much of its time in the Python around
     its kernels. ``function`` is called once and its kernels are noted, not run: nothing is computed and no state moves.
     The returned function takes inputs of the same shapes and dtypes, copies them to where the kernels read, runs the
     kernels in their order and returns a copy of the output.

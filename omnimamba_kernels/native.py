@@ -95,6 +95,16 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+class CannotCapture(RuntimeError):
+    """Something in a function to be recorded is not a native kernel; the message names it."""
+
+
+def refuse_while_recording(what: str) -> None:
+    """CannotCapture where kernels are being recorded: what starts beside them would run now and be lost."""
+    if _recording.get() is not None:
+        raise CannotCapture(f"capture: {what} is not a native kernel of omnimamba; only those can be replayed")
+
+
 class Recording:
     """The kernels called while it was on, as one program of the native module, and the tensors they work on."""
 

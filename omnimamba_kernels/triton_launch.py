@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
+
 NO_BFLOAT16 = "Triton's interpreter computes bfloat16 wrongly: interpret in float16 or float32"
 _KINDS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -178,6 +180,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs_and_opti
 
     Positional arguments are the kernel's own in their order; constexprs and options (num_warps, num_stages) have names.
     """
+    native.refuse_while_recording(f"the Triton kernel {kernel.__name__}")
     if 0 in grid:
         return
     if any(size > 65_535 for size in grid[1:]):

@@ -45,7 +45,7 @@ def tokens(count: int) -> list[Tensor]:
 
 
 def native_only(run: str) -> None:
-    if run == "reference":
+    if not run.startswith("native"):
         pytest.skip("only native kernels are recorded")
 
 
@@ -123,11 +123,17 @@ def test_other_operations_are_refused_by_name(run, function, named):
     assert same_bits(lora_linear(x, weight), lora_linear(x, weight.clone())), "kernels run again after a refusal"
 
 
-def test_the_reference_cannot_be_captured(run):
-    if run != "reference":
-        pytest.skip("the reference is plain PyTorch")
-    with pytest.raises(CannotCapture, match="not a native kernel"):
-        capture(lambda x: rmsnorm_fn(x, torch.ones(7), None), torch.randn(2, 7))
+def test_another_back_end_cannot_be_captured(run):
+    if run.startswith("native"):
+        pytest.skip("native kernels can")
+    layer, before, weight = Layer(), Layer(), torch.ones(7)
+    # A GPU's kernels are no torch operations: they must be refused where they start.
+    named = {"triton": "the Triton kernel .* is not a native kernel"}.get(run, "not a native kernel")
+    with pytest.raises(CannotCapture, match=named):
+        capture(lambda x: rmsnorm_fn(x, weight, None), torch.randn(2, 7))
+    with pytest.raises(CannotCapture, match=named):
+        capture(layer, tokens(1)[0])
+    assert all(same_bits(layer.own[name], before.own[name]) for name in STATES), "a refusal moves no state"
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(3, 7), torch.randn(2, 7).double()], ids=["shape", "dtype"])
