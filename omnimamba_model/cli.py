@@ -179,7 +179,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from .training import run, settings
+    from .training import parallel, run, settings
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
@@ -187,6 +187,7 @@ def _train(arguments: argparse.Namespace) -> None:
     trained = run.run(settings.read(arguments.settings, arguments.changes), say)
     if trained is not None:
         print(f"the trained model is in {trained}")
+    parallel.leave()
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:

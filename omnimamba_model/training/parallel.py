@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +68,18 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), place)
     finally:
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End this process, if torchrun started it, without taking the interpreter down first.
+
+    gloo's threads let go of their last tensors a little after a collective has returned. Where the interpreter ends in
+    that moment, torch aborts the process (pytorch/pytorch issue 190489) and the launcher calls a finished run failed.
+    """
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def spread(model: OmniMamba, ranks: Ranks) -> OmniMamba:
