@@ -83,6 +83,8 @@ def test_packages_read_no_environment_and_never_exit(path):
     calls = {"environ", "environb", "getenv", "putenv", "unsetenv", "_exit"}
     used = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
     imported = {dotted.rsplit(".", 1)[-1] for dotted in imports(path) if dotted.startswith("os.")}
+    if path == MODEL / "training" / "parallel.py":
+        calls -= {"_exit"}  # leave() tells why
     assert not (used | imported) & calls
 
 
