@@ -22,14 +22,10 @@ from torch import Tensor
 
 from .. import triton_launch
 from ..triton_launch import Target, launch, settings, target_of
+from .tiles import FEW_ROWS, block_r, fused, low_backward_bytes, pairs, product_bytes, split
 from .triton_few_rows import few_rows_kernel
 from .triton_low_rank import low_backward_kernel, narrow_kernel, sum_kernel
 from .triton_matmul import matmul_kernel
-
-# Up to so many rows, one program holds all of them beside its strip of the weights.
-FEW_ROWS = 64
-# Up to so many ranks of all adapters together, such a program computes low itself.
-FUSED_RANKS = 64
 
 
 class Dropout(NamedTuple):
@@ -69,12 +65,10 @@ def forward(
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
     dropout = Dropout.of(dropout_p, dropout_seed)
-    few = x.shape[0] <= FEW_ROWS
-    fused = few and task is not None and dropout is None
-    fused = fused and lora_A.dtype is x.dtype and lora_A.shape[0] * lora_A.shape[1] <= FUSED_RANKS
-    low = None if task is None or fused else _project_down(x, lora_A, task, scale, dropout)
-    if few:
-        y, low = _few_rows(x, weight, lora_A, lora_B, bias, task, low, scale, fused, save)
+    in_passing = task is not None and fused(x, lora_A, dropout_p)
+    low = None if task is None or in_passing else _project_down(x, lora_A, task, scale, dropout)
+    if x.shape[0] <= FEW_ROWS:
+        y, low = _few_rows(x, weight, lora_A, lora_B, bias, task, low, scale, in_passing, save)
     else:
         y = _matmul(x, weight.T, x.dtype, bias, low, None if low is None else lora_B.transpose(1, 2))
     return (y,), (x, weight, lora_A, lora_B, bias, task, low) if save else ()
@@ -124,17 +118,16 @@ def _matmul(
     c = a.new_empty(m, n, dtype=dtype)
     target = target_of(a)
     ranks, rank = (0, 1) if low is None else (low.shape[1], up.shape[1])
-    # Along the depth of low up the ranks stand once for each pair of parts (_add_low).
-    depth = 0 if low is None else _block_r(ranks) * (2 if up.dtype is torch.bfloat16 else 4)
-    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=_bytes(a, b), depth=depth)
+    depth = 0 if low is None else block_r(ranks) * pairs(low, up, dtype, target)
+    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=product_bytes(a, b), depth=depth)
     tiles = triton.cdiv(m, use["BLOCK_M"]) * triton.cdiv(n, use["BLOCK_N"])
-    block_r = min(_block_r(ranks), use.pop("longest_r"))
+    step_r = block_r(ranks, use.pop("longest_r"))
     launch(
         matmul_kernel, (tiles,),
         a, b, c, bias, low, up, m, n, k, ranks, rank, *a.stride(), *b.stride(), _stride(bias),
         *((0, 0, 0) if up is None else up.stride()), *(dropout or NO_DROPOUT),
-        HAS_BIAS=bias is not None, HAS_LOW=low is not None, MORE_RANKS=ranks > block_r,
-        **_dropout_flags(dropout, m, n), **_dot_flags(dtype, target), BLOCK_R=block_r, **use,
+        HAS_BIAS=bias is not None, HAS_LOW=low is not None, MORE_RANKS=ranks > step_r,
+        **_dropout_flags(dropout, m, n), **_dot_flags(dtype, target), BLOCK_R=step_r, **use,
     )  # fmt: skip
     return c
 
@@ -148,24 +141,24 @@ def _few_rows(
     task: Tensor | None,
     low: Tensor | None,
     scale: float,
-    fused: bool,
+    in_passing: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and low where it was given or is to be saved."""
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n)
     tasks, rank = (0, 1) if task is None else lora_A.shape[:2]
-    if fused and save:
+    if in_passing and save:
         low = x.new_empty(m, tasks * rank, dtype=torch.float32)
     target = target_of(x)
-    use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=_bytes(x, weight))
+    use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=product_bytes(x, weight))
     launch(
         few_rows_kernel, (triton.cdiv(n, use["BLOCK_N"]),),
         x, weight, lora_A, lora_B, bias, task, low, y, m, n, k, tasks * rank, max(rank, 1), scale,
         *x.stride(), *weight.stride(), *((0,) * 6 if task is None else (*lora_A.stride(), *lora_B.stride())),
         _stride(bias), _stride(task),
-        HAS_BIAS=bias is not None, HAS_LOW=task is not None, FUSED=fused, SAVE=fused and save,
-        **_dot_flags(x.dtype, target), BLOCK_R=_block_r(tasks * rank), **use,
+        HAS_BIAS=bias is not None, HAS_LOW=task is not None, FUSED=in_passing, SAVE=in_passing and save,
+        **_dot_flags(x.dtype, target), BLOCK_R=block_r(tasks * rank), **use,
     )  # fmt: skip
     return y, low
 
@@ -202,17 +195,17 @@ def _narrow(
     (m, k), (_, tasks, rank) = a.shape, b.shape
     ranks = tasks * rank
     target = target_of(a)
-    use = settings("lora_linear", "narrow", target, m=m, k=k, bytes=_bytes(a, b))
-    block_r = min(_block_r(ranks), use.pop("longest_r"))
-    tiles_m, tiles_r = triton.cdiv(m, use["BLOCK_M"]), triton.cdiv(ranks, block_r)
-    splits, chunk = _split(k, use["BLOCK_K"], tiles_m * tiles_r, target, use.pop("per_multiprocessor"))
+    use = settings("lora_linear", "narrow", target, m=m, k=k, bytes=product_bytes(a, b))
+    step_r = block_r(ranks, use.pop("longest_r"))
+    tiles_m, tiles_r = triton.cdiv(m, use["BLOCK_M"]), triton.cdiv(ranks, step_r)
+    splits, chunk = split(k, use["BLOCK_K"], tiles_m * tiles_r, target, use.pop("per_multiprocessor"))
     parts = a.new_empty(splits, m, ranks, dtype=torch.float32)
     launch(
         narrow_kernel, (tiles_m, splits, tiles_r),
         a, b, task, parts, m, k, ranks, max(rank, 1), chunk, scale, *a.stride(), *b.stride(), _stride(task),
         m if transposed else k, *(dropout or NO_DROPOUT),
         ROUTE=task is not None, TRANSPOSED=transposed, **_dropout_flags(dropout, m, k),
-        **_dot_flags(dtype, target), BLOCK_R=block_r, **use,
+        **_dot_flags(dtype, target), BLOCK_R=step_r, **use,
     )  # fmt: skip
     return parts
 
@@ -232,11 +225,10 @@ def _low_backward(
     (m, n), target = dy.shape, target_of(dy)
     tasks, rank = (0, 1) if task is None else (lora_B.shape[0], lora_B.shape[2])
     ranks = tasks * rank
-    narrow = dy.dtype is torch.bfloat16 and (lora_B is None or lora_B.dtype is dy.dtype)
-    use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=2 if narrow else 4)
-    block_r = min(_block_r(ranks), use.pop("longest_r"))
-    blocks, tiles_r = triton.cdiv(m, use["BLOCK_M"]), max(1, triton.cdiv(ranks, block_r))
-    splits, chunk = _split(n, use["BLOCK_N"], blocks * tiles_r, target, use.pop("per_multiprocessor"))
+    use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=low_backward_bytes(dy, lora_B))
+    step_r = block_r(ranks, use.pop("longest_r"))
+    blocks, tiles_r = triton.cdiv(m, use["BLOCK_M"]), max(1, triton.cdiv(ranks, step_r))
+    splits, chunk = split(n, use["BLOCK_N"], blocks * tiles_r, target, use.pop("per_multiprocessor"))
     shapes = ((splits, m, ranks), (blocks, n, ranks), (blocks, n, 1))
     parts = [dy.new_empty(s, dtype=torch.float32) if want else None for s, want in zip(shapes, wanted, strict=True)]
     launch(
@@ -244,7 +236,7 @@ def _low_backward(
         dy, lora_B, low, task, *parts, m, n, ranks, max(rank, 1), chunk, scale,
         *dy.stride(), *((0, 0, 0) if task is None else lora_B.stride()), _stride(task),
         NEEDS_LOW=wanted[0], NEEDS_B=wanted[1], NEEDS_BIAS=wanted[2],
-        **_dot_flags(dy.dtype if lora_B is None else lora_B.dtype, target), BLOCK_R=block_r, **use,
+        **_dot_flags(dy.dtype if lora_B is None else lora_B.dtype, target), BLOCK_R=step_r, **use,
     )  # fmt: skip
     return _summed(parts, lora_B, bias, rank)
 
@@ -278,24 +270,6 @@ def _sum(parts: Tensor, out: Tensor, rank: int, out_m: int, out_task: int, out_r
 
 
 # ---- launch arguments ----
-
-
-def _split(length: int, block: int, tiles: int, target: Target, per_multiprocessor: int) -> tuple[int, int]:
-    """How many parts, and how long, to cut ``length`` into: to fill a chip, yet of four blocks at least."""
-    wanted = triton.cdiv(per_multiprocessor * target.multiprocessors, max(tiles, 1))
-    blocks = triton.cdiv(length, block)
-    chunk = max(triton.cdiv(blocks, wanted), min(blocks, 4), 1) * block
-    return max(triton.cdiv(length, chunk), 1), chunk
-
-
-def _block_r(ranks: int) -> int:
-    """Ranks in one step of a product, which takes 16 at least."""
-    return min(max(triton.next_power_of_2(ranks), 16), FUSED_RANKS)
-
-
-def _bytes(a: Tensor, b: Tensor) -> int:
-    """How wide the operands of a product are: 2 where the matrix units take them as they are."""
-    return 2 if a.dtype is b.dtype and a.dtype is not torch.float32 else 4
 
 
 def _stride(vector: Tensor | None) -> int:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from common import check
+from counting import counted
 from test_lora_linear import FLOATS, hashed, layer, oracle
 
 from omnimamba_kernels import lora_linear, use_backend
-from omnimamba_kernels.lora_linear.cases import Case, inputs
-from omnimamba_kernels.triton_launch import TARGETS, interpreting, launch, recording
+from omnimamba_kernels.cost import Cost
+from omnimamba_kernels.lora_linear import cost
+from omnimamba_kernels.lora_linear.cases import SMALL, Case, inputs
+from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting, launch, recording
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -97,3 +100,30 @@ def test_operands_wider_than_32_bits(rows, flip):
     x = space.as_strided((rows, 33), (1, step) if flip else (step, 1)).copy_(plain["x"])
     assert x.stride(int(flip)) * (x.shape[int(flip)] - 1) >= 2**31
     check("triton", layer, lambda **t: oracle(**t), plain | {"x": x}, wanted=FLOATS)
+
+
+COUNTED = (*SMALL, Case((4,), 40, 37, tasks=3, rank=30), Case((130,), 70, 37, tasks=3, rank=7, bias=True))
+
+
+@interpreted
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.float16, torch.float16),
+                                  (torch.float32, torch.float16)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+def test_the_cost_model_counts_what_moves(case, pair, dropout_p):
+    t = inputs(case, *pair)
+    flat = t | {"x": t["x"].reshape(-1, case.width), "task": None if t["task"] is None else t["task"].flatten().int()}
+    options = {"dropout_p": dropout_p, "dropout_seed": 3}
+    leaves = {k: v.requires_grad_() if v is not None and k in FLOATS else v for k, v in t.items()}
+    with use_backend("triton"), counted() as forward:
+        y = lora_linear(**leaves, **options)
+    assert forward == cost.forward(**flat, **options, save=True, target=INTERPRETER)
+    floor = cost.forward_floor(**flat)
+    moved = sum(forward.values(), Cost())
+    assert moved.loaded >= floor.loaded and moved.stored >= floor.stored and moved.flops >= floor.flops
+    with use_backend("triton"), counted() as backward:
+        y.backward(torch.ones_like(y))
+    assert backward == cost.backward(**flat, target=INTERPRETER)
+    floor = cost.backward_floor(**flat)
+    moved = sum(backward.values(), Cost())
+    assert moved.loaded >= floor.loaded and moved.stored >= floor.stored and moved.flops >= floor.flops

@@ -1,18 +1,19 @@
-"""The Triton decode step: one launch, whatever the order of its programs; its tickets; addresses beyond 32 bits."""
+"""The Triton decode step: one launch, whatever the order of its programs; its tickets; its cost model."""
 
 from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from common import running, same_bits
-from test_mamba_mixer_step import ONE, OPTIONS, arguments, stepper
+from counting import counted
+from test_mamba_mixer_step import OPTIONS, arguments, stepper
 
 from omnimamba_kernels import mamba_mixer_step, use_backend
-from omnimamba_kernels.mamba_mixer.cases import Case, rows
-from omnimamba_kernels.triton_launch import TARGETS, interpreting, recording
+from omnimamba_kernels.mamba_mixer import cost
+from omnimamba_kernels.mamba_mixer.cases import SMALL, Case, rows
+from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting, recording
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
@@ -72,17 +73,14 @@ def test_a_state_steps_on_in_place():
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["conv_state", "ssm_state", "zxbcdt"])
-def test_operands_wider_than_32_bits(name):
-    """Rows more than 2^31 elements apart, in address space of which only the tensor's own part is ever touched."""
-    tensors, plain = arguments(ONE)
-    want = stepper(plain)(**tensors)
-    given = {k: v.clone() for k, v in tensors.items()}
-    inner = given[name][0]
-    space = torch.from_numpy(np.empty(2 * (2**31 + 2**20), dtype=np.float32))
-    strides = (2**31 + 8, *inner.contiguous().stride())
-    given[name] = space.as_strided(given[name].shape, strides).copy_(given[name])
-    with running("triton"):
-        y = mamba_mixer_step(**given, **plain)
-        want = stepper(plain)(**tensors)
-    assert same_bits(y, want[0]) and same_bits(given["conv_state"], want[1]) and same_bits(given["ssm_state"], want[2])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("case", [*SMALL, WIDE], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_cost_model_counts_what_moves(case, dtype, options):
+    tensors, plain = arguments(case, dtype, options)
+    tensors["state_batch_indices"] = torch.arange(case.b).int() if case.extra else None
+    with use_backend("triton"), counted() as found:
+        mamba_mixer_step(**tensors, **plain)
+    assert found == cost.forward(**tensors, **plain, target=INTERPRETER)
+    floor = cost.forward_floor(**tensors, **plain)
+    assert found["step_kernel"].loaded >= floor.loaded and found["step_kernel"].stored >= floor.stored

@@ -1,0 +1,153 @@
+"""What the LoRA linear layer's Triton kernels load, store and multiply, against what nobody can do without.
+
+Of a product's FLOPs those of one product of whole tiles are counted, whatever parts its operands are multiplied in.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ..cost import Cost, blocks, nbytes
+from ..triton_launch import Target, settings
+from .tiles import FEW_ROWS, block_r, fused, low_backward_bytes, pairs, product_bytes, split
+
+LOW = 4  # bytes of an element of low, dlow and of parts
+
+
+def forward_floor(
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
+    **_: object,
+) -> Cost:  # fmt: skip
+    """Each input once, each output once; of the adapters' products each row's own."""
+    (m, k), n = x.shape, weight.shape[0]
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    loaded = nbytes(x, weight, lora_A, lora_B, bias) + (0 if task is None else 4 * m)
+    return Cost(loaded, m * n * x.element_size(), 2 * m * n * k + 2 * m * rank * (k + n))
+
+
+def backward_floor(
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
+    **_: object,
+) -> Cost:  # fmt: skip
+    """The same for the gradients of everything."""
+    (m, k), n = x.shape, weight.shape[0]
+    rank = 0 if lora_A is None else lora_A.shape[1]
+    loaded = nbytes(x, weight, lora_A, lora_B) + m * n * x.element_size() + (0 if task is None else 4 * m)
+    return Cost(loaded, nbytes(x, weight, lora_A, lora_B, bias), 4 * m * n * k + 6 * m * rank * (k + n))
+
+
+def forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
+    *, target: Target, save: bool = False, dropout_p: float = 0.0, **_: object,
+) -> dict[str, Cost]:  # fmt: skip
+    found: dict[str, Cost] = defaultdict(Cost)
+    in_passing = task is not None and fused(x, lora_A, dropout_p)
+    low = None
+    if task is not None and not in_passing:
+        ranks = lora_A.shape[0] * lora_A.shape[1]
+        low = x.new_empty(x.shape[0], ranks, dtype=torch.float32, device="meta")
+        parts = _narrow(found, x, lora_A.permute(2, 0, 1), True, target)
+        if parts > 1:
+            _sum(found, parts, x.shape[0] * ranks, LOW)
+    if x.shape[0] <= FEW_ROWS:
+        _few_rows(found, x, weight, lora_A, lora_B, bias, task, in_passing, save, target)
+    else:
+        _matmul(found, x, weight.T, x, bias, low, None if low is None else lora_B.transpose(1, 2), target)
+    return dict(found)
+
+
+def backward(
+    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
+    *, target: Target, **_: object,
+) -> dict[str, Cost]:  # fmt: skip
+    """The gradients of everything."""
+    found: dict[str, Cost] = defaultdict(Cost)
+    dy = x.new_empty(x.shape[0], weight.shape[0], device="meta")
+    low = None
+    if task is not None:
+        ranks = lora_A.shape[0] * lora_A.shape[1]
+        low = x.new_empty(x.shape[0], ranks, dtype=torch.float32, device="meta")
+    if task is not None or bias is not None:
+        _low_backward(found, dy, lora_B if task is not None else None, bias, target)
+    _matmul(found, dy, weight, x, None, low, lora_A, target)
+    _matmul(found, dy.T, x, weight, None, None, None, target)
+    if task is not None:
+        parts = _narrow(found, x.T, low.unflatten(1, lora_A.shape[:2]), False, target)
+        _sum(found, parts, lora_A.numel(), lora_A.element_size())
+    return dict(found)
+
+
+def _few_rows(found, x, weight, lora_A, lora_B, bias, task, in_passing: bool, save: bool, target: Target) -> None:
+    (m, k), n = x.shape, weight.shape[0]
+    use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=product_bytes(x, weight))
+    block_m, block_n = use["BLOCK_M"], use["BLOCK_N"]
+    ranks = 0 if task is None else lora_A.shape[0] * lora_A.shape[1]
+    tiles, depth, step_r = blocks(n, block_n), blocks(k, use["BLOCK_K"]) * use["BLOCK_K"], block_r(ranks)
+    loaded = tiles * nbytes(x) + nbytes(weight, bias)
+    stored = m * n * x.element_size()
+    flops = 2 * tiles * block_m * block_n * depth
+    if task is not None:
+        loaded += nbytes(lora_B) + tiles * (nbytes(lora_A) + 4 * m if in_passing else m * ranks * LOW)
+        stored += m * ranks * LOW if in_passing and save else 0
+        flops += 2 * tiles * block_m * step_r * (depth if in_passing else 0)
+        flops += 2 * tiles * block_m * block_n * blocks(ranks, step_r) * step_r
+    found["few_rows_kernel"] += Cost(loaded, stored, flops)
+
+
+def _matmul(found, a: Tensor, b: Tensor, like: Tensor, bias, low, up, target: Target) -> None:
+    """Strips of a once for each column of tiles, strips of b once for each row of them: from L2 for the most part."""
+    (m, k), n = a.shape, b.shape[1]
+    ranks = 0 if low is None else low.shape[1]
+    each = pairs(low, up, like.dtype, target)
+    depth = 0 if low is None else block_r(ranks) * each
+    use = settings("lora_linear", "matmul", target, m=m, n=n, k=k, bytes=product_bytes(a, b), depth=depth)
+    tiles_m, tiles_n = blocks(m, use["BLOCK_M"]), blocks(n, use["BLOCK_N"])
+    step_r = block_r(ranks, use["longest_r"])
+    steps = blocks(k, use["BLOCK_K"]) * use["BLOCK_K"]
+    steps += 0 if low is None else max(blocks(ranks, step_r), 1) * step_r * each
+    loaded = tiles_n * (nbytes(a) + each * nbytes(low)) + tiles_m * (
+        nbytes(b, bias) + (each * nbytes(up) if ranks else 0)
+    )
+    flops = 2 * tiles_m * use["BLOCK_M"] * tiles_n * use["BLOCK_N"] * steps
+    found["matmul_kernel"] += Cost(loaded, m * n * like.element_size(), flops)
+
+
+def _narrow(found, a: Tensor, b: Tensor, routed: bool, target: Target) -> int:
+    """b (k, tasks, r); how many parts there are."""
+    (m, k), ranks = a.shape, b.shape[1] * b.shape[2]
+    use = settings("lora_linear", "narrow", target, m=m, k=k, bytes=product_bytes(a, b))
+    step_r = block_r(ranks, use["longest_r"])
+    tiles_m, tiles_r = blocks(m, use["BLOCK_M"]), blocks(ranks, step_r)
+    parts, chunk = split(k, use["BLOCK_K"], tiles_m * tiles_r, target, use["per_multiprocessor"])
+    loaded = tiles_r * nbytes(a) + tiles_m * nbytes(b) + (4 * m * tiles_r * parts if routed else 0)
+    flops = 2 * tiles_m * use["BLOCK_M"] * parts * chunk * tiles_r * step_r
+    found["narrow_kernel"] += Cost(loaded, parts * m * ranks * LOW, flops)
+    return parts
+
+
+def _low_backward(found, dy: Tensor, lora_B: Tensor | None, bias: Tensor | None, target: Target) -> None:
+    m, n = dy.shape
+    ranks = 0 if lora_B is None else lora_B.shape[0] * lora_B.shape[2]
+    use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=low_backward_bytes(dy, lora_B))
+    step_r = block_r(ranks, use["longest_r"])
+    tiles_m, tiles_r = blocks(m, use["BLOCK_M"]), max(1, blocks(ranks, step_r))
+    parts, chunk = split(n, use["BLOCK_N"], tiles_m * tiles_r, target, use["per_multiprocessor"])
+    loaded, stored, flops = tiles_r * nbytes(dy), 0, 0
+    if lora_B is not None:
+        loaded += tiles_m * nbytes(lora_B) + parts * m * (ranks * LOW + 4 * tiles_r)
+        stored += (parts * m + tiles_m * n) * ranks * LOW
+        flops = 2 * 2 * tiles_m * use["BLOCK_M"] * parts * chunk * tiles_r * step_r
+        if parts > 1:
+            _sum(found, parts, m * ranks, LOW)
+        _sum(found, tiles_m, n * ranks, lora_B.element_size())
+    if bias is not None:
+        stored += tiles_m * n * LOW
+        _sum(found, tiles_m, n, bias.element_size())
+    found["low_backward_kernel"] += Cost(loaded, stored, flops)
+
+
+def _sum(found, parts: int, size: int, element: int) -> None:
+    found["sum_kernel"] += Cost(parts * size * LOW, size * element)
