@@ -15,7 +15,7 @@ from .calls import calls
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; the exit status is 1 where a kernel breaks a rule, 2 where one does not compile."""
+    """Prints the report; the exit status is 1 where a kernel breaks a rule, 2 where nothing can be compiled."""
     parser = argparse.ArgumentParser(prog="python -m omnimamba_kernels.report", description=__doc__)
     parser.add_argument("backend", choices=["triton"])
     parser.add_argument("--op", action="append", choices=OPS, help="only this operation (may be repeated)")
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps([{**asdict(job), **asdict(found)} for job, found in rows], indent=1))
+        told = [{"error": found} if isinstance(found, str) else asdict(found) for _, found in rows]
+        print(json.dumps([{**asdict(job), **told} for (job, _), told in zip(rows, told, strict=True)], indent=1))
     else:
         print(table.text(rows))
     return int(any(table.faults(job, found) for job, found in rows))

@@ -78,20 +78,31 @@ def _job(call: Call, arch: str, launch: Launch) -> Job:
 
 def compile_all(
     jobs: list[Job], processes: int | None = None, folder: Path = FOLDER
-) -> Iterator[tuple[Job, Resources]]:
-    """Each job with what its compilation told, in the jobs' order; RuntimeError where one does not compile."""
+) -> Iterator[tuple[Job, Resources | str]]:
+    """Each job, in their order, with what its compilation told: the resources, or why it does not compile."""
     keys = [job.key() for job in jobs]
     kept = [_load(folder, key) for key in keys]
     missing = [job for job, found in zip(jobs, kept, strict=True) if found is None]
     processes = max(1, min(len(missing), processes or len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
     with ProcessPoolExecutor(processes, context) if missing else contextlib.nullcontext() as pool:
-        compiled = pool.map(compile_one, missing) if missing else iter(())
+        compiled = pool.map(_attempt, missing) if missing else iter(())
         for job, key, found in zip(jobs, keys, kept, strict=True):
             if found is None:
                 found = next(compiled)
-                _keep(folder, key, found)
+                if isinstance(found, Resources):
+                    _keep(folder, key, found)
             yield job, found
+
+
+def _attempt(job: Job) -> Resources | str:
+    """The resources, or the words of the error at the root of those that the compiler piles up."""
+    try:
+        return compile_one(job)
+    except Exception as error:
+        while error.__cause__ or error.__context__:
+            error = error.__cause__ or error.__context__
+        return f"{type(error).__name__}: {error}"
 
 
 def compile_one(job: Job) -> Resources:
@@ -111,13 +122,8 @@ def compile_one(job: Job) -> Resources:
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = folder
         triton.knobs.nvidia.dump_ptxas_log = True
-        try:
-            with contextlib.redirect_stdout(log):
-                compiled = triton.compile(source, target=chip, options=dict(job.options))
-        except Exception as error:
-            raise RuntimeError(
-                f"{job.op}: {job.kernel} does not compile for {job.arch} ({job.call}): {error}"
-            ) from error
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            compiled = triton.compile(source, target=chip, options=dict(job.options))
     return read(compiled, log.getvalue(), target)
 
 

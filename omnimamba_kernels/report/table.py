@@ -10,8 +10,10 @@ _HEADER = ("op", "kernel", "chip", "warps", "stages", "registers", "spilled", "s
            "programs", "occupancy", "first call", "fault")  # fmt: skip
 
 
-def faults(job: Job, found: Resources) -> list[str]:
+def faults(job: Job, found: Resources | str) -> list[str]:
     """Which rules a compiled kernel breaks."""
+    if isinstance(found, str):
+        return [f"does not compile: {found.strip().splitlines()[-1]}"]
     allowed, _ = job.budget()
     target = TARGETS[job.arch]
     broken = []
@@ -26,14 +28,16 @@ def faults(job: Job, found: Resources) -> list[str]:
     return broken
 
 
-def text(rows: list[tuple[Job, Resources]]) -> str:
+def text(rows: list[tuple[Job, Resources | str]]) -> str:
     """One line a compiled kernel, in aligned columns."""
     lines = [_HEADER, *(_line(job, found) for job, found in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _line(job: Job, found: Resources) -> tuple[str, ...]:
+def _line(job: Job, found: Resources | str) -> tuple[str, ...]:
+    if isinstance(found, str):
+        return job.op, job.kernel, job.arch, *["-"] * 8, job.call, "; ".join(faults(job, found))
     return (
         job.op, job.kernel, job.arch, str(found.warps), str(found.stages), str(found.registers), str(found.spilled),
         str(found.shared), found.uses() + " (serialized)" * found.serialized, str(found.programs),

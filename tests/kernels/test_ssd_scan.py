@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from omnimamba_kernels import mamba_chunk_scan_combined
 from omnimamba_kernels.ssd_scan.cases import CASES, Case
+from omnimamba_kernels.triton_launch import interpreting
 
 GRADS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 
@@ -108,6 +109,8 @@ def test_stays_inside_its_memory(run, case):
 def test_same_bits_at_any_thread_count(run, case):
     if run == "reference":
         pytest.skip("torch's own kernels split sums by thread")
+    if run == "triton" and interpreting() and case.h > 16:
+        pytest.skip("takes minutes to interpret, on one thread whatever their number")
     found = []
     for count in (1, 2, 3, 2):
         with threads(count):

@@ -34,12 +34,13 @@ WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
 
 
 def representative(op: str) -> list[ahead.Job]:
-    """Of each kernel the first large bfloat16 launch for every chip, and the first float32 launch for Hopper."""
+    """Of each own kernel the first large bfloat16 launch for every chip, and the first float32 launch for Hopper."""
     found: dict[tuple, ahead.Job] = {}
     large = [call for call in calls(op) if call.large and call.name.endswith("bf16")]
     small = [call for call in calls(op) if not call.large and call.name.endswith("fp32")]
     for job in [*ahead.jobs(large, TARGETS), *ahead.jobs(small, ["sm_90"])]:
-        found.setdefault((job.kernel, job.arch, job.large), job)
+        if job.module.split(".")[1] == op:  # an operation made of others starts their kernels too
+            found.setdefault((job.kernel, job.arch, job.large), job)
     return list(found.values())
 
 
@@ -107,6 +108,18 @@ def test_shared_memory_beyond_the_chip_is_seen():
     job, found = compiled(product, "gfx942", kinds, {"num_warps": 8}, PRECISION="tf32", N=128)
     assert not table.faults(job, found)
     assert "shared memory" in table.faults(job, dataclasses.replace(found, shared=65_537))[0]
+
+
+def test_a_kernel_that_does_not_compile_is_told_beside_the_others(tmp_path):
+    kinds = tuple(dict.fromkeys("ab", "*fp16 16").items()) + (("c", "*fp32 16"),)
+    good, bad = (
+        ahead.Job("test", "test", False, "gfx942", __name__, "product", kinds, (("PRECISION", p), ("N", 32)), ())
+        for p in ("ieee", "tf32x3")
+    )
+    rows = list(ahead.compile_all([bad, good], 1, tmp_path))
+    assert table.faults(*rows[0]) and "input_precision must be one of" in table.faults(*rows[0])[0]
+    assert not table.faults(*rows[1]) and len(list(tmp_path.iterdir())) == 1
+    assert "does not compile" in table.text(rows) and "mfma" in table.text(rows)
 
 
 def test_residency():
