@@ -25,7 +25,7 @@ def tokenize(
     ValueError where no picture has both.
     """
     folder, passed_over = Path(folder), Counter()
-    pairs = list(_coco(Path(captions)) if captions is not None else _beside(folder))
+    pairs = list(coco_captions(Path(captions)) if captions is not None else _beside(folder))
     written = 0
 
     def write(path: Path) -> None:
@@ -69,7 +69,8 @@ def _beside(folder: Path) -> Iterator[tuple[str, list[str]]]:
             yield str(path.relative_to(folder)), [line.strip() for line in lines if line.strip()]
 
 
-def _coco(path: Path) -> Iterator[tuple[str, list[str]]]:
+def coco_captions(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each image's file name and what was said of it; ValueError where ``path`` is no such file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         names = {image["id"]: image["file_name"] for image in values["images"]}

@@ -1,7 +1,11 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from omnimamba_model import MambaConfig, MambaLM, OmniMamba, OmniMambaConfig
+from omnimamba_model import MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, save
+from omnimamba_model.image_tokenizer import PatchTokenizer
+from omnimamba_model.text_tokenizer import WordTokenizer
 
 
 @pytest.fixture
@@ -50,3 +54,15 @@ def text(config) -> torch.Tensor:
     ids = torch.randint(8, config.backbone.vocab_size, (3, 7), generator=torch.Generator().manual_seed(3))
     ids[0, 5:] = config.tokens.pad
     return ids
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small checkpoint with both tokenizers, and a picture, a.png."""
+    torch.manual_seed(0)
+    words = WordTokenizer(["in", "out", *(f"word{i}" for i in range(54))])
+    sizes = dict(image_vocab_size=16, image_tokens=6, image_features=6, feature_dim=16)
+    save(OmniMamba(OmniMambaConfig.preset("tiny", **sizes)), tmp_path, words.to_json())
+    PatchTokenizer(16, 2, (4, 6)).save(tmp_path)
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(tmp_path / "a.png")
+    return tmp_path

@@ -55,6 +55,52 @@ def test_ask_prints_the_answer(calls, tmp_path, capsys):
     assert calls == [("c", "cpu", None), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None)]
 
 
+def test_evaluate_passes_its_options_on(calls, tmp_path, capsys):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    line = {"question_id": 3, "image": "a.png", "text": "Is it a seven?", "label": "yes"}
+    (tmp_path / "pope.json").write_text(json.dumps(line))
+    place = [
+        str(tmp_path / "pope.json"),
+        "--images",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--checkpoint",
+        "c",
+    ]
+    assert cli.main(["evaluate", "pope", *place, "--ending", " Yes or no?", "--format", "user", "--top-k", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean"]["accuracy"] == 100
+    asked = ([(20, 10)], ["Is it a seven? Yes or no?"], Sampling(0.0, 3, seed=0), "user")
+    assert calls == [("c", "cpu", None), asked]
+
+
+def test_drawings_of_captions_by_command(calls, monkeypatch, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a seven\na two\n")
+    recorder = Pipeline.load(tmp_path)
+    monkeypatch.setattr(type(recorder), "draw", lambda *given: [Image.new("L", (4, 4)) for _ in given[1]])
+    place = [str(tmp_path / "captions.txt"), "--out", str(tmp_path / "out"), "--checkpoint", "c", "--batch", "1"]
+    assert cli.main(["evaluate", "draw", *place]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.png", "000001.png"]
+    assert capsys.readouterr().out == f"2 drawings in {tmp_path / 'out'}\n"
+
+
+def test_web_serves_this_machine_alone_unless_told(calls, monkeypatch):
+    seen = []
+    module = type(sys)("omnimamba_model.web")
+    module.serve = lambda pipeline, *place: seen.append(place)
+    monkeypatch.setitem(sys.modules, "omnimamba_model.web", module)
+    assert cli.main(["web", "--checkpoint", "c", "--port", "8000", "--backend", "native"]) == 0
+    assert cli.main(["web", "--checkpoint", "c", "--host", "0.0.0.0", "--share"]) == 0
+    assert seen == [("127.0.0.1", 8000, "native", False), ("0.0.0.0", 7860, None, True)]
+
+
+def test_web_says_what_to_install(calls, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "omnimamba_model.web", raising=False)
+    assert cli.main(["web", "--checkpoint", "c"]) == 2
+    assert "needs Gradio, pip install 'omnimamba[web]'" in capsys.readouterr().err and calls == []
+
+
 def test_demo_passes_its_options_on(monkeypatch, tmp_path, capsys):
     seen = []
     module = type(sys)("omnimamba_model.demo")

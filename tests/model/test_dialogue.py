@@ -2,17 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, save
+from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling
 from omnimamba_model.cli import main
 from omnimamba_model.dialogue import Chat, Dialogue
-from omnimamba_model.image_tokenizer import PatchTokenizer
 from omnimamba_model.pipeline import Pipeline
-from omnimamba_model.text_tokenizer import WordTokenizer
 
 QUESTIONS = [torch.tensor([10, 11, 12]), torch.tensor([20]), torch.tensor([30, 31])]
 
@@ -70,17 +67,6 @@ def test_who_stops_listening_has_heard_what_the_state_knows(model, features):
 def test_questions_are_checked(model, features):
     with pytest.raises(ValueError, match="l at least 1"):
         next(Dialogue.about(model, features[0]).ask(torch.tensor([], dtype=torch.long), 3))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    words = WordTokenizer(["in", "out", *(f"word{i}" for i in range(54))])
-    sizes = dict(image_vocab_size=16, image_tokens=6, image_features=6, feature_dim=16)
-    save(OmniMamba(OmniMambaConfig.preset("tiny", **sizes)), tmp_path, words.to_json())
-    PatchTokenizer(16, 2, (4, 6)).save(tmp_path)
-    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(tmp_path / "a.png")
-    return tmp_path
 
 
 def test_a_chat_says_an_answer_piece_by_piece(folder):

@@ -1,0 +1,92 @@
+"""What a checkpoint can do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .options import FORMS, add_generation, add_place, count, loaded, sampling_of
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser("generate", help="draw what a prompt asks for")
+    generate.add_argument("--prompt", required=True, action="append", help="may be given many times")
+    generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    generate.add_argument("--count", type=count, default=1, help="drawings of each prompt, in rows of ten")
+    generate.add_argument("--guidance", type=float, default=1.0, help="above 1 follows the prompt more closely")
+    generate.set_defaults(run=_generate)
+
+    ask = commands.add_parser("ask", help="answer a question about an image")
+    ask.add_argument("--question", required=True)
+    ask.set_defaults(run=_ask)
+
+    chat = commands.add_parser("chat", help="talk about an image, turn by turn, until the end of input")
+    chat.add_argument("--tokens", type=count, default=256, help="the longest answer")
+    chat.set_defaults(run=_chat)
+
+    web = commands.add_parser("web", help="a page in the browser on which to draw and ask")
+    web.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
+    web.add_argument("--port", type=count, default=7860)
+    web.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
+    web.set_defaults(run=_web)
+    add_place(web)
+
+    for command in (ask, chat):
+        command.add_argument("--image", type=Path, required=True)
+        command.add_argument("--format", choices=FORMS, help="how the question is put; by default as the model learned")
+    for command, temperature in ((generate, 0.7), (ask, 0.0), (chat, 0.0)):
+        add_generation(command, temperature)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from ..files import regular_target
+    from ..pipeline import contact_sheet, write_png
+
+    sampling = sampling_of(arguments)
+    regular_target(arguments.out)  # said before the work, not after it
+    with loaded(arguments) as pipeline:
+        drawings = pipeline.draw(arguments.prompt, sampling, arguments.guidance, arguments.count)
+    write_png(contact_sheet(drawings), arguments.out)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from ..pipeline import read_image
+
+    sampling, image = sampling_of(arguments), read_image(arguments.image)
+    with loaded(arguments) as pipeline:
+        (said,) = pipeline.ask([image], [arguments.question], sampling, arguments.format)
+    print(said)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from ..dialogue import Chat
+    from ..pipeline import read_image
+
+    sampling, image = sampling_of(arguments), read_image(arguments.image)
+    with loaded(arguments) as pipeline:
+        chat = Chat(pipeline, image, arguments.format)
+        while True:
+            try:
+                question = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            if not question:
+                continue
+            try:
+                for piece in chat.ask(question, sampling, arguments.tokens):
+                    print(piece, end="", flush=True)
+                print()
+            except ValueError as error:
+                print(error, file=sys.stderr)
+
+
+def _web(arguments: argparse.Namespace) -> None:
+    try:
+        from ..web import serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the page needs Gradio, pip install 'omnimamba[web]': {error}") from error
+
+    with loaded(arguments) as pipeline:
+        serve(pipeline, arguments.host, arguments.port, arguments.backend, arguments.share)

@@ -1,0 +1,108 @@
+"""The distance against its formula, and drawings of captions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import linalg
+from torch import nn
+
+from omnimamba_model import GREEDY, Sampling
+from omnimamba_model.evaluation import draw_captions, fid
+from omnimamba_model.evaluation.drawings import read_captions
+
+pytest.importorskip("torchmetrics")
+
+
+class Means(nn.Module):
+    """Each channel's mean: three features."""
+
+    def forward(self, images):
+        return images.double().mean((2, 3))
+
+
+def folder(path, seed, shift=0):
+    random = np.random.default_rng(seed)
+    path.mkdir()
+    for i in range(6):
+        grey = random.integers(0, 200, (12, 9 + i, 3)) + shift
+        Image.fromarray(grey.astype(np.uint8)).save(path / f"{i}.png")
+    return path
+
+
+def test_fid_is_the_distance_of_two_gaussians(tmp_path):
+    a, b = folder(tmp_path / "a", 0), folder(tmp_path / "b", 1, shift=30)
+    assert fid(a, a, Means()) == pytest.approx(0, abs=1e-6)
+
+    def features(path):
+        from omnimamba_model.evaluation.fid import _batches, pictures
+
+        return Means()(next(_batches(pictures(path), 6))).numpy()
+
+    x, y = features(a), features(b)
+    cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * linalg.sqrtm(cov_x @ cov_y).real)
+    assert fid(a, b, Means(), batch=4) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fid_looks_at_the_middle_of_a_picture(tmp_path):
+    for name, side in (("a", 10), ("b", 30)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            wide = Image.new("RGB", (side, 10), "black")
+            wide.paste(Image.new("RGB", (10, 10), (40 * i, 90, 10)), ((side - 10) // 2, 0))
+            wide.save(tmp_path / name / f"{i}.png")
+    assert fid(tmp_path / "a", tmp_path / "b", Means()) == pytest.approx(0, abs=1e-6)
+
+
+def test_fid_needs_pictures(tmp_path):
+    a = folder(tmp_path / "a", 0)
+    (tmp_path / "empty").mkdir()
+    for other in (tmp_path / "empty", tmp_path / "none"):
+        with pytest.raises(ValueError, match="must be a folder of two pictures or more, got 0"):
+            fid(a, other, Means())
+
+
+def test_captions_are_drawn_once(tmp_path):
+    said = []
+
+    class Draws:
+        def draw(self, prompts, sampling, guidance):
+            said.append((list(prompts), sampling.seed, guidance))
+            return [Image.new("L", (4, 4), sampling.seed % 251 + i) for i, _ in enumerate(prompts)]
+
+    captions, out = [f"c{i}" for i in range(5)], tmp_path / "out"
+    draw_captions(Draws(), captions, out, Sampling(seed=1), 2.0, batch=2)
+    assert [(prompts, guidance) for prompts, _, guidance in said] == [
+        (["c0", "c1"], 2.0), (["c2", "c3"], 2.0), (["c4"], 2.0),
+    ]  # fmt: skip
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == [f"00000{i}.png" for i in range(5)]
+    (out / "000003.png").unlink()
+    draw_captions(Draws(), captions, out, Sampling(seed=1), 2.0, batch=2)
+    assert len(said) == 4 and said[3] == said[1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    draw_captions(Draws(), [], tmp_path / "nothing", GREEDY, 1.0)
+
+
+def test_captions_of_both_kinds(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n\n a dog \n")
+    assert read_captions(tmp_path / "a.txt") == ["a cat", "a dog"]
+    notes = [{"image_id": 2, "caption": "two "}, {"image_id": 1, "caption": "one"}, {"image_id": 2, "caption": "x"}]
+    files = [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}, {"id": 3, "file_name": "3.jpg"}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": files, "annotations": notes}))
+    assert read_captions(tmp_path / "a.json") == ["one", "two"]
+
+
+def test_an_exported_extractor_does_for_the_command(tmp_path, capsys):
+    from omnimamba_model import cli
+
+    a, b = folder(tmp_path / "a", 0), folder(tmp_path / "b", 1, shift=30)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    example = torch.zeros(2, 3, 299, 299, dtype=torch.uint8)
+    exported = torch.export.export(Means(), (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(exported, tmp_path / "means.pt2")
+    assert cli.main(["evaluate", "fid", str(a), str(b), "--features", str(tmp_path / "means.pt2")]) == 0
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(fid(a, b, Means()), abs=1e-3)

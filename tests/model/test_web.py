@@ -1,0 +1,92 @@
+"""The page: its buttons called by a program, and pressed in a browser where there is one."""
+
+import shutil
+import socket
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omnimamba_model import Sampling
+from omnimamba_model.dialogue import Chat
+from omnimamba_model.pipeline import Pipeline, contact_sheet
+
+gradio = pytest.importorskip("gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def pipeline(folder):
+    return Pipeline.load(folder)
+
+
+@pytest.fixture
+def address(pipeline):
+    """Where the page is served, on this machine alone."""
+    from omnimamba_model.web import build
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    blocks = build(pipeline)
+    blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+    yield f"http://127.0.0.1:{port}/"
+    blocks.close()
+
+
+def test_drawings_are_those_of_the_command(pipeline, address):
+    client = pytest.importorskip("gradio_client").Client(address, verbose=False)
+    drawn = client.predict("word3 word4", 2, 1.0, 0.9, 0, 1.0, 5, api_name="/draw")
+    expected = pipeline.draw(["word3 word4"], Sampling(0.9, seed=5), copies=2)
+    assert len(drawn) == 2
+    for picture, image in zip(drawn, expected, strict=True):
+        with Image.open(picture["image"]) as seen:
+            assert np.array_equal(np.asarray(seen.convert("L")), np.asarray(contact_sheet([image])))
+    with pytest.raises(Exception, match="Say what to draw"):
+        client.predict("  ", 2, 1.0, 0.9, 0, 1.0, 5, api_name="/draw")
+    with pytest.raises(Exception, match="zebra"):
+        client.predict("zebra", 1, 1.0, 0.9, 0, 1.0, 5, api_name="/draw")
+
+
+def test_a_dialogue_grows_turn_by_turn(pipeline, folder):
+    from omnimamba_model.web import Page
+
+    page, picture = Page(pipeline, "reference"), Image.open(folder / "a.png")
+    chat, said = page.look(picture)
+    for question in ("word1 word2", "word5"):
+        *_, (cleared, chat, said) = page.ask(question, chat, said)
+        assert cleared == ""
+    expected = Chat(pipeline, picture)
+    answers = ["".join(expected.ask(question)) for question in ("word1 word2", "word5")]
+    assert [turn["content"] for turn in said] == ["word1 word2", answers[0], "word5", answers[1]]
+    assert [turn["role"] for turn in said] == ["user", "assistant"] * 2
+    assert page.look(None) == (None, [])
+    for question, known in (("word1", None), ("  ", chat)):
+        with pytest.raises(gradio.Error):
+            next(page.ask(question, known, []))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_in_a_browser(pipeline, address, folder):
+    browsers = pytest.importorskip("playwright.sync_api")
+    options = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update".split()
+    with browsers.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=options)
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#prompt textarea").fill("word3 word4")
+        page.locator("button#draw").click()
+        drawing = page.locator("#drawings img").first
+        drawing.wait_for(timeout=60_000)
+        with Image.open(BytesIO(page.request.get(drawing.get_attribute("src")).body())) as seen:
+            expected = pipeline.draw(["word3 word4"], Sampling(0.7, seed=0), copies=4)[0]
+            assert np.array_equal(np.asarray(seen.convert("L")), np.asarray(contact_sheet([expected])))
+        page.get_by_role("tab", name="Ask").click()
+        page.locator("#picture input[type=file]").set_input_files(folder / "a.png")
+        page.locator("#picture img").wait_for(timeout=60_000)
+        page.locator("#question textarea").fill("word1 word2")
+        page.locator("button#ask").click()
+        answer = "".join(Chat(pipeline, Image.open(folder / "a.png")).ask("word1 word2"))
+        page.locator("#dialogue .bot", has_text=answer).wait_for(timeout=60_000)
+        browser.close()
