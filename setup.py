@@ -15,7 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
@@ -48,7 +48,8 @@ class NativeBuild(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         info = {"reason": None, "compiler": None, "openmp": None, "flags": {}, "cuda": cuda_slot()}
         try:
-            with build_folder(persistent=in_place or bool(self.sanitize), sanitize=self.sanitize) as folder:
+            kind = "sanitize" if self.sanitize else "native" if in_place else None
+            with build_folder(kind) as folder:
                 info.update(run_cmake(folder, target, self.sanitize))
         except CannotBuild as problem:
             if self.strict:
@@ -69,6 +70,26 @@ class NativeBuild(build_ext):
         return []
 
 
+class EmulatorBuild(Command):
+    """`build_emulator`: the CUDA kernels compiled for the CPU, into build/, for the tests alone."""
+
+    user_options = [("sanitize=", None, "sanitizers to compile in, comma separated, e.g. address")]
+
+    def initialize_options(self):
+        self.sanitize = ""
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        kind = "emulator-sanitized" if self.sanitize else "emulator"
+        with build_folder(kind) as folder:
+            try:
+                run_cmake(folder, folder / "modules", self.sanitize, emulate=True)
+            except CannotBuild as problem:
+                raise CompileError(str(problem)) from None
+
+
 def native_modules(folder):
     """Every compiled module of this Python in `folder`."""
     return sorted(folder.glob("_native_*" + sysconfig.get_config_var("EXT_SUFFIX")))
@@ -82,13 +103,12 @@ def remove_modules(folder, kept):
 
 
 @contextmanager
-def build_folder(persistent, sanitize):
-    """A developer's builds are incremental and keep their folder; an installation starts from nothing."""
-    if not persistent:
+def build_folder(kind):
+    """A developer's builds are incremental and keep their folder, build/<kind>; an installation starts from nothing."""
+    if kind is None:
         with tempfile.TemporaryDirectory(prefix="omnimamba-") as name:
             yield Path(name)
         return
-    kind = "sanitize" if sanitize else "native"
     folder = ROOT / "build" / kind / sys.implementation.cache_tag
     cache = folder / "CMakeCache.txt"
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
@@ -97,7 +117,7 @@ def build_folder(persistent, sanitize):
     yield folder
 
 
-def run_cmake(folder, target, sanitize):
+def run_cmake(folder, target, sanitize, emulate=False):
     """Configure and build in `folder`, leave the modules in `target`, return what CMake says it built."""
     cmake, ninja = tool("cmake"), tool("ninja")
     if cmake is None or ninja is None:
@@ -110,6 +130,7 @@ def run_cmake(folder, target, sanitize):
         f"-Dpybind11_DIR={pybind11_folder()}",
         f"-DOMNIMAMBA_OUTPUT={target}",
         f"-DOMNIMAMBA_SANITIZE={sanitize}",
+        f"-DOMNIMAMBA_EMULATE={'ON' if emulate else 'OFF'}",
     ]  # fmt: skip
     if subprocess.run(configure, check=False).returncode != 0:
         reason = folder / "reason.txt"
@@ -162,4 +183,5 @@ def write_build_info(path, info):
     path.write_text(text)
 
 
-setup(ext_modules=[Extension(f"{PACKAGE}._native", sources=[])], cmdclass={"build_ext": NativeBuild})
+COMMANDS = {"build_ext": NativeBuild, "build_emulator": EmulatorBuild}
+setup(ext_modules=[Extension(f"{PACKAGE}._native", sources=[])], cmdclass=COMMANDS)

@@ -167,6 +167,13 @@ def test_includes_stay_in_their_layer(path):
 
 
 @pytest.mark.parametrize("path", files(CSRC), ids=name)
+def test_assembly_stays_in_the_device_vocabulary(path):
+    """Kernels speak of functions; instructions, barriers and launches are written once, in csrc/common."""
+    if path.parent not in (CSRC / "common", CSRC / "host_gpu"):
+        assert not re.search(r"\basm\b|__sync|__shfl|__shared__|<<<", path.read_text())
+
+
+@pytest.mark.parametrize("path", files(CSRC), ids=name)
 def test_native_code_does_not_touch_the_process(path):
     assert not re.search(r"\b(getenv|setenv|exit|abort|printf|std::cout|std::cerr)\b", path.read_text())
 

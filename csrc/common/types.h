@@ -3,14 +3,23 @@
 #include <cstdint>
 #include <cstring>
 
+// Before a function that device code may call too.
+#if defined(__CUDACC__)
+#define OM_HOST_DEVICE __host__ __device__
+#else
+#define OM_HOST_DEVICE
+#endif
+
 namespace omnimamba {
 
 enum class DType : int { F32, BF16, F16, I32, I64 };
 
 struct bf16 {
+  static constexpr bool IS_BF16 = true;
   uint16_t bits;
 };
 struct f16 {
+  static constexpr bool IS_BF16 = false;
   uint16_t bits;
 };
 
@@ -20,10 +29,10 @@ struct View {
   DType dtype = DType::F32;
   int64_t stride[4] = {0, 0, 0, 0};
 
-  explicit operator bool() const { return data != nullptr; }
+  OM_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 
   template <class T>
-  T* at(int64_t i = 0, int64_t j = 0, int64_t k = 0, int64_t m = 0) const {
+  OM_HOST_DEVICE T* at(int64_t i = 0, int64_t j = 0, int64_t k = 0, int64_t m = 0) const {
     return static_cast<T*>(data) + i * stride[0] + j * stride[1] + k * stride[2] + m * stride[3];
   }
 };

@@ -1,0 +1,111 @@
+// common/hopper.cuh on the emulator.
+#pragma once
+#include "mma.h"
+
+namespace omnimamba {
+namespace host_gpu {
+
+void mbarrier_init(Mbarrier* bar, int count);
+void mbarrier_arrive(Mbarrier* bar, int bytes);
+void mbarrier_wait(Mbarrier* bar, int parity);
+Mbarrier* in_block(Mbarrier* bar, int rank);
+
+void bulk_load(void* shared, const void* global, int bytes, Mbarrier* bar);
+void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, int rank, const int* at);
+void tensor_store(const TensorMap& map, const void* shared, int rank, const int* at);
+void bulk_commit();
+void bulk_wait_read(int latest);
+void cluster_sync();
+
+// One product; `a` (8 elements) is null where A comes by descriptor.
+struct Product {
+  float* d;
+  const float* a;
+  uint64_t descriptor_a, descriptor_b;
+  int n;
+  bool add, a_mn, b_mn;
+  float (*widen)(uint16_t);
+};
+void wgmma(const Product& mine);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int latest);
+
+template <class T>
+float widen(uint16_t bits) {
+  return to_float(T{bits});
+}
+
+}  // namespace host_gpu
+
+inline uint32_t shared_address(const void* p) {
+  host_gpu::check_shared(p, 1, "shared_address");
+  return host_gpu::self().block->shared.offset(p);
+}
+
+inline void mbarrier_init(Mbarrier* bar, int count) { host_gpu::mbarrier_init(bar, count); }
+inline void mbarrier_publish() {}
+inline void mbarrier_arrive(Mbarrier* bar) { host_gpu::mbarrier_arrive(bar, 0); }
+inline void mbarrier_arrive_expect(Mbarrier* bar, int bytes) { host_gpu::mbarrier_arrive(bar, bytes); }
+inline void mbarrier_arrive_at(Mbarrier* bar, int rank) { host_gpu::mbarrier_arrive(host_gpu::in_block(bar, rank), 0); }
+inline void mbarrier_wait(Mbarrier* bar, int parity) { host_gpu::mbarrier_wait(bar, parity); }
+
+inline void bulk_load(void* shared, const void* global, int bytes, Mbarrier* bar) {
+  host_gpu::bulk_load(shared, global, bytes, bar);
+}
+template <class... C>
+void tensor_load(void* shared, const TensorMap& map, Mbarrier* bar, C... c) {
+  const int at[] = {c...};
+  host_gpu::tensor_load(static_cast<uint16_t>(1u << host_gpu::self().block->rank), shared, map, bar, sizeof...(C), at);
+}
+inline void tensor_load_to(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, int c0, int c1, int c2) {
+  const int at[] = {c0, c1, c2};
+  host_gpu::tensor_load(blocks, shared, map, bar, 3, at);
+}
+template <class... C>
+void tensor_store(const TensorMap& map, const void* shared, C... c) {
+  const int at[] = {c...};
+  host_gpu::tensor_store(map, shared, sizeof...(C), at);
+}
+inline void bulk_commit() { host_gpu::bulk_commit(); }
+template <int N>
+void bulk_wait_read() {
+  host_gpu::bulk_wait_read(N);
+}
+inline void async_fence() {}
+
+inline int cluster_rank() { return static_cast<int>(host_gpu::self().block->rank); }
+inline void cluster_sync() { host_gpu::cluster_sync(); }
+template <int N>
+void take_registers() {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+}
+template <int N>
+void give_registers() {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+}
+
+inline void wgmma_fence() { host_gpu::wgmma_fence(); }
+inline void wgmma_commit() { host_gpu::wgmma_commit(); }
+template <int N>
+void wgmma_wait() {
+  host_gpu::wgmma_wait(N);
+}
+template <int N>
+void hold(float (&)[N]) {}
+
+template <class T, int N, bool A_MN = false, bool B_MN = false>
+void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+  host_gpu::wgmma({d, nullptr, a, b, N, add, A_MN, B_MN, host_gpu::widen<T>});
+}
+template <class T, int N, bool B_MN = false>
+void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  float wide[8];
+  for (int i = 0; i < 8; i++) wide[i] = to_float(T{static_cast<uint16_t>(a[i / 2] >> i % 2 * 16)});
+  host_gpu::wgmma({d, wide, 0, b, N, add, false, B_MN, host_gpu::widen<T>});
+}
+
+// Refuses what the driver refuses.
+TensorMap tensor_map(const TensorLayout& t);
+
+}  // namespace omnimamba

@@ -1,0 +1,159 @@
+// Runs a grid of CUDA threads on one CPU thread, each thread a fiber, in an order shuffled by a seed.
+//
+// A thread runs until it must wait, for a barrier, for the lanes of its warp, for a copy; then another one goes on. Now
+// and then a warp pauses. What the hardware does beside the threads (bulk copies, wgmma) is done late, at a random
+// time. Blocks run in random order, a few at once. The first error ends the launch and names kernel, block and thread.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace omnimamba::host_gpu {
+
+struct Settings {
+  uint64_t seed = 1;
+  bool early_copies = false;  // cp.async lands when it is issued, not when it is waited for
+};
+Settings& settings();
+
+struct Block;
+struct Warp;
+
+// One operation that several lanes do together: the last of them does it for all.
+struct Together {
+  const char* name;
+  uint32_t mask, arrived;
+  void* arguments[32];
+};
+
+struct Thread {
+  dim3 index;
+  int linear = 0;  // in its block
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  Context context;
+  bool done = false;
+  bool (*ready)(void*) = nullptr;  // null: it can go on at once
+  void* ready_argument = nullptr;
+  const char* waits_for = nullptr;
+  int64_t detail = 0;
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes, live;
+  };
+  std::vector<std::vector<Copy>> copy_groups;  // cp.async: committed groups, then the open one
+  std::vector<std::shared_ptr<int>>
+      store_groups;  // bulk stores: how many of each group still have to read shared memory
+};
+
+struct Warp {
+  std::vector<Together> open;
+  unsigned pause = 0;  // rounds it misses
+};
+
+struct Tile;
+struct Issued;
+
+// Four warps: wgmma and what it leaves in flight.
+struct WarpGroup {
+  struct Arrived {
+    const char* name = nullptr;
+    std::vector<void*> arguments;
+    int count = 0;
+  } arrived;
+  std::vector<std::vector<std::shared_ptr<Issued>>> groups{1};  // committed ones, then the open one
+  std::vector<std::shared_ptr<Tile>> tiles;
+};
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t phase = 0;
+};
+
+// A block's shared memory. Every declaration has a gap before and after it, which nothing may overwrite.
+class Shared {
+ public:
+  static constexpr std::size_t CAPACITY = 256 << 10, LIMIT = 227 << 10, GAP = 64;
+  Shared();
+  ~Shared();
+  void* array(const void* key, std::size_t bytes, std::size_t alignment);
+  bool contains(const void* p, std::size_t bytes) const;
+  uint32_t offset(const void* p) const { return static_cast<uint32_t>(static_cast<const char*>(p) - memory_); }
+  char* at(uint32_t offset) const { return memory_ + offset; }
+  const char* damaged() const;  // the name of what was overwritten, or null
+
+ private:
+  struct Array {
+    const void* key;
+    std::size_t begin, bytes;
+  };
+  void gap(std::size_t begin, std::size_t end);
+  char* memory_;
+  std::size_t used_ = 0, total_ = 0;
+  std::vector<Array> arrays_;
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  Barrier barrier;
+};
+
+struct Block {
+  dim3 index;
+  unsigned rank = 0;  // in its cluster
+  Cluster* cluster = nullptr;
+  std::vector<Thread*> threads;
+  std::vector<Warp> warps;
+  std::vector<WarpGroup> groups;
+  Barrier barriers[16];
+  Shared shared;
+  std::size_t dynamic = 0;  // bytes
+};
+
+struct Launch {
+  const char* kernel;
+  dim3 grid, block;
+  unsigned cluster = 1;  // blocks along x
+  std::size_t shared = 0;
+};
+
+// Runs body() once for every thread. Throws std::runtime_error for what the threads did wrong.
+void run_grid(const Launch& launch, const std::function<void()>& body);
+
+// ---- for the thread that is running ----
+
+Thread& self();
+[[noreturn]] void fail(const std::string& what);
+uint32_t random_below(uint32_t count);
+// Lets the others go on until ready() holds.
+void suspend(const char* waits_for, int64_t detail, bool (*ready)(void*), void* argument);
+// Lets the others go on, now and then.
+void maybe_yield();
+// Something the hardware does on its own, at a random later time; its errors name the thread that asked for it.
+void later(std::function<void()> action);
+
+template <class Ready>
+void wait_until(const char* waits_for, int64_t detail, Ready ready) {
+  if (ready()) return;
+  suspend(waits_for, detail, [](void* f) { return (*static_cast<Ready*>(f))(); }, &ready);
+}
+
+// Stops with an error unless p is a multiple of `alignment`.
+void check_aligned(const void* p, std::size_t alignment, const char* what);
+// Stops with an error unless p .. p + bytes lies in this block's shared memory.
+void check_shared(const void* p, std::size_t bytes, const char* what);
+
+}  // namespace omnimamba::host_gpu
+
+// CUDA's own names for where a thread stands.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;

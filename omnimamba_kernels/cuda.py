@@ -1,0 +1,93 @@
+"""The compiled CUDA module, or the reason why it cannot run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+
+_OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 matrix instructions
+_emulator: ContextVar[ModuleType | None] = ContextVar("omnimamba_cuda_emulator", default=None)
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The compiled module, or why it cannot run here."""
+    path = f"{__package__}._native_cuda"
+    if importlib.util.find_spec(path) is None:
+        built = native.build_info()
+        reason = built.get("cuda", {}).get("reason") or built.get("reason")
+        return reason or "omnimamba was installed without its CUDA kernels"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA GPU (torch.cuda.is_available() is False)"
+    module = importlib.import_module(path)
+    reason = module.why_not()
+    return f"the CUDA runtime cannot start: {reason}" if reason else module
+
+
+def why_not() -> str | None:
+    loaded = _emulator.get() or _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def serves(device: torch.device) -> bool:
+    """Whether tensors of this device can be given to the kernels: those of a GPU, or of the CPU under an emulator."""
+    return device.type == ("cpu" if _emulator.get() else "cuda")
+
+
+@cache
+def _too_old(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _OLDEST:
+        return None
+    return f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
+
+
+def cannot_take(*tensors: Tensor | None) -> str | None:
+    """Why a CUDA kernel cannot read these tensors, or None."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype not in _STORAGE:
+            return f"CUDA kernels compute in float32 and store float32, bfloat16 or float16, not {t.dtype}"
+        if t.is_neg():
+            return "CUDA kernels read memory as it is, and one tensor is a negated view; .resolve_neg() makes a copy"
+    device = next(t.device for t in tensors if t is not None)
+    return _too_old(device.index) if device.type == "cuda" else None
+
+
+@contextmanager
+def emulated(module: ModuleType) -> Iterator[None]:
+    """For tests: within the block the CUDA kernels are those of ``module``, compiled for the CPU, on CPU tensors."""
+    token = _emulator.set(module)
+    try:
+        yield
+    finally:
+        _emulator.reset(token)
+
+
+def call(kernel: str, device: torch.device, **fields: Any) -> Any:
+    """Runs a compiled kernel on a Params struct filled by field name: tensors become views, None an absent view.
+
+    It goes to the device's current stream, and returns before the GPU has done it.
+    """
+    emulator = _emulator.get()
+    if emulator is not None:
+        return emulator.kernels[kernel](**fields)
+    function = _load().kernels[kernel]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        return function(stream=stream, **fields)
+    with torch.cuda.device(device):
+        return function(stream=stream, **fields)

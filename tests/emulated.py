@@ -1,0 +1,71 @@
+"""The CUDA kernels compiled for the CPU (csrc/host_gpu), built into build/ when a test first asks for them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from omnimamba_kernels import cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ROOT / "build" / "emulator" / sys.implementation.cache_tag / "modules"
+
+
+@cache
+def why_not() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if not (ROOT / "csrc").is_dir():
+        return "the sources are not here"
+    missing = [tool for tool in ("pybind11", "cmake", "ninja") if importlib.util.find_spec(tool) is None]
+    if missing or shutil.which("c++") is None:
+        return f"{', '.join(missing) or 'a C++ compiler'} is missing"
+    return None
+
+
+@cache
+def build() -> Path:
+    """The folder with the compiled modules, up to date. A failure is an error, never a skipped test."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    command = ["flock", str(ROOT / "build" / ".emulator.lock"), sys.executable, "setup.py", "-q", "build_emulator"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return MODULES
+
+
+@cache
+def module() -> ModuleType:
+    """The kernels of csrc/*/cuda*.cu."""
+    (path,) = build().glob("_native_emulated*.so")
+    loader = importlib.machinery.ExtensionFileLoader("_native_emulated", str(path))
+    spec = importlib.util.spec_from_file_location("_native_emulated", str(path), loader=loader)
+    loaded = importlib.util.module_from_spec(spec)
+    loader.exec_module(loaded)
+    return loaded
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The small kernels of tests/emulator."""
+    return ctypes.CDLL(str(build() / "emulator_kernels.so"))
+
+
+def configure(seed: int = 1, early_copies: bool = False) -> None:
+    """In which order the threads of the kernels in module() run, and whether cp.async lands at once."""
+    change = ctypes.CDLL(module().__file__).omnimamba_emulator_settings
+    change(ctypes.c_uint64(seed), ctypes.c_int(early_copies))
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Within the block back end "cuda" takes CPU tensors and runs on the emulator."""
+    with cuda.emulated(module()):
+        yield
