@@ -1,5 +1,6 @@
 // The only pybind11 file. A kernel takes one Params struct; Python gives its members by name, a torch tensor becoming a View.
-// The module is compiled once for each instruction set (OMNIMAMBA_MODULE names it); native.py loads the one to use.
+// The module (OMNIMAMBA_MODULE names it) is compiled once for each instruction set, and with OMNIMAMBA_CUDA for the GPU: the
+// same functions of the same structs, on another device. native.py and cuda.py load the one to use.
 #include <pybind11/pybind11.h>
 
 #include <functional>
@@ -9,15 +10,19 @@
 #include <vector>
 
 #include "causal_conv1d/causal_conv1d.h"
-#include "common/isa.h"
-#include "common/simd.h"
 #include "common/types.h"
 #include "gated_norm/gated_norm.h"
+#include "state_update/state_update.h"
+#if defined(OMNIMAMBA_CUDA)
+#include "common/launch.h"
+#else
+#include "common/isa.h"
+#include "common/simd.h"
 #include "lora_linear/lora_linear.h"
 #include "lora_linear/matmul.h"
 #include "mamba_mixer/mamba_mixer.h"
 #include "ssd_scan/ssd_scan.h"
-#include "state_update/state_update.h"
+#endif
 
 namespace py = pybind11;
 using namespace omnimamba;
@@ -200,9 +205,9 @@ void kernel(py::module_& m, const Fields<Params>& fields, const char* name, Resu
 void bind_causal_conv1d(py::module_& m) {
   {
     using Params = CausalConv1dParams;
-    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live) FIELD(y)
-        FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(batch)
-            FIELD(channels) FIELD(length) FIELD(width) FIELD(activation);
+    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(bias) FIELD(initial_states) FIELD(live) FIELD(seq_idx)
+        FIELD(y) FIELD(dy) FIELD(dx) FIELD(dinitial_states) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(batch)
+            FIELD(channels) FIELD(length) FIELD(width) FIELD(activation) FIELD(stream);
     kernel(m, fields, "causal_conv1d_forward", causal_conv1d_forward);
     kernel(m, fields, "causal_conv1d_backward", causal_conv1d_backward);
     kernel(m, fields, "causal_conv1d_workspace", causal_conv1d_workspace);
@@ -211,17 +216,36 @@ void bind_causal_conv1d(py::module_& m) {
     using Params = CausalConv1dUpdateParams;
     auto& fields = params<Params>() FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias) FIELD(cache_seqlens)
         FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length) FIELD(width) FIELD(state_len)
-            FIELD(activation);
+            FIELD(activation) FIELD(stream);
     kernel(m, fields, "causal_conv1d_update", causal_conv1d_update);
   }
   {
     using Params = CausalConv1dVarlenParams;
-    auto& fields =
-        params<Params>() FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences) FIELD(channels) FIELD(state_len);
+    auto& fields = params<Params>() FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences) FIELD(channels)
+        FIELD(state_len) FIELD(stream);
     kernel(m, fields, "causal_conv1d_varlen_states", causal_conv1d_varlen_states);
   }
 }
 
+void bind_state_update(py::module_& m) {
+  using Params = StateUpdateParams;
+  auto& fields = params<Params>() FIELD(state) FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z)
+      FIELD(dt_bias) FIELD(state_batch_indices) FIELD(out) FIELD(batch) FIELD(heads) FIELD(width) FIELD(groups) FIELD(n)
+          FIELD(dt_softplus) FIELD(stream);
+  kernel(m, fields, "state_update_forward", state_update_forward);
+}
+
+void bind_gated_norm(py::module_& m) {
+  using Params = GatedNormParams;
+  auto& fields = params<Params>() FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(update) FIELD(y) FIELD(dy) FIELD(dx)
+      FIELD(dz) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size)
+          FIELD(eps) FIELD(norm_before_gate) FIELD(stream);
+  kernel(m, fields, "gated_norm_forward", gated_norm_forward);
+  kernel(m, fields, "gated_norm_backward", gated_norm_backward);
+  kernel(m, fields, "gated_norm_workspace", gated_norm_workspace);
+}
+
+#if !defined(OMNIMAMBA_CUDA)
 void bind_ssd_scan(py::module_& m) {
   using Params = SsdScanParams;
   auto& fields = params<Params>() FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z) FIELD(dt_bias)
@@ -236,24 +260,6 @@ void bind_ssd_scan(py::module_& m) {
   kernel(m, fields, "ssd_scan_short", &ssd_scan_short);
   kernel(m, fields, "ssd_scan_backward_workspace", &ssd_scan_backward_workspace);
   kernel(m, fields, "ssd_scan_backward", &ssd_scan_backward);
-}
-
-void bind_state_update(py::module_& m) {
-  using Params = StateUpdateParams;
-  auto& fields = params<Params>() FIELD(state) FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z)
-      FIELD(dt_bias) FIELD(state_batch_indices) FIELD(out) FIELD(batch) FIELD(heads) FIELD(width) FIELD(groups) FIELD(n)
-          FIELD(dt_softplus);
-  kernel(m, fields, "state_update_forward", state_update_forward);
-}
-
-void bind_gated_norm(py::module_& m) {
-  using Params = GatedNormParams;
-  auto& fields = params<Params>() FIELD(x) FIELD(z) FIELD(weight) FIELD(bias) FIELD(update) FIELD(y) FIELD(dy) FIELD(dx)
-      FIELD(dz) FIELD(dweight) FIELD(dbias) FIELD(workspace) FIELD(outer) FIELD(inner) FIELD(width) FIELD(group_size)
-          FIELD(eps) FIELD(norm_before_gate);
-  kernel(m, fields, "gated_norm_forward", gated_norm_forward);
-  kernel(m, fields, "gated_norm_backward", gated_norm_backward);
-  kernel(m, fields, "gated_norm_workspace", gated_norm_workspace);
 }
 
 void bind_lora_linear(py::module_& m) {
@@ -285,6 +291,7 @@ void bind_mamba_mixer(py::module_& m) {
               FIELD(state_len) FIELD(eps) FIELD(norm_before_gate) FIELD(activation) FIELD(headwise_D);
   kernel(m, fields, "mamba_mixer_step", mamba_mixer_step);
 }
+#endif
 
 #undef FIELD
 
@@ -292,6 +299,12 @@ void bind_mamba_mixer(py::module_& m) {
 
 PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   m.attr("kernels") = py::dict();
+  bind_causal_conv1d(m);
+  bind_state_update(m);
+  bind_gated_norm(m);
+#if defined(OMNIMAMBA_CUDA)
+  m.def("why_not", &why_not);
+#else
   m.attr("vector_width") = W;
   py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())
       .def_readonly("avx2", &CpuFeatures::avx2)
@@ -301,10 +314,8 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
       .def(py::init())
       .def("add", &Program::add)
       .def("run", &Program::run);
-  bind_causal_conv1d(m);
   bind_ssd_scan(m);
-  bind_state_update(m);
-  bind_gated_norm(m);
   bind_lora_linear(m);
   bind_mamba_mixer(m);
+#endif
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import native, triton_launch
+from . import cuda, native, triton_launch
 
 NAMES = ("cuda", "triton", "native", "reference")
 OPS = ("causal_conv1d", "ssd_scan", "state_update", "gated_norm", "lora_linear", "mamba_mixer")
@@ -43,9 +43,13 @@ def _absent(name: str) -> str | None:
     return native.why_not() if name == "native" else None
 
 
+def _cannot_run(name: str) -> str | None:
+    return _absent(name) or (cuda.why_not() if name == "cuda" else None)
+
+
 def backends() -> dict[str, str | None]:
     """Each back end and the reason why it cannot run here; None where it can."""
-    return {name: _absent(name) for name in NAMES}
+    return {name: _cannot_run(name) for name in NAMES}
 
 
 @contextmanager
@@ -63,17 +67,23 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _runs_on(name: str, device: torch.device) -> bool:
+    if name == "triton":
+        return triton_launch.runs_on(device)
+    return cuda.runs_on(device) if name == "cuda" else name in _ORDER.get(device.type, ())
+
+
 def _why_not(op: str, name: str, device: torch.device, tensors: tuple, options: dict) -> str | None:
     if name == "reference":
         return None
     recorded = name == "triton" and triton_launch.is_recording()
-    reason = None if recorded else _absent(name)
+    reason = None if recorded else _cannot_run(name)
     if reason:
         return reason
     module = _module(op, name)
     if module is None:
         return f"this version of omnimamba has no {name} kernel of {op}"
-    if not (triton_launch.runs_on(device) if name == "triton" else name in _ORDER.get(device.type, ())):
+    if not _runs_on(name, device):
         return f"it does not run on device {device}"
     return module.why_not(*tensors, **options)
 

@@ -41,7 +41,7 @@ def why_not() -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
-def serves(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
     """Whether tensors of this device can be given to the kernels: those of a GPU, or of the CPU under an emulator."""
     return device.type == ("cpu" if _emulator.get() else "cuda")
 

@@ -10,8 +10,10 @@ struct CausalConv1dParams {
   View weight;          // (w, d) float, contiguous
   View bias;            // (d,) float, contiguous; optional
   View initial_states;  // (b, d, w - 1) of T, in x's layout; optional
-  View live;            // (b, l) int, contiguous; bit j: the input j steps back belongs to t's sequence; optional
-  View y;               // (b, d, l) of T, in x's layout
+  View
+      live;  // (b, l) int, contiguous; bit j: the input j steps back belongs to t's sequence; optional, of the CPU kernels
+  View seq_idx;  // (b, l) integers, any strides: what live is made of; optional, of the CUDA kernels
+  View y;        // (b, d, l) of T, in x's layout
 
   View dy;               // (b, d, l) of T, in x's layout
   View dx;               // (b, d, l) of T, in x's layout
@@ -22,7 +24,8 @@ struct CausalConv1dParams {
 
   int64_t batch = 0, channels = 0, length = 0, width = 0;
   bool activation = false;
-  int threads = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 void causal_conv1d_forward(const CausalConv1dParams& p);
@@ -40,7 +43,8 @@ struct CausalConv1dUpdateParams {
   View y;                   // (b, d, l) of X, any strides
   int64_t batch = 0, channels = 0, length = 0, width = 0, state_len = 0;
   bool activation = false;
-  int threads = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 void causal_conv1d_update(const CausalConv1dUpdateParams& p);
@@ -51,7 +55,8 @@ struct CausalConv1dVarlenParams {
   View cu_seqlens;  // (sequences + 1,) integers
   View states;      // (sequences, d, state_len) of T, any strides
   int64_t sequences = 0, channels = 0, state_len = 0;
-  int threads = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 void causal_conv1d_varlen_states(const CausalConv1dVarlenParams& p);

@@ -23,7 +23,8 @@ struct GatedNormParams {
   int64_t outer = 0, inner = 0, width = 0, group_size = 0;
   float eps = 0.0f;
   bool norm_before_gate = false;
-  int threads = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 void gated_norm_forward(const GatedNormParams& p);

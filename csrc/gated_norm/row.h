@@ -4,10 +4,9 @@
 #include <type_traits>
 
 #include "../common/lanes.h"
+#include "gate.h"
 
 namespace omnimamba {
-
-enum class Gate { NONE, AFTER, BEFORE };  // where silu(z) stands: nowhere, on the norm's output, on its input
 
 // body(first, n) for the vectors of `count` values: full ones with n = W known to the compiler, then the rest.
 template <class Body>

@@ -1,12 +1,16 @@
-# Builds CUDA kernels as C++: emulator_kernels, the small kernels of tests/emulator that try the emulator. Never installed.
+# Builds the CUDA kernels as C++: _native_emulated, the module of csrc/*/cuda*.cu with the same functions as _native_cuda,
+# and emulator_kernels, the small kernels of tests/emulator that try the emulator itself. Never installed.
+file(GLOB kernels CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/*/cuda*.cu")
 file(GLOB machine CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/host_gpu/*.cpp")
 file(GLOB trials CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/emulator/*.cu")
-set_source_files_properties(${trials} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+set_source_files_properties(${kernels} ${trials} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
 
 add_library(host_gpu STATIC ${machine})
+pybind11_add_module(_native_emulated MODULE NO_EXTRAS "${CMAKE_SOURCE_DIR}/csrc/bindings.cpp" ${kernels})
+target_compile_definitions(_native_emulated PRIVATE OMNIMAMBA_MODULE=_native_emulated OMNIMAMBA_CUDA)
 add_library(emulator_kernels MODULE ${trials})
 set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g1")
-foreach(target host_gpu emulator_kernels)
+foreach(target host_gpu _native_emulated emulator_kernels)
   target_compile_features(${target} PRIVATE cxx_std_17)
   target_compile_definitions(${target} PRIVATE OMNIMAMBA_EMULATED)
   target_include_directories(${target} PRIVATE "${CMAKE_SOURCE_DIR}/csrc")

@@ -19,7 +19,8 @@ struct StateUpdateParams {
   View out;                  // (b, h, d) of T, any strides
   int64_t batch = 0, heads = 0, width = 0, groups = 1, n = 0;
   bool dt_softplus = false;
-  int threads = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 void state_update_forward(const StateUpdateParams& p);

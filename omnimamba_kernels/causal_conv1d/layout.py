@@ -1,10 +1,11 @@
-"""In which order in memory the convolution's tensors (b, d, l) lie: outputs are laid out as x is."""
+"""How the convolution's tensors (b, d, l) lie in memory (outputs as x does), and its final states."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,3 +30,53 @@ def empty_like(x: Tensor, length: int | None = None) -> Tensor:
     l = l if length is None else length
     strides = (l * d, 1, d) if channel_last(x) else (d * l, l, 1)
     return torch.empty_strided((b, d, l), strides, dtype=x.dtype, device=x.device)
+
+
+def sizes(x: Tensor, w: int, activation: bool) -> dict[str, int | bool]:
+    return dict(batch=x.shape[0], channels=x.shape[1], length=x.shape[2], width=w, activation=activation)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x (b, d, l) with its channels or its times one element apart: itself where it can be."""
+    if channel_last(x) or x.stride(2) == 1:
+        return x
+    return x.contiguous()
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """t (b, d, any) with the same dimension as x's at unit stride."""
+    if t.stride(1 if channel_last(x) else 2) == 1:
+        return t
+    return empty_like(x, t.shape[2]).copy_(t)
+
+
+def padded_ids(seq_idx: Tensor, w: int) -> Tensor:
+    """What comes before the first position belongs to sequence 0."""
+    return F.pad(seq_idx, (w - 1, 0))
+
+
+def _final_mask(seq_idx: Tensor, w: int) -> Tensor:
+    """(b, 1, w - 1): which of the last inputs belong to the last position's sequence."""
+    ids = padded_ids(seq_idx, w)
+    return ((ids[:, seq_idx.shape[1] :] == ids[:, -1:]) & (ids[:, -1:] >= 0))[:, None]
+
+
+def final_states(x: Tensor, before: Tensor | None, seq_idx: Tensor | None, w: int) -> Tensor:
+    b, d, l = x.shape
+    final = x.new_zeros(b, d, w - 1)
+    kept = min(l, w - 1)
+    final[..., w - 1 - kept :] = x[..., l - kept :]
+    if before is not None and kept < w - 1:
+        final[..., : w - 1 - kept] = before[..., kept:]
+    return final if seq_idx is None else final.masked_fill_(~_final_mask(seq_idx, w), 0)
+
+
+def add_final_states(dx: Tensor, dbefore: Tensor | None, dfinal: Tensor, seq_idx: Tensor | None, w: int) -> None:
+    """Adds the gradient of the final states, which are the last inputs."""
+    if seq_idx is not None:
+        dfinal = dfinal.masked_fill(~_final_mask(seq_idx, w), 0)
+    l = dx.shape[2]
+    kept = min(l, w - 1)
+    dx[..., l - kept :] += dfinal[..., w - 1 - kept :]
+    if dbefore is not None and kept < w - 1:
+        dbefore[..., kept:] += dfinal[..., : w - 1 - kept]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .layout import floats, rows_of, sizes
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -23,16 +24,16 @@ def forward(
     norm_before_gate: bool,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
-    rows = _rows(x)
+    rows = rows_of(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     native.call(
         "gated_norm_forward",
         x=rows,
-        z=None if z is None else _rows(z if z.dtype is x.dtype else z.to(x.dtype)),
-        weight=_floats(weight),
-        bias=None if bias is None else _floats(bias),
-        y=_rows(y),
-        **_sizes(rows),
+        z=None if z is None else rows_of(z if z.dtype is x.dtype else z.to(x.dtype)),
+        weight=floats(weight),
+        bias=None if bias is None else floats(bias),
+        y=rows_of(y),
+        **sizes(rows),
         group_size=group_size,
         eps=eps,
         norm_before_gate=norm_before_gate,
@@ -50,10 +51,10 @@ def add_forward(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float)
     native.call(
         "gated_norm_forward",
         x=residual,
-        update=_rows(update if update.dtype is residual.dtype else update.to(residual.dtype)),
-        weight=_floats(weight),
+        update=rows_of(update if update.dtype is residual.dtype else update.to(residual.dtype)),
+        weight=floats(weight),
         y=y,
-        **_sizes(residual),
+        **sizes(residual),
         group_size=residual.shape[-1],
         eps=eps,
     )
@@ -74,45 +75,27 @@ def backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dz = None if z is None else torch.empty_like(dx)
     dweight, dbias = (x.new_empty(d, dtype=torch.float32) for _ in range(2))
-    rows = _rows(x)
+    rows = rows_of(x)
     arguments = dict(
         x=rows,
-        z=None if z is None else _rows(z if z.dtype is x.dtype else z.to(x.dtype)),
-        weight=_floats(weight),
-        bias=None if bias is None else _floats(bias),
-        dy=_rows(grads[0]),
-        dx=_rows(dx),
-        dz=None if dz is None else _rows(dz),
+        z=None if z is None else rows_of(z if z.dtype is x.dtype else z.to(x.dtype)),
+        weight=floats(weight),
+        bias=None if bias is None else floats(bias),
+        dy=rows_of(grads[0]),
+        dx=rows_of(dx),
+        dz=None if dz is None else rows_of(dz),
         dweight=dweight,
         dbias=dbias,
-        **_sizes(rows),
+        **sizes(rows),
         group_size=group_size,
         eps=eps,
         norm_before_gate=norm_before_gate,
     )
-    floats = native.call("gated_norm_workspace", **arguments)
-    native.call("gated_norm_backward", workspace=x.new_empty(floats, dtype=torch.float32), **arguments)
+    workspace = x.new_empty(native.call("gated_norm_workspace", **arguments), dtype=torch.float32)
+    native.call("gated_norm_backward", workspace=workspace, **arguments)
     return (
         dx,
         dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),
         None if dz is None else dz.to(z.dtype),
     )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t as at most three dimensions, the last of them contiguous: a view where its strides allow one."""
-    strides = t.stride()
-    if strides[-1] != 1:
-        t = t.contiguous()
-    return t if len(strides) <= 3 else t.flatten(0, -3)
-
-
-def _sizes(rows: Tensor) -> dict[str, int]:
-    shape = rows.shape
-    leading = len(shape) - 1
-    return {"outer": shape[0] if leading else 1, "inner": shape[1] if leading == 2 else 1, "width": shape[-1]}
-
-
-def _floats(t: Tensor) -> Tensor:
-    return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .layout import floats
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -37,13 +38,13 @@ def forward(
         "state_update_forward",
         state=state,
         x=x,
-        dt=_floats(dt),
-        A=_floats(A),
+        dt=floats(dt),
+        A=floats(A),
         B=B,
         C=C,
-        D=None if D is None else _floats(D),
+        D=None if D is None else floats(D),
         z=z,
-        dt_bias=None if dt_bias is None else _floats(dt_bias),
+        dt_bias=None if dt_bias is None else floats(dt_bias),
         state_batch_indices=state_batch_indices,
         out=out,
         batch=b,
@@ -54,11 +55,3 @@ def forward(
         dt_softplus=dt_softplus,
     )
     return (out if out.dtype is dtype else out.to(dtype),), ()
-
-
-def _floats(t: Tensor) -> Tensor:
-    """t in float32; what is expanded stays expanded, so that the kernel sees which dimensions are tied."""
-    if t.dtype is torch.float32:
-        return t
-    single = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
-    return single.float().expand_as(t)

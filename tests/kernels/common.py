@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import emulated
 import hypothesis
 import pytest
 import torch
@@ -34,7 +35,7 @@ def runs() -> list[str]:
             found += [f"native-{isa}" for isa, why in native.instruction_sets().items() if why is None]
         else:
             found.append(name)
-    return found
+    return found if emulated.why_not() else [*found, "cuda-emulated"]
 
 
 def device_of(run: str) -> torch.device:
@@ -73,7 +74,9 @@ def running(run: str) -> Iterator[None]:
     name, _, isa = run.partition("-")
     with ExitStack() as stack:
         stack.enter_context(use_backend(name))
-        if isa:
+        if isa == "emulated":
+            stack.enter_context(emulated.emulated())
+        elif isa:
             stack.enter_context(native.use_instruction_set(isa))
         try:
             yield

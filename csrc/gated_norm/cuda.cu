@@ -1,0 +1,253 @@
+// Gated RMSNorm, forward and backward. For each row and each group of G neighbouring values, with s = silu(z):
+//
+//   u = x or x s,  r = 1 / sqrt(mean(u^2) + eps),  v = u r weight + bias,  y = v s or v
+//
+//   dv = dy s or dy,  dn = dv weight,  du = r (dn - u r^2 mean(dn u))
+//   gate after:   dx = du,    dz = dy v silu'(z)
+//   gate before:  dx = du s,  dz = du x silu'(z)
+//   dweight = sum over rows of dv u r,  dbias = sum over rows of dv
+//
+// Plan, forward: a group of a row belongs to a team, one warp where that holds it in registers, else a block. Accesses of
+//   16 bytes where all addresses allow them. x and z stay in registers between the sum and the output.
+// Plan, backward: a block has one group of a part of the rows, at most 256 parts, and walks its rows; a thread keeps the sums
+//   of dweight and dbias of its columns in registers. A second launch adds the parts in order.
+// Groups longer than the registers hold are read a second time, from the cache; their sums stay in the workspace.
+// Traffic: forward rows d (3 elements with z, 2 without), backward rows d (5 or 3).
+#include "../common/math.cuh"
+#include "../common/reduce.cuh"
+#include "../common/sum_parts.cuh"
+#include "gate.h"
+#include "gated_norm.h"
+
+namespace omnimamba {
+namespace {
+
+constexpr int FORWARD_ITEMS = 4, BACKWARD_ITEMS = 2;  // packs a thread keeps in registers
+constexpr int LONGEST_TEAM = 512, WARPS_A_BLOCK = 4;
+
+template <class T, Gate WHERE, int N>
+__global__ void __launch_bounds__(LONGEST_TEAM)
+    gated_norm_forward_kernel(const __grid_constant__ GatedNormParams p, int team) {
+  OM_SHARED(float, scratch, LONGEST_TEAM / WARP);
+  const int groups = static_cast<int>(p.width / p.group_size), packs = static_cast<int>(p.group_size) / N;
+  const int me = static_cast<int>(threadIdx.x) % team;
+  const int64_t unit = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / team;
+  if (unit >= p.outer * p.inner * groups) return;
+  const int64_t row = unit / groups, i = row / p.inner, j = row % p.inner, first = unit % groups * p.group_size;
+  const T *x = p.x.at<T>(i, j) + first, *z = WHERE == Gate::NONE ? nullptr : p.z.at<T>(i, j) + first;
+  T* y = p.y.at<T>(i, j) + first;
+  const float *weight = p.weight.at<float>() + first, *bias = p.bias ? p.bias.at<float>() + first : nullptr;
+
+  float kept_x[FORWARD_ITEMS][N], kept_z[FORWARD_ITEMS][N], squares[1] = {};
+  auto input = [&](int pack, float (&u)[N], float (&gate)[N]) {
+    load_floats(u, x + pack * N);
+    if constexpr (WHERE != Gate::NONE) load_floats(gate, z + pack * N);
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      if constexpr (WHERE == Gate::BEFORE) u[k] *= silu(gate[k]);
+      squares[0] += u[k] * u[k];
+    }
+  };
+#pragma unroll
+  for (int item = 0; item < FORWARD_ITEMS; item++)
+    if (me + item * team < packs) input(me + item * team, kept_x[item], kept_z[item]);
+  for (int pack = me + FORWARD_ITEMS * team; pack < packs; pack += team) {
+    float u[N], gate[N];
+    input(pack, u, gate);
+  }
+  if (team == WARP)
+    squares[0] = warp_sum(squares[0]);
+  else
+    block_sum(squares, scratch);
+  const float r = 1.0f / sqrtf(squares[0] / static_cast<float>(p.group_size) + p.eps);
+
+  auto output = [&](int pack, float (&u)[N], float (&gate)[N]) {
+    float w[N], b[N] = {};
+    load_floats(w, weight + pack * N);
+    if (bias) load_floats(b, bias + pack * N);
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      u[k] = u[k] * r * w[k] + b[k];
+      if constexpr (WHERE == Gate::AFTER) u[k] *= silu(gate[k]);
+    }
+    store_floats(y + pack * N, u);
+  };
+#pragma unroll
+  for (int item = 0; item < FORWARD_ITEMS; item++)
+    if (me + item * team < packs) output(me + item * team, kept_x[item], kept_z[item]);
+  for (int pack = me + FORWARD_ITEMS * team; pack < packs; pack += team) {
+    float u[N], gate[N];
+    input(pack, u, gate);
+    output(pack, u, gate);
+  }
+}
+
+// Neighbouring columns of one row as they lie in memory, and one of them as floats.
+template <class T, int N>
+struct Columns {
+  Pack<T, N> x, z, dy;
+};
+struct Column {
+  float x, u, dy, dv, gate, slope;  // gate: silu(z), slope: its derivative
+};
+
+template <class T, Gate WHERE, int N>
+OM_DEVICE Columns<T, N> read_columns(const T* x, const T* z, const T* dy) {
+  Columns<T, N> in{};
+  in.x = load_pack<Pack<T, N>>(x);
+  in.dy = load_pack<Pack<T, N>>(dy);
+  if constexpr (WHERE != Gate::NONE) in.z = load_pack<Pack<T, N>>(z);
+  return in;
+}
+
+template <Gate WHERE, class T, int N>
+OM_DEVICE Column column(const Columns<T, N>& in, int k) {
+  Column c{to_float(in.x.value[k]), 0.0f, to_float(in.dy.value[k]), 0.0f, 1.0f, 0.0f};
+  if constexpr (WHERE != Gate::NONE) {
+    const float z = to_float(in.z.value[k]), s = sigmoid(z);
+    c.gate = z * s;
+    c.slope = s * (1.0f + z * (1.0f - s));
+  }
+  c.u = WHERE == Gate::BEFORE ? c.x * c.gate : c.x;
+  c.dv = WHERE == Gate::AFTER ? c.dy * c.gate : c.dy;
+  return c;
+}
+
+template <class T, Gate WHERE, int N>
+__global__ void __launch_bounds__(LONGEST_TEAM)
+    gated_norm_backward_kernel(const __grid_constant__ GatedNormParams p, int parts) {
+  OM_SHARED(float, scratch, LONGEST_TEAM / WARP * 2);
+  const int packs = static_cast<int>(p.group_size) / N, me = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int part = static_cast<int>(blockIdx.x) % parts, group = static_cast<int>(blockIdx.x) / parts;
+  const int64_t first = group * p.group_size, rows = p.outer * p.inner;
+  const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+  const float *weight = p.weight.at<float>() + first, *bias = p.bias ? p.bias.at<float>() + first : nullptr;
+  float* dweight = p.workspace.at<float>() + part * 2 * p.width + first;
+  float* dbias = dweight + p.width;
+  float sum_w[BACKWARD_ITEMS][N] = {}, sum_b[BACKWARD_ITEMS][N] = {};
+
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t i = row / p.inner, j = row % p.inner;
+    const T *x = p.x.at<T>(i, j) + first, *dy = p.dy.at<T>(i, j) + first;
+    const T* z = WHERE == Gate::NONE ? x : p.z.at<T>(i, j) + first;
+    T *dx = p.dx.at<T>(i, j) + first, *dz = WHERE == Gate::NONE ? nullptr : p.dz.at<T>(i, j) + first;
+    Columns<T, N> kept[BACKWARD_ITEMS];
+    float sums[2] = {};  // of u^2 and dn u
+    auto read = [&](int pack) { return read_columns<T, WHERE, N>(x + pack * N, z + pack * N, dy + pack * N); };
+    auto add = [&](int pack, const Columns<T, N>& in) {
+      float w[N];
+      load_floats(w, weight + pack * N);
+#pragma unroll
+      for (int k = 0; k < N; k++) {
+        const Column c = column<WHERE>(in, k);
+        sums[0] += c.u * c.u;
+        sums[1] += c.dv * w[k] * c.u;
+      }
+    };
+#pragma unroll
+    for (int item = 0; item < BACKWARD_ITEMS; item++)
+      if (me + item * threads < packs) kept[item] = read(me + item * threads);
+#pragma unroll
+    for (int item = 0; item < BACKWARD_ITEMS; item++)
+      if (me + item * threads < packs) add(me + item * threads, kept[item]);
+    for (int pack = me + BACKWARD_ITEMS * threads; pack < packs; pack += threads) add(pack, read(pack));
+    block_sum(sums, scratch);
+    const float size = static_cast<float>(p.group_size), r = 1.0f / sqrtf(sums[0] / size + p.eps);
+    const float slope = r * r * (sums[1] / size);
+
+    auto output = [&](int pack, const Columns<T, N>& in, float (&to_w)[N], float (&to_b)[N]) {
+      float w[N], b[N] = {}, out_x[N], out_z[N];
+      load_floats(w, weight + pack * N);
+      if (WHERE == Gate::AFTER && bias) load_floats(b, bias + pack * N);
+#pragma unroll
+      for (int k = 0; k < N; k++) {
+        const Column c = column<WHERE>(in, k);
+        const float du = r * (c.dv * w[k] - c.u * slope);
+        out_x[k] = WHERE == Gate::BEFORE ? du * c.gate : du;
+        if constexpr (WHERE == Gate::BEFORE) out_z[k] = du * c.x * c.slope;
+        if constexpr (WHERE == Gate::AFTER) out_z[k] = c.dy * (c.u * r * w[k] + b[k]) * c.slope;
+        to_w[k] += c.dv * c.u * r;
+        to_b[k] += c.dv;
+      }
+      store_floats(dx + pack * N, out_x);
+      if constexpr (WHERE != Gate::NONE) store_floats(dz + pack * N, out_z);
+    };
+#pragma unroll
+    for (int item = 0; item < BACKWARD_ITEMS; item++)
+      if (me + item * threads < packs) output(me + item * threads, kept[item], sum_w[item], sum_b[item]);
+    for (int pack = me + BACKWARD_ITEMS * threads; pack < packs; pack += threads) {
+      float to_w[N] = {}, to_b[N] = {};
+      if (row > begin) {
+        load_floats(to_w, dweight + pack * N);
+        load_floats(to_b, dbias + pack * N);
+      }
+      output(pack, read(pack), to_w, to_b);
+      store_floats(dweight + pack * N, to_w);
+      store_floats(dbias + pack * N, to_b);
+    }
+  }
+#pragma unroll
+  for (int item = 0; item < BACKWARD_ITEMS; item++) {
+    const int pack = me + item * threads;
+    if (pack >= packs) continue;
+    store_floats(dweight + pack * N, sum_w[item]);
+    store_floats(dbias + pack * N, sum_b[item]);
+  }
+}
+
+// body(T{}, gate, width of an access in elements), all of them compile-time constants.
+template <class Body>
+void for_instance(const GatedNormParams& p, Body&& body) {
+  for_float_type(p.x.dtype, [&](auto type) {
+    constexpr int wide = 16 / static_cast<int>(sizeof(type));
+    bool fits = p.group_size % wide == 0 && packs(p.weight, 0, 4, 16) && packs(p.bias, 0, 4, 16);
+    for (const View* v : {&p.x, &p.z, &p.y, &p.dy, &p.dx, &p.dz}) fits = fits && packs(*v, 2, sizeof(type), 16);
+    auto with_gate = [&](auto gate) {
+      if (fits)
+        body(type, gate, std::integral_constant<int, wide>{});
+      else
+        body(type, gate, std::integral_constant<int, 1>{});
+    };
+    if (!p.z)
+      with_gate(std::integral_constant<Gate, Gate::NONE>{});
+    else if (p.norm_before_gate)
+      with_gate(std::integral_constant<Gate, Gate::AFTER>{});
+    else
+      with_gate(std::integral_constant<Gate, Gate::BEFORE>{});
+  });
+}
+
+int64_t parts_of(const GatedNormParams& p) {
+  const int64_t parts = ceil_div(p.outer * p.inner, 16);
+  return parts < 1 ? 1 : parts > 256 ? 256 : parts;
+}
+
+}  // namespace
+
+void gated_norm_forward(const GatedNormParams& p) {
+  const int64_t units = p.outer * p.inner * (p.width / p.group_size);
+  if (units == 0) return;
+  for_instance(p, [&](auto type, auto gate, auto width) {
+    using T = decltype(type);
+    const int team = warps_for(ceil_div(p.group_size / width.value, FORWARD_ITEMS), LONGEST_TEAM);
+    const int threads = team == WARP ? WARP * WARPS_A_BLOCK : team;
+    launch<gated_norm_forward_kernel<T, gate.value, width.value>>(
+        {grid(ceil_div(units * team, threads)), threads, p.stream}, p, team);
+  });
+}
+
+int64_t gated_norm_workspace(const GatedNormParams& p) { return parts_of(p) * 2 * p.width; }
+
+void gated_norm_backward(const GatedNormParams& p) {
+  const int parts = static_cast<int>(parts_of(p));
+  const int64_t groups = p.width / p.group_size;
+  for_instance(p, [&](auto type, auto gate, auto width) {
+    using T = decltype(type);
+    const int threads = warps_for(ceil_div(p.group_size / width.value, BACKWARD_ITEMS), LONGEST_TEAM);
+    launch<gated_norm_backward_kernel<T, gate.value, width.value>>({grid(parts * groups), threads, p.stream}, p, parts);
+  });
+  sum_parts(p.workspace.at<float>(), parts, 2 * p.width, p.width, p.dweight.at<float>(), p.dbias.at<float>(), p.stream);
+}
+
+}  // namespace omnimamba
