@@ -49,14 +49,19 @@ void gradient_row(const GatedNormParams& p, int64_t i, int64_t j, float* dweight
   T *dx = p.dx.at<T>(i, j), *dz = Where == Gate::NONE ? nullptr : p.dz.at<T>(i, j);
   const float *weight = p.weight.at<float>(), *bias = p.bias.at<float>();
   for (int64_t first = 0; first < p.width; first += p.group_size) {
-    vf squares = {}, products = {};
-    for_vectors(p.group_size, [&](int64_t k, int n) {
+    vf squares = {}, products = {}, square = {}, product = {};
+    auto add = [&](int64_t k, int n) {
       const int64_t c = first + k;
       vf u = load_some(x + c, n), dn = load_some(dy + c, n) * load_some(weight + c, n);
       if (Where == Gate::BEFORE) u = u * silu(load_some(z + c, n));
       if (Where == Gate::AFTER) dn = dn * silu(load_some(z + c, n));
-      squares = squares + u * u;
-      products = products + dn * u;
+      square = square + u * u;
+      product = product + dn * u;
+    };
+    for_blocks(p.group_size, add, [&] {
+      squares = squares + square;
+      products = products + product;
+      square = product = vf{};
     });
     const float size = static_cast<float>(p.group_size);
     const float r1 = 1.0f / std::sqrt(sum(squares) / size + p.eps);

@@ -16,6 +16,16 @@ OM_INLINE void for_vectors(int64_t count, Body&& body) {
   if (i < count) body(i, static_cast<int>(count - i));
 }
 
+// The same in blocks, with end() after each: sums of long rows keep their last bits when they are added up block by block.
+template <class Body, class End>
+OM_INLINE void for_blocks(int64_t count, Body&& body, End&& end) {
+  constexpr int64_t block = 64 * W;
+  for (int64_t first = 0; first < count; first += block) {
+    for_vectors(count - first < block ? count - first : block, [&](int64_t i, int n) { body(first + i, n); });
+    end();
+  }
+}
+
 // y = norm(x) silu(z), norm(x), or norm(x silu(z)), over each group of the d values; norm(u) = u r weight + bias with
 // r = 1 / sqrt(mean(u^2) + eps). z is read unless Where is NONE; bias may be null. y may be x.
 template <Gate Where, class X, class Z, class Y>
@@ -28,11 +38,15 @@ void norm_row(const X* x, const Z* z, const float* weight, const float* bias, Y*
       vf u = load_some(x + first + i, n);
       return Where == Gate::BEFORE ? u * silu(load_some(z + first + i, n)) : u;
     };
-    vf squares = {};
-    for_vectors(group, [&](int64_t i, int n) {
+    vf squares = {}, part = {};
+    auto add = [&](int64_t i, int n) {
       const vf u = input(i, n);
       if constexpr (kept) store_some(y + first + i, u, n);
-      squares = squares + u * u;
+      part = part + u * u;
+    };
+    for_blocks(group, add, [&] {
+      squares = squares + part;
+      part = vf{};
     });
     const vf r = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(group) + eps));
     for_vectors(group, [&](int64_t i, int n) {

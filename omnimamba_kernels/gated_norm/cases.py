@@ -51,6 +51,8 @@ CASES = (
     Case("groups of primes", (3, 69), groups=3),
     Case("four dimensions", (2, 2, 3, 34), groups=2, bias=True, wider=2),
     Case("many rows", (600, 20), bias=True),
+    Case("wide rows", (3, 2080), bias=True),
+    Case("wide rows of a prime", (2, 2111), before=False),
 )
 
 BENCH = (
