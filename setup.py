@@ -21,6 +21,7 @@ from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "omnimamba_kernels"
+CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # chips with machine code of their own
 SEE_LOG = "reinstall with pip's -v to see the compiler's messages"
 
 
@@ -56,8 +57,24 @@ class NativeBuild(build_ext):
                 raise CompileError(str(problem)) from None
             info["reason"] = str(problem)
             self.warn(f"installing without native kernels: {problem}")
-        remove_modules(target, kept=info["flags"])
+        if info["cuda"]["reason"] is None:
+            self.build_cuda(target, info, in_place)
+        remove_modules(target, kept=[*info["flags"], *([] if info["cuda"]["reason"] else ["cuda"])])
         write_build_info(target / "_build_info.py", info)
+
+    def build_cuda(self, target, info, in_place):
+        """The CUDA kernels; what stops them leaves the others, unless they were asked for."""
+        cuda = info["cuda"]
+        try:
+            if info["reason"] is not None or self.sanitize:
+                raise CannotBuild(info["reason"] or "CUDA kernels are not built with sanitizers")
+            with build_folder("cuda" if in_place else None) as folder:
+                cuda.update(run_cmake(folder, target, "", part="cuda", architectures=cuda["architectures"]))
+        except CannotBuild as problem:
+            if cuda["wanted"] == "on":
+                raise CompileError(f"OMNIMAMBA_CUDA=on, but {problem}") from None
+            cuda.update(reason=str(problem), architectures=[])
+            self.warn(f"installing without CUDA kernels: {problem}")
 
     def get_outputs(self):
         target = Path(self.build_lib) / PACKAGE
@@ -85,7 +102,7 @@ class EmulatorBuild(Command):
         kind = "emulator-sanitized" if self.sanitize else "emulator"
         with build_folder(kind) as folder:
             try:
-                run_cmake(folder, folder / "modules", self.sanitize, emulate=True)
+                run_cmake(folder, folder / "modules", self.sanitize, part="emulator")
             except CannotBuild as problem:
                 raise CompileError(str(problem)) from None
 
@@ -117,7 +134,7 @@ def build_folder(kind):
     yield folder
 
 
-def run_cmake(folder, target, sanitize, emulate=False):
+def run_cmake(folder, target, sanitize, part="native", architectures=()):
     """Configure and build in `folder`, leave the modules in `target`, return what CMake says it built."""
     cmake, ninja = tool("cmake"), tool("ninja")
     if cmake is None or ninja is None:
@@ -130,15 +147,16 @@ def run_cmake(folder, target, sanitize, emulate=False):
         f"-Dpybind11_DIR={pybind11_folder()}",
         f"-DOMNIMAMBA_OUTPUT={target}",
         f"-DOMNIMAMBA_SANITIZE={sanitize}",
-        f"-DOMNIMAMBA_EMULATE={'ON' if emulate else 'OFF'}",
+        f"-DOMNIMAMBA_PART={part}",
+        f"-DOMNIMAMBA_CUDA_ARCHS={';'.join(architectures)}",
     ]  # fmt: skip
     if subprocess.run(configure, check=False).returncode != 0:
         reason = folder / "reason.txt"
         if reason.exists():
             raise CannotBuild(reason.read_text())
-        raise CannotBuild(f"CMake could not configure the native kernels: {SEE_LOG}")
+        raise CannotBuild(f"CMake could not configure the {part} kernels: {SEE_LOG}")
     if subprocess.run([cmake, "--build", str(folder)], check=False).returncode != 0:
-        raise CannotBuild(f"the native kernels did not compile: {SEE_LOG}")
+        raise CannotBuild(f"the {part} kernels did not compile: {SEE_LOG}")
     return json.loads((folder / "built.json").read_text())
 
 
@@ -172,8 +190,14 @@ def cuda_slot():
         reason = None
     if wanted == "on" and reason is not None:
         raise OptionError(f"OMNIMAMBA_CUDA=on, but {reason}")
-    architectures = [arch for arch in os.environ.get("OMNIMAMBA_CUDA_ARCHS", "").split(";") if arch]
-    return {"wanted": wanted, "reason": reason, "architectures": architectures if reason is None else []}
+    given = [arch for arch in os.environ.get("OMNIMAMBA_CUDA_ARCHS", "").split(";") if arch]
+    return {"wanted": wanted, "reason": reason, "architectures": [] if reason else given or known_architectures()}
+
+
+def known_architectures():
+    """Those of CUDA_ARCHS that this nvcc can compile for."""
+    listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
+    return [arch for arch in CUDA_ARCHS if not listed or f"sm_{arch.rstrip('a')}" in listed]
 
 
 def write_build_info(path, info):

@@ -14,7 +14,7 @@
 #include "gated_norm/gated_norm.h"
 #include "state_update/state_update.h"
 #if defined(OMNIMAMBA_CUDA)
-#include "common/launch.h"
+#include "common/device.h"
 #else
 #include "common/isa.h"
 #include "common/simd.h"
@@ -303,7 +303,7 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   bind_state_update(m);
   bind_gated_norm(m);
 #if defined(OMNIMAMBA_CUDA)
-  m.def("why_not", &why_not);
+  m.def("why_no_device", &why_no_device);
 #else
   m.attr("vector_width") = W;
   py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())

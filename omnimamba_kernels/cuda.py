@@ -32,7 +32,7 @@ def _load() -> ModuleType | str:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA GPU (torch.cuda.is_available() is False)"
     module = importlib.import_module(path)
-    reason = module.why_not()
+    reason = module.why_no_device()
     return f"the CUDA runtime cannot start: {reason}" if reason else module
 
 

@@ -41,7 +41,7 @@ def run(*command, cwd, **environment):
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "OMNIMAMBA_CUDA": "off", **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -98,6 +98,44 @@ def test_cuda_on_without_kernels_is_refused_with_the_reason(checkout):
     built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, OMNIMAMBA_CUDA="on")
     assert built.returncode != 0
     assert "OMNIMAMBA_CUDA=on, but this release of omnimamba contains no CUDA kernels" in built.stderr
+
+
+def broken_nvcc(checkout, tmp_path):
+    """A PATH whose nvcc fails, and a checkout whose native module is quickly built."""
+    (checkout / "csrc" / "bindings.cpp").write_text(
+        "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(OMNIMAMBA_MODULE, m) { m.doc(); }\n"
+    )
+    for source in checkout.glob("csrc/*/cpu*.cpp"):
+        source.unlink()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    return os.pathsep.join([str(nvcc.parent), os.environ["PATH"]])
+
+
+def test_an_nvcc_that_does_not_work_leaves_the_native_kernels(checkout, tmp_path):
+    path = broken_nvcc(checkout, tmp_path)
+    built = run("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=checkout, PATH=path,
+                CUDACXX=str(tmp_path / "bin" / "nvcc"), OMNIMAMBA_CUDA="auto")  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    info = build_info(tmp_path / "lib" / "omnimamba_kernels")
+    assert info["reason"] is None and info["flags"]
+    assert "nvcc does not work with" in info["cuda"]["reason"] and info["cuda"]["architectures"] == []
+
+
+def test_without_nvcc_the_build_says_so(checkout, tmp_path):
+    broken_nvcc(checkout, tmp_path)
+    found = {tool: shutil.which(tool) for tool in ("sh", "c++", "g++", "ld", "as", "ar", "ranlib")}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for tool, path in found.items():
+        if path:
+            (alone / tool).symlink_to(path)
+    built = run("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=checkout, PATH=str(alone),
+                OMNIMAMBA_CUDA="auto")  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    assert build_info(tmp_path / "lib" / "omnimamba_kernels")["cuda"]["reason"].startswith("nvcc was not found")
 
 
 def test_unknown_cuda_setting_is_refused(checkout):

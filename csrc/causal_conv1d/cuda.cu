@@ -57,7 +57,7 @@ OM_DEVICE void channel_last_tile(const CausalConv1dParams& p, int64_t b, int64_t
 }
 
 template <class T, int W, bool SILU, int N>
-__global__ void __launch_bounds__(THREADS) conv_channel_last_kernel(const __grid_constant__ CausalConv1dParams p) {
+__global__ void __launch_bounds__(THREADS, 3) conv_channel_last_kernel(const __grid_constant__ CausalConv1dParams p) {
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
   if (c >= p.channels) return;
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
@@ -104,7 +104,7 @@ OM_DEVICE void time_last_pack(const CausalConv1dParams& p, int64_t b, int64_t c,
 }
 
 template <class T, int W, bool SILU, int N>
-__global__ void __launch_bounds__(THREADS) conv_time_last_kernel(const __grid_constant__ CausalConv1dParams p) {
+__global__ void __launch_bounds__(THREADS, 3) conv_time_last_kernel(const __grid_constant__ CausalConv1dParams p) {
   const int64_t t = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
   if (t >= p.length) return;
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)

@@ -23,7 +23,11 @@ namespace {
 
 constexpr int THREADS = 128, TIMES = 64, MOST_PARTS = 512;
 
-int64_t tiles_of(const CausalConv1dParams& p) { return p.batch * ceil_div(p.length, TIMES); }
+int64_t tiles_of(const CausalConv1dParams& p) {
+  const int64_t tiles = p.batch * ceil_div(p.length, TIMES);
+  check(tiles < (int64_t{1} << 32), "x: the CUDA kernels take fewer than 2^32 tiles of 64 positions; split the batch");
+  return tiles;
+}
 int64_t parts_of(const CausalConv1dParams& p) { return tiles_of(p) < MOST_PARTS ? tiles_of(p) : MOST_PARTS; }
 
 // dx of time u, of the initial states before 0.
@@ -36,17 +40,18 @@ OM_DEVICE void write_dx(const CausalConv1dParams& p, const float (&dx)[N], int64
 }
 
 template <class T, int W, bool SILU, int N>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     conv_backward_channel_last_kernel(const __grid_constant__ CausalConv1dParams p, int parts) {
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N, part = blockIdx.x;
   if (c >= p.channels) return;
-  const int64_t tiles = ceil_div(p.length, TIMES), all = tiles * p.batch;
+  const auto tiles = static_cast<uint32_t>(ceil_div(p.length, TIMES)), all = static_cast<uint32_t>(p.batch) * tiles;
+  const int index = static_cast<int>(part);
   float weight[W][N], bias[N] = {}, sums[W + 1][N] = {};  // [j]: j steps back; [W]: dbias
 #pragma unroll
   for (int j = 0; j < W; j++) load_floats(weight[j], p.weight.at<float>(W - 1 - j, c));
   if (p.bias) load_floats(bias, p.bias.at<float>(c));
-  for (int64_t tile = all * part / parts; tile < all * (part + 1) / parts; tile++) {
-    const int64_t b = tile / tiles, first = tile % tiles * TIMES;
+  for (uint32_t tile = first_of_part(all, index, parts); tile < first_of_part(all, index + 1, parts); tile++) {
+    const int64_t b = tile / tiles, first = static_cast<int64_t>(tile % tiles) * TIMES;
     const int64_t end = first + TIMES < p.length ? first + TIMES : p.length;
     float x[W][N], dx[W][N] = {};
 #pragma unroll
@@ -93,7 +98,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T, int W, bool SILU>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     conv_backward_time_last_kernel(const __grid_constant__ CausalConv1dParams p) {
   OM_SHARED(float, g, THREADS + W - 1);
   OM_SHARED(float, scratch, THREADS / WARP * (W + 1));

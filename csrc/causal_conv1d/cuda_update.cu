@@ -29,6 +29,7 @@ OM_DEVICE void update_channel(const CausalConv1dUpdateParams& p, int64_t b, int6
   const int64_t l = p.length, len = p.state_len;
   const int64_t slot = p.conv_state_indices ? integer_at(p.conv_state_indices, b) : b;
   if (slot < 0) {
+#pragma unroll 1
     for (int64_t t = 0; t < l; t++) *p.y.at<X>(b, c, t) = from_float<X>(0.0f);
     return;
   }
@@ -41,6 +42,7 @@ OM_DEVICE void update_channel(const CausalConv1dUpdateParams& p, int64_t b, int6
 #pragma unroll
   for (int k = 0; k < W - 1; k++) in[k] = to_float(*place(len - (W - 1) + k));
   const float bias = p.bias ? *p.bias.at<float>(c) : 0.0f;
+#pragma unroll 1
   for (int64_t t = 0; t < l; t++) {
     in[W - 1] = to_float(*p.x.at<X>(b, c, t));
     float a = bias;
@@ -50,10 +52,13 @@ OM_DEVICE void update_channel(const CausalConv1dUpdateParams& p, int64_t b, int6
 #pragma unroll
     for (int k = 0; k < W - 1; k++) in[k] = in[k + 1];
   }
-  if (!p.cache_seqlens)
+  if (!p.cache_seqlens) {
+#pragma unroll 1
     for (int64_t k = 0; k + l < len; k++) *p.conv_state.at<S>(slot, c, k) = *p.conv_state.at<S>(slot, c, k + l);
+  }
   const int64_t first = l < len ? 0 : l - len;  // of the times that the state keeps
   int64_t to = p.cache_seqlens ? modulo(static_cast<uint64_t>(first), ring) : len - l + first;
+#pragma unroll 1
   for (int64_t t = first; t < l; t++, to = to + 1 < len ? to + 1 : 0)
     *place(to) = from_float<S>(to_float(*p.x.at<X>(b, c, t)));
 }

@@ -32,17 +32,7 @@ void start(const Shape& shape, const Parameters&... parameters) {
       [&] { KERNEL(parameters...); });
 }
 
-inline std::string why_not() { return ""; }
-
 #else
-
-// Why no kernel can run on this machine, or nothing.
-inline std::string why_not() {
-  int devices = 0;
-  const cudaError_t status = cudaGetDeviceCount(&devices);
-  cudaGetLastError();
-  return status == cudaSuccess ? "" : cudaGetErrorString(status);
-}
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;

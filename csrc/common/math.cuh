@@ -1,11 +1,24 @@
-// Functions of one float.
+// Functions of one float. Divisions and roots are the hardware's own, right to 2 units in the last place: the exact ones call
+// subroutines, around which registers spill.
 #pragma once
 #include "threads.cuh"
 
 namespace omnimamba {
 
-OM_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-OM_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+#if defined(OMNIMAMBA_EMULATED)
+OM_DEVICE float reciprocal(float x) { return 1.0f / x; }
+OM_DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+#else
+OM_DEVICE float reciprocal(float x) {
+  float out;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+OM_DEVICE float inverse_root(float x) { return rsqrtf(x); }
+#endif
+
+OM_DEVICE float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
+OM_DEVICE float silu(float x) { return x * sigmoid(x); }
 
 // d silu / dx = s (1 + x (1 - s)), s = sigmoid(x).
 OM_DEVICE float silu_slope(float x) {

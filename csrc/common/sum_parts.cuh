@@ -10,6 +10,12 @@
 
 namespace omnimamba {
 
+// Where part `part` of `parts` begins when they share out `count` as evenly as whole numbers allow.
+OM_HOST_DEVICE constexpr uint32_t first_of_part(uint32_t count, int part, int parts) {
+  const uint32_t n = static_cast<uint32_t>(parts), i = static_cast<uint32_t>(part), rest = count % n;
+  return i * (count / n) + (i < rest ? i : rest);
+}
+
 template <int SLICES>
 __global__ void __launch_bounds__(WARP* SLICES)
     sum_parts_kernel(const float* parts, int count, int64_t columns, int64_t split, float* first, float* second) {

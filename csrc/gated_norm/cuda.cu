@@ -13,6 +13,7 @@
 //   of dweight and dbias of its columns in registers. A second launch adds the parts in order.
 // Groups longer than the registers hold are read a second time, from the cache; their sums stay in the workspace.
 // Traffic: forward rows d (3 elements with z, 2 without), backward rows d (5 or 3).
+#include "../common/check.h"
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
 #include "../common/sum_parts.cuh"
@@ -22,20 +23,26 @@
 namespace omnimamba {
 namespace {
 
-constexpr int FORWARD_ITEMS = 4, BACKWARD_ITEMS = 2;  // packs a thread keeps in registers
+constexpr int FORWARD_ITEMS = 4;  // packs a thread keeps in registers
+template <class T>
+constexpr int BACKWARD_ITEMS = sizeof(T) == 2 ? 4 : 2;
 constexpr int LONGEST_TEAM = 512, WARPS_A_BLOCK = 4;
 
+// Row (i, j) of a view; the division is of 32 bits.
+struct Row {
+  int64_t i, j;
+  OM_DEVICE Row(const GatedNormParams& p, uint32_t row)
+      : i(row / static_cast<uint32_t>(p.inner)), j(row % static_cast<uint32_t>(p.inner)) {}
+};
+
+// The group of `row` that begins with column `first`, by `team` threads of which this is number `me`.
 template <class T, Gate WHERE, int N>
-__global__ void __launch_bounds__(LONGEST_TEAM)
-    gated_norm_forward_kernel(const __grid_constant__ GatedNormParams p, int team) {
-  OM_SHARED(float, scratch, LONGEST_TEAM / WARP);
-  const int groups = static_cast<int>(p.width / p.group_size), packs = static_cast<int>(p.group_size) / N;
-  const int me = static_cast<int>(threadIdx.x) % team;
-  const int64_t unit = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / team;
-  if (unit >= p.outer * p.inner * groups) return;
-  const int64_t row = unit / groups, i = row / p.inner, j = row % p.inner, first = unit % groups * p.group_size;
-  const T *x = p.x.at<T>(i, j) + first, *z = WHERE == Gate::NONE ? nullptr : p.z.at<T>(i, j) + first;
-  T* y = p.y.at<T>(i, j) + first;
+OM_DEVICE void normalize(const GatedNormParams& p, uint32_t row, int64_t first, int me, int team, float* scratch) {
+  const Row at(p, row);
+  const int packs = static_cast<int>(p.group_size) / N;
+  const T* x = p.x.at<T>(at.i, at.j) + first;
+  const T* z = WHERE == Gate::NONE ? x : p.z.at<T>(at.i, at.j) + first;
+  T* y = p.y.at<T>(at.i, at.j) + first;
   const float *weight = p.weight.at<float>() + first, *bias = p.bias ? p.bias.at<float>() + first : nullptr;
 
   float kept_x[FORWARD_ITEMS][N], kept_z[FORWARD_ITEMS][N], squares[1] = {};
@@ -59,7 +66,7 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
     squares[0] = warp_sum(squares[0]);
   else
     block_sum(squares, scratch);
-  const float r = 1.0f / sqrtf(squares[0] / static_cast<float>(p.group_size) + p.eps);
+  const float r = inverse_root(squares[0] * reciprocal(static_cast<float>(p.group_size)) + p.eps);
 
   auto output = [&](int pack, float (&u)[N], float (&gate)[N]) {
     float w[N], b[N] = {};
@@ -80,6 +87,18 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
     input(pack, u, gate);
     output(pack, u, gate);
   }
+}
+
+template <class T, Gate WHERE, int N>
+__global__ void __launch_bounds__(LONGEST_TEAM)
+    gated_norm_forward_kernel(const __grid_constant__ GatedNormParams p, int team) {
+  OM_SHARED(float, scratch, LONGEST_TEAM / WARP);
+  const int warps = team / WARP, teams = static_cast<int>(blockDim.x) / team;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * teams + warp_id() / warps;
+  const int me = warp_id() % warps * WARP + lane_id();
+  if (row >= p.outer * p.inner) return;
+  for (int64_t first = blockIdx.y * p.group_size; first < p.width; first += gridDim.y * p.group_size)
+    normalize<T, WHERE, N>(p, static_cast<uint32_t>(row), first, me, team, scratch);
 }
 
 // Neighbouring columns of one row as they lie in memory, and one of them as floats.
@@ -119,20 +138,23 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
   OM_SHARED(float, scratch, LONGEST_TEAM / WARP * 2);
   const int packs = static_cast<int>(p.group_size) / N, me = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
+  constexpr int ITEMS = BACKWARD_ITEMS<T>;
   const int part = static_cast<int>(blockIdx.x) % parts, group = static_cast<int>(blockIdx.x) / parts;
-  const int64_t first = group * p.group_size, rows = p.outer * p.inner;
-  const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+  const int64_t first = group * p.group_size;
+  const auto count = static_cast<uint32_t>(p.outer * p.inner);
+  const uint32_t begin = first_of_part(count, part, parts), end = first_of_part(count, part + 1, parts);
   const float *weight = p.weight.at<float>() + first, *bias = p.bias ? p.bias.at<float>() + first : nullptr;
   float* dweight = p.workspace.at<float>() + part * 2 * p.width + first;
   float* dbias = dweight + p.width;
-  float sum_w[BACKWARD_ITEMS][N] = {}, sum_b[BACKWARD_ITEMS][N] = {};
+  float sum_w[ITEMS][N] = {}, sum_b[ITEMS][N] = {};
 
-  for (int64_t row = begin; row < end; row++) {
-    const int64_t i = row / p.inner, j = row % p.inner;
+  for (uint32_t row = begin; row < end; row++) {
+    const Row at(p, row);
+    const int64_t i = at.i, j = at.j;
     const T *x = p.x.at<T>(i, j) + first, *dy = p.dy.at<T>(i, j) + first;
     const T* z = WHERE == Gate::NONE ? x : p.z.at<T>(i, j) + first;
     T *dx = p.dx.at<T>(i, j) + first, *dz = WHERE == Gate::NONE ? nullptr : p.dz.at<T>(i, j) + first;
-    Columns<T, N> kept[BACKWARD_ITEMS];
+    Columns<T, N> kept[ITEMS];
     float sums[2] = {};  // of u^2 and dn u
     auto read = [&](int pack) { return read_columns<T, WHERE, N>(x + pack * N, z + pack * N, dy + pack * N); };
     auto add = [&](int pack, const Columns<T, N>& in) {
@@ -146,15 +168,15 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
       }
     };
 #pragma unroll
-    for (int item = 0; item < BACKWARD_ITEMS; item++)
+    for (int item = 0; item < ITEMS; item++)
       if (me + item * threads < packs) kept[item] = read(me + item * threads);
 #pragma unroll
-    for (int item = 0; item < BACKWARD_ITEMS; item++)
+    for (int item = 0; item < ITEMS; item++)
       if (me + item * threads < packs) add(me + item * threads, kept[item]);
-    for (int pack = me + BACKWARD_ITEMS * threads; pack < packs; pack += threads) add(pack, read(pack));
+    for (int pack = me + ITEMS * threads; pack < packs; pack += threads) add(pack, read(pack));
     block_sum(sums, scratch);
-    const float size = static_cast<float>(p.group_size), r = 1.0f / sqrtf(sums[0] / size + p.eps);
-    const float slope = r * r * (sums[1] / size);
+    const float each = reciprocal(static_cast<float>(p.group_size)), r = inverse_root(sums[0] * each + p.eps);
+    const float slope = r * r * (sums[1] * each);
 
     auto output = [&](int pack, const Columns<T, N>& in, float (&to_w)[N], float (&to_b)[N]) {
       float w[N], b[N] = {}, out_x[N], out_z[N];
@@ -174,9 +196,9 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
       if constexpr (WHERE != Gate::NONE) store_floats(dz + pack * N, out_z);
     };
 #pragma unroll
-    for (int item = 0; item < BACKWARD_ITEMS; item++)
+    for (int item = 0; item < ITEMS; item++)
       if (me + item * threads < packs) output(me + item * threads, kept[item], sum_w[item], sum_b[item]);
-    for (int pack = me + BACKWARD_ITEMS * threads; pack < packs; pack += threads) {
+    for (int pack = me + ITEMS * threads; pack < packs; pack += threads) {
       float to_w[N] = {}, to_b[N] = {};
       if (row > begin) {
         load_floats(to_w, dweight + pack * N);
@@ -188,7 +210,7 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
     }
   }
 #pragma unroll
-  for (int item = 0; item < BACKWARD_ITEMS; item++) {
+  for (int item = 0; item < ITEMS; item++) {
     const int pack = me + item * threads;
     if (pack >= packs) continue;
     store_floats(dweight + pack * N, sum_w[item]);
@@ -196,13 +218,14 @@ __global__ void __launch_bounds__(LONGEST_TEAM)
   }
 }
 
-// body(T{}, gate, width of an access in elements), all of them compile-time constants.
-template <class Body>
+// body(T{}, gate, width of an access in elements), all of them compile-time constants. An access of a
+// 16-bit type has BYTES.
+template <int BYTES, class Body>
 void for_instance(const GatedNormParams& p, Body&& body) {
   for_float_type(p.x.dtype, [&](auto type) {
-    constexpr int wide = 16 / static_cast<int>(sizeof(type));
+    constexpr int size = sizeof(type), wide = size == 4 ? 4 : BYTES / size;
     bool fits = p.group_size % wide == 0 && packs(p.weight, 0, 4, 16) && packs(p.bias, 0, 4, 16);
-    for (const View* v : {&p.x, &p.z, &p.y, &p.dy, &p.dx, &p.dz}) fits = fits && packs(*v, 2, sizeof(type), 16);
+    for (const View* v : {&p.x, &p.z, &p.y, &p.dy, &p.dx, &p.dz}) fits = fits && packs(*v, 2, size, wide * size);
     auto with_gate = [&](auto gate) {
       if (fits)
         body(type, gate, std::integral_constant<int, wide>{});
@@ -218,22 +241,28 @@ void for_instance(const GatedNormParams& p, Body&& body) {
   });
 }
 
+int64_t rows_of(const GatedNormParams& p) {
+  const int64_t rows = p.outer * p.inner;
+  check(rows < (int64_t{1} << 32), "x: the CUDA kernels take fewer than 2^32 rows; split x along its first dimension");
+  return rows;
+}
+
 int64_t parts_of(const GatedNormParams& p) {
-  const int64_t parts = ceil_div(p.outer * p.inner, 16);
+  const int64_t parts = ceil_div(rows_of(p), 16);
   return parts < 1 ? 1 : parts > 256 ? 256 : parts;
 }
 
 }  // namespace
 
 void gated_norm_forward(const GatedNormParams& p) {
-  const int64_t units = p.outer * p.inner * (p.width / p.group_size);
-  if (units == 0) return;
-  for_instance(p, [&](auto type, auto gate, auto width) {
+  const int64_t rows = rows_of(p), groups = p.width / p.group_size;
+  if (rows == 0) return;
+  for_instance<16>(p, [&](auto type, auto gate, auto width) {
     using T = decltype(type);
     const int team = warps_for(ceil_div(p.group_size / width.value, FORWARD_ITEMS), LONGEST_TEAM);
     const int threads = team == WARP ? WARP * WARPS_A_BLOCK : team;
     launch<gated_norm_forward_kernel<T, gate.value, width.value>>(
-        {grid(ceil_div(units * team, threads)), threads, p.stream}, p, team);
+        {grid(ceil_div(rows * team, threads), groups), threads, p.stream}, p, team);
   });
 }
 
@@ -242,9 +271,9 @@ int64_t gated_norm_workspace(const GatedNormParams& p) { return parts_of(p) * 2 
 void gated_norm_backward(const GatedNormParams& p) {
   const int parts = static_cast<int>(parts_of(p));
   const int64_t groups = p.width / p.group_size;
-  for_instance(p, [&](auto type, auto gate, auto width) {
+  for_instance<8>(p, [&](auto type, auto gate, auto width) {
     using T = decltype(type);
-    const int threads = warps_for(ceil_div(p.group_size / width.value, BACKWARD_ITEMS), LONGEST_TEAM);
+    const int threads = warps_for(ceil_div(p.group_size / width.value, BACKWARD_ITEMS<T>), LONGEST_TEAM);
     launch<gated_norm_backward_kernel<T, gate.value, width.value>>({grid(parts * groups), threads, p.stream}, p, parts);
   });
   sum_parts(p.workspace.at<float>(), parts, 2 * p.width, p.width, p.dweight.at<float>(), p.dbias.at<float>(), p.stream);

@@ -49,9 +49,11 @@ template <class S, class T, int N, int LANES>
 __global__ void __launch_bounds__(WARPS* WARP) state_update_kernel(const __grid_constant__ StateUpdateParams p) {
   constexpr int TOGETHER = WARP / LANES;  // channels a warp has in hand at a time
   const int n = static_cast<int>(p.n), lane = lane_id() % LANES;
-  const int64_t a_head = ceil_div(p.width, WARPS * CHANNELS * TOGETHER);  // blocks
-  const int64_t h = blockIdx.x / a_head % p.heads, b = blockIdx.x / a_head / p.heads, group = h / (p.heads / p.groups);
-  const int64_t first = (blockIdx.x % a_head * WARPS + warp_id()) * CHANNELS * TOGETHER + lane_id() / LANES;
+  const auto a_head = static_cast<uint32_t>(ceil_div(p.width, WARPS * CHANNELS * TOGETHER));  // blocks
+  const auto heads = static_cast<uint32_t>(p.heads), head = blockIdx.x / a_head % heads;
+  const int64_t h = head, b = blockIdx.x / a_head / heads, group = head / (heads / static_cast<uint32_t>(p.groups));
+  const int64_t first =
+      (static_cast<int64_t>(blockIdx.x % a_head) * WARPS + warp_id()) * CHANNELS * TOGETHER + lane_id() / LANES;
   const int64_t slot = p.state_batch_indices ? integer_at(p.state_batch_indices, b) : b;
   const bool tied = p.A.stride[2] == 0 || n == 1;
   const T *B = p.B.at<T>(b, group), *C = p.C.at<T>(b, group);

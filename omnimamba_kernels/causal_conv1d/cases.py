@@ -68,6 +68,7 @@ CASES = (
     Case("contiguous packed", 2, 5, 277, layout="contiguous", sequences=True, initial_states=True, final_states=True),
     Case("contiguous short", 2, 3, 3, w=2, layout="contiguous", bias=False, activation=None),
     Case("several tiles", 1, 21, 600),
+    Case("several tiles, packed", 2, 32, 150, sequences=True, initial_states=True, final_states=True),
 )
 
 BENCH = (

@@ -73,6 +73,7 @@ CASES = (
     Case("no heads, nothing optional", 2, 0, 5, 3, extras=False, softplus=False),
     Case("nothing optional", 1, 2, 8, 8, extras=False),
     Case("threads", 2, 8, 64, 64),
+    Case("long states", 1, 2, 5, 264, tied=False),
 )
 
 BENCH = (
