@@ -64,14 +64,14 @@ OM_DEVICE void update_channel(const CausalConv1dUpdateParams& p, int64_t b, int6
 }
 
 template <class X, class S, int W>
-__global__ void __launch_bounds__(THREADS) conv_update_kernel(const __grid_constant__ CausalConv1dUpdateParams p) {
+__global__ void __launch_bounds__(THREADS, 3) conv_update_kernel(const __grid_constant__ CausalConv1dUpdateParams p) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= p.channels) return;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) update_channel<X, S, W>(p, b, c);
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     conv_varlen_states_kernel(const __grid_constant__ CausalConv1dVarlenParams p) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= p.channels) return;

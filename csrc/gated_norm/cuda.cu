@@ -11,6 +11,7 @@
 //   16 bytes where all addresses allow them. x and z stay in registers between the sum and the output.
 // Plan, backward: a block has one group of a part of the rows, at most 256 parts, and walks its rows; a thread keeps the sums
 //   of dweight and dbias of its columns in registers. A second launch adds the parts in order.
+// With `update` x += update comes first, in place.
 // Groups longer than the registers hold are read a second time, from the cache; their sums stay in the workspace.
 // Traffic: forward rows d (3 elements with z, 2 without), backward rows d (5 or 3).
 #include "../common/check.h"
@@ -40,14 +41,22 @@ template <class T, Gate WHERE, int N>
 OM_DEVICE void normalize(const GatedNormParams& p, uint32_t row, int64_t first, int me, int team, float* scratch) {
   const Row at(p, row);
   const int packs = static_cast<int>(p.group_size) / N;
-  const T* x = p.x.at<T>(at.i, at.j) + first;
+  T* x = p.x.at<T>(at.i, at.j) + first;
   const T* z = WHERE == Gate::NONE ? x : p.z.at<T>(at.i, at.j) + first;
+  const T* update = p.update ? p.update.at<T>(at.i, at.j) + first : nullptr;
   T* y = p.y.at<T>(at.i, at.j) + first;
   const float *weight = p.weight.at<float>() + first, *bias = p.bias ? p.bias.at<float>() + first : nullptr;
 
   float kept_x[FORWARD_ITEMS][N], kept_z[FORWARD_ITEMS][N], squares[1] = {};
-  auto input = [&](int pack, float (&u)[N], float (&gate)[N]) {
+  auto input = [&](int pack, float (&u)[N], float (&gate)[N], bool first_time) {
     load_floats(u, x + pack * N);
+    if (update && first_time) {  // x += update, rounded as it is stored
+      float more[N];
+      load_floats(more, update + pack * N);
+#pragma unroll
+      for (int k = 0; k < N; k++) u[k] = to_float(from_float<T>(u[k] + more[k]));
+      store_floats(x + pack * N, u);
+    }
     if constexpr (WHERE != Gate::NONE) load_floats(gate, z + pack * N);
 #pragma unroll
     for (int k = 0; k < N; k++) {
@@ -57,10 +66,10 @@ OM_DEVICE void normalize(const GatedNormParams& p, uint32_t row, int64_t first, 
   };
 #pragma unroll
   for (int item = 0; item < FORWARD_ITEMS; item++)
-    if (me + item * team < packs) input(me + item * team, kept_x[item], kept_z[item]);
+    if (me + item * team < packs) input(me + item * team, kept_x[item], kept_z[item], true);
   for (int pack = me + FORWARD_ITEMS * team; pack < packs; pack += team) {
     float u[N], gate[N];
-    input(pack, u, gate);
+    input(pack, u, gate, true);
   }
   if (team == WARP)
     squares[0] = warp_sum(squares[0]);
@@ -84,7 +93,7 @@ OM_DEVICE void normalize(const GatedNormParams& p, uint32_t row, int64_t first, 
     if (me + item * team < packs) output(me + item * team, kept_x[item], kept_z[item]);
   for (int pack = me + FORWARD_ITEMS * team; pack < packs; pack += team) {
     float u[N], gate[N];
-    input(pack, u, gate);
+    input(pack, u, gate, false);
     output(pack, u, gate);
   }
 }
@@ -225,7 +234,8 @@ void for_instance(const GatedNormParams& p, Body&& body) {
   for_float_type(p.x.dtype, [&](auto type) {
     constexpr int size = sizeof(type), wide = size == 4 ? 4 : BYTES / size;
     bool fits = p.group_size % wide == 0 && packs(p.weight, 0, 4, 16) && packs(p.bias, 0, 4, 16);
-    for (const View* v : {&p.x, &p.z, &p.y, &p.dy, &p.dx, &p.dz}) fits = fits && packs(*v, 2, size, wide * size);
+    for (const View* v : {&p.x, &p.z, &p.update, &p.y, &p.dy, &p.dx, &p.dz})
+      fits = fits && packs(*v, 2, size, wide * size);
     auto with_gate = [&](auto gate) {
       if (fits)
         body(type, gate, std::integral_constant<int, wide>{});

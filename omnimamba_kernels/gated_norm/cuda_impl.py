@@ -42,6 +42,27 @@ def forward(
     return (y,), (x, weight, bias, z) if save else ()
 
 
+def add_forward(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    width = residual.shape[-1]
+    if residual.dim() > 3 or residual.stride(-1) != 1:  # not as the kernel's three dimensions without a copy
+        residual += update
+        (y,), _ = forward(residual, weight, None, None, eps=eps, group_size=width, norm_before_gate=True)
+        return y
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    cuda.call(
+        "gated_norm_forward",
+        residual.device,
+        x=residual,
+        update=rows_of(update.to(residual.dtype)),
+        weight=floats(weight),
+        y=y,
+        **sizes(residual),
+        group_size=width,
+        eps=eps,
+    )
+    return y
+
+
 def backward(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None],
