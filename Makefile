@@ -3,9 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CUDA_ARCHS ?= 90a  # of a developer's build, where nvcc is at hand; an installation has them all
-NATIVE := mkdir -p build && OMNIMAMBA_CUDA_ARCHS="$(strip $(CUDA_ARCHS))" flock build/.lock \
-    $(BIN)/python setup.py -q build_ext --inplace --strict
+NATIVE := mkdir -p build && flock build/.lock $(BIN)/python setup.py -q build_ext --inplace --strict
 
 .PHONY: demo test bench native check test-interpreted test-sanitize gpu-check format clean
 
@@ -64,14 +62,12 @@ $(VENV):
 $(READY): pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
 	mkdir -p build
-	OMNIMAMBA_CUDA_ARCHS="$(strip $(CUDA_ARCHS))" flock build/.lock \
-	    $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 # What the benchmarks compare with.
 $(VENV)/.peers: $(READY)
-	OMNIMAMBA_CUDA_ARCHS="$(strip $(CUDA_ARCHS))" flock build/.lock \
-	    $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
 clean:

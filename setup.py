@@ -1,6 +1,7 @@
 """Builds omnimamba: plain Python and, where a C++17 compiler is at hand, the native modules of CMakeLists.txt.
 
-Read at build time only: OMNIMAMBA_CUDA (auto, on, off) and OMNIMAMBA_CUDA_ARCHS (e.g. "80;90a;120").
+Read at build time only: OMNIMAMBA_CUDA (auto, on, off) and OMNIMAMBA_CUDA_ARCHS (e.g. "80;90a;120"; without it an
+installation has machine code for all of CUDA_ARCHS, a build in the checkout for the chips at hand).
 Whatever happens is recorded in omnimamba_kernels/_build_info.py, which `omnimamba info` shows.
 """
 
@@ -22,6 +23,7 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "omnimamba_kernels"
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # chips with machine code of their own
+DEVELOPERS_CHIP = "90"  # compiled for in a checkout on a machine without a GPU
 SEE_LOG = "reinstall with pip's -v to see the compiler's messages"
 
 
@@ -47,7 +49,7 @@ class NativeBuild(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         target = (ROOT if in_place else Path(self.build_lib).resolve()) / PACKAGE
         target.mkdir(parents=True, exist_ok=True)
-        info = {"reason": None, "compiler": None, "openmp": None, "flags": {}, "cuda": cuda_slot()}
+        info = {"reason": None, "compiler": None, "openmp": None, "flags": {}, "cuda": cuda_slot(in_place)}
         try:
             kind = "sanitize" if self.sanitize else "native" if in_place else None
             with build_folder(kind) as folder:
@@ -175,7 +177,7 @@ def pybind11_folder():
     return pybind11.get_cmake_dir()
 
 
-def cuda_slot():
+def cuda_slot(in_place):
     """Whether the CUDA kernels are to be built, and if not, why."""
     wanted = os.environ.get("OMNIMAMBA_CUDA", "auto")
     if wanted not in ("auto", "on", "off"):
@@ -190,14 +192,28 @@ def cuda_slot():
         reason = None
     if wanted == "on" and reason is not None:
         raise OptionError(f"OMNIMAMBA_CUDA=on, but {reason}")
+    return {"wanted": wanted, "reason": reason, "architectures": [] if reason else architectures(in_place)}
+
+
+def architectures(in_place):
+    """Those that OMNIMAMBA_CUDA_ARCHS names; else, of CUDA_ARCHS that this nvcc knows, those at hand or all."""
     given = [arch for arch in os.environ.get("OMNIMAMBA_CUDA_ARCHS", "").split(";") if arch]
-    return {"wanted": wanted, "reason": reason, "architectures": [] if reason else given or known_architectures()}
+    if given:
+        return given
+    code = run_quietly("nvcc", "--list-gpu-code").split()
+    known = [arch for arch in CUDA_ARCHS if not code or f"sm_{arch.rstrip('a')}" in code]
+    present = run_quietly("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    present = {capability.replace(".", "") for capability in present} or {DEVELOPERS_CHIP}
+    at_hand = [arch for arch in known if arch.rstrip("a") in present]
+    return at_hand if in_place and at_hand else known
 
 
-def known_architectures():
-    """Those of CUDA_ARCHS that this nvcc can compile for."""
-    listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
-    return [arch for arch in CUDA_ARCHS if not listed or f"sm_{arch.rstrip('a')}" in listed]
+def run_quietly(*command):
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def write_build_info(path, info):

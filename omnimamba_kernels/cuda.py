@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -46,12 +46,30 @@ def runs_on(device: torch.device) -> bool:
     return device.type == ("cpu" if _emulator.get() else "cuda")
 
 
-@cache
-def _too_old(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= _OLDEST:
+def no_code_for(capability: tuple[int, int], architectures: Iterable[str]) -> str | None:
+    """Why a module compiled for these architectures ("80", "90a") cannot run on a chip of that compute capability.
+
+    Machine code serves the later chips of its own generation; of the first architecture without a letter there is PTX
+    too, which serves all later chips.
+    """
+    major, minor = capability
+    plain = [divmod(int(arch), 10) for arch in architectures if arch.isdigit()]
+    served = f"{major}{minor}a" in architectures or any(m == major and n <= minor for m, n in plain)
+    if served or (plain and plain[0] <= capability):
         return None
-    return f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
+    if capability < _OLDEST:
+        return f"it has compute capability {major}.{minor}; 8.0 is needed"
+    return (
+        f"omnimamba was compiled for compute capabilities {', '.join(architectures)}, this is {major}.{minor}: "
+        f"reinstall, or name it in OMNIMAMBA_CUDA_ARCHS"
+    )
+
+
+@cache
+def _cannot_run_on(index: int) -> str | None:
+    compiled = native.build_info().get("cuda", {}).get("architectures", [])
+    reason = no_code_for(torch.cuda.get_device_capability(index), compiled)
+    return reason and f"{torch.cuda.get_device_name(index)}: {reason}"
 
 
 def cannot_take(*tensors: Tensor | None) -> str | None:
@@ -64,7 +82,7 @@ def cannot_take(*tensors: Tensor | None) -> str | None:
         if t.is_neg():
             return "CUDA kernels read memory as it is, and one tensor is a negated view; .resolve_neg() makes a copy"
     device = next(t.device for t in tensors if t is not None)
-    return _too_old(device.index) if device.type == "cuda" else None
+    return _cannot_run_on(device.index) if device.type == "cuda" else None
 
 
 @contextmanager
@@ -82,6 +100,7 @@ def call(kernel: str, device: torch.device, **fields: Any) -> Any:
 
     It goes to the device's current stream, and returns before the GPU has done it.
     """
+    native.refuse_while_recording(f"the CUDA kernel {kernel}")
     emulator = _emulator.get()
     if emulator is not None:
         return emulator.kernels[kernel](**fields)

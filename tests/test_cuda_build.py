@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnimamba_kernels import backends, native
+from omnimamba_kernels import backends, cuda, native
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = sorted((ROOT / "build" / "cuda" / sys.implementation.cache_tag).rglob("*.cu.o.txt"))
@@ -57,3 +57,22 @@ def test_a_launch_that_fails_is_an_error():
         module.kernels["gated_norm_forward"](
             x=x, y=x, weight=x[0], outer=1, inner=2, width=8, group_size=8, eps=1e-5, norm_before_gate=True
         )
+
+
+@pytest.mark.parametrize(
+    "capability, architectures, refused",
+    [
+        ((8, 0), "80 86 89 90a 100 120", None),
+        ((8, 7), "80 86 89 90a 100 120", None),
+        ((9, 0), "90a", None),
+        ((10, 3), "80 86 89 90a 100 120", None),
+        ((11, 0), "80 90a", None),  # through the PTX of 80
+        ((7, 5), "80 90a", "has compute capability 7.5; 8.0 is needed"),
+        ((8, 6), "90a", "compiled for compute capabilities 90a, this is 8.6"),
+        ((10, 0), "90a", "compiled for compute capabilities 90a, this is 10.0"),
+        ((8, 0), "86", "compiled for compute capabilities 86, this is 8.0"),
+    ],
+)
+def test_a_chip_without_code_is_refused_with_the_reason(capability, architectures, refused):
+    reason = cuda.no_code_for(capability, architectures.split())
+    assert (reason is None) if refused is None else refused in reason

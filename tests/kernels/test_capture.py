@@ -128,7 +128,10 @@ def test_another_back_end_cannot_be_captured(run):
         pytest.skip("native kernels can")
     layer, before, weight = Layer(), Layer(), torch.ones(7)
     # A GPU's kernels are no torch operations: they must be refused where they start.
-    named = {"triton": "the Triton kernel .* is not a native kernel"}.get(run, "not a native kernel")
+    named = {
+        "triton": "the Triton kernel .* is not a native kernel",
+        "cuda": "the CUDA kernel .* is not a native kernel",
+    }.get(run.partition("-")[0], "not a native kernel")
     with pytest.raises(CannotCapture, match=named):
         capture(lambda x: rmsnorm_fn(x, weight, None), torch.randn(2, 7))
     with pytest.raises(CannotCapture, match=named):
