@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import emulated
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._device import _device_constructors
 
 from omnimamba_kernels import backends, native, triton_launch, use_backend
@@ -53,18 +54,42 @@ class _Placing(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        if function not in _device_constructors() or (kwargs or {}).get("device") is not None:
+        elsewhere = self.device != here()  # the device of an inner block
+        if function not in _device_constructors() or elsewhere or (kwargs or {}).get("device") is not None:
             return made
         return made.detach().to(self.device).requires_grad_(made.requires_grad)
+
+
+_places: list[torch.device] = []
 
 
 @contextmanager
 def placing(device: torch.device) -> Iterator[None]:
     """Within the block new tensors live on ``device``."""
-    if device.type == "cpu" and not torch.cuda.is_available():
-        yield
-        return
-    with _Placing(device):
+    _places.append(device)
+    try:
+        with _Placing(device) if torch.cuda.is_available() else nullcontext():
+            yield
+    finally:
+        _places.pop()
+
+
+def here() -> torch.device:
+    """Where new tensors are placed."""
+    return _places[-1] if _places else torch.device("cpu")
+
+
+def moved(t: Any) -> Any:
+    """A tensor as a leaf of the device where new ones are placed; anything else as it is."""
+    if not isinstance(t, Tensor) or t.device == here():
+        return t
+    return t.detach().to(here()).requires_grad_(t.requires_grad)
+
+
+@contextmanager
+def not_placing() -> Iterator[None]:
+    """Within the block ``placing`` is suspended: torch.compile cannot trace everything through it."""
+    with _pop_mode_temporarily() if _get_current_function_mode() else nullcontext():
         yield
 
 
@@ -146,7 +171,7 @@ def evaluate(
     present = [name for name in wanted if leaves[name] is not None]
     if present:
         generator = torch.Generator().manual_seed(seed)
-        weights = [torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype) for out in outputs]
+        weights = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in outputs]
         grads = torch.autograd.grad(outputs, [leaves[name] for name in present], weights)
         found |= {f"grad {name}": grad for name, grad in zip(present, grads, strict=True)}
     return found

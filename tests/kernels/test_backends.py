@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import device_of, hostile_memory, running, runs, same_bits
+from common import device_of, here, hostile_memory, running, runs, same_bits
 
 from omnimamba_kernels import (
     backends,
@@ -116,7 +116,7 @@ def test_autocast_leaves_the_arithmetic_in_float32(run):
     x, dt = torch.randn(1, 30, 2, 4), torch.rand(1, 30, 2)
     A, B = -torch.rand(2), torch.randn(1, 30, 1, 8)
     want = mamba_chunk_scan_combined(x, dt, A, B, B, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().type, torch.bfloat16):
         got = mamba_chunk_scan_combined(x, dt, A, B, B, 16)
     assert same_bits(got, want)
 

@@ -68,6 +68,7 @@ WRONG_SHAPES = [
     (update, "conv_state_indices", None, "conv_state"),
     (update, "conv_state_indices", torch.tensor([0, 3]), "conv_state_indices"),
     (update, "conv_state_indices", torch.tensor([0, 1, 2]), "conv_state_indices"),
+    (update, "conv_state_indices", torch.zeros(2, dtype=torch.int64, device="meta"), "conv_state_indices"),
     (update, "cache_seqlens", torch.tensor([1]), "cache_seqlens"),
     (update, "cache_seqlens", torch.tensor([1, -1]), "cache_seqlens"),
     (update, "bias", torch.randn(6, device="meta"), "bias"),
