@@ -168,7 +168,12 @@ def _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_s
     checks.floating(x=x, conv_state=conv_state, weight=weight, bias=bias)
     checks.integer(cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
     checks.same_device(
-        x=x, conv_state=conv_state, weight=weight, bias=bias, cache_seqlens=cache_seqlens, indices=conv_state_indices
+        x=x,
+        conv_state=conv_state,
+        weight=weight,
+        bias=bias,
+        cache_seqlens=cache_seqlens,
+        conv_state_indices=conv_state_indices,
     )
 
 
