@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import MambaBackbone
+from .backbone import MambaBackbone, activation_dtype
 from .config import TASKS, OmniMambaConfig
 from .layers import Linear
 
@@ -24,6 +24,12 @@ class Projector(nn.Module):
         return self.projector(x)
 
 
+@torch.no_grad()
+def folded(table: Tensor, then: nn.Module, rows: int = 4096) -> Tensor:
+    """``then`` of each row of a table, in the table's dtype, ``rows`` at a time."""
+    return torch.cat([then(part.to(activation_dtype(part))).to(table.dtype) for part in table.split(rows)])
+
+
 class ImageEmbeddings(nn.Module):
     """The image vocabulary: a table of its own, each looked-up row refined by an MLP.
 
@@ -35,9 +41,15 @@ class ImageEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.word_embeddings.weight, std=0.02)
         self.project_in = Projector(d_model, mlp_ratio * d_model, d_model)
+        self.register_buffer("folded", None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.folded is not None:
+            return F.embedding(tokens, self.folded)
         return self.project_in(self.word_embeddings(tokens))
+
+    def fold(self) -> None:
+        self.folded = folded(self.word_embeddings.weight, self.project_in)
 
 
 class FeedForward(nn.Module):
@@ -58,6 +70,7 @@ class CaptionEmbed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.cap_proj = FeedForward(width)
+        self.register_buffer("folded", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cap_proj(x)
@@ -80,11 +93,21 @@ class OmniBackbone(MambaBackbone):
 
     def embed_caption(self, ids: Tensor) -> Tensor:
         """Text ids (b, l) that open a drawing, at positions 0 to l - 1: (b, l, d_model)."""
-        return self.caption_embed(self.embedding(ids)) + self.pos_embed[:, : ids.shape[1]]
+        folded = self.caption_embed.folded
+        words = self.caption_embed(self.embedding(ids)) if folded is None else F.embedding(ids, folded)
+        return words + self.pos_embed[:, : ids.shape[1]]
 
     def embed_image(self, tokens: Tensor, start: int) -> Tensor:
         """Image tokens (b, l) of a drawing, the first of them at position ``start``: (b, l, d_model)."""
         return self.img_embeddings(tokens) + self.pos_embed[:, start : start + tokens.shape[1]]
+
+    def fold(self) -> None:
+        """Pass both tables through what follows them, once: drawing then looks up and no longer multiplies.
+
+        The tables as trained stay, for the heads and for ``save``; training after it would not reach the folded ones.
+        """
+        self.img_embeddings.fold()
+        self.caption_embed.folded = folded(self.embedding.weight, self.caption_embed.cap_proj)
 
     def embed_understanding(self, vectors: Tensor, start: int) -> Tensor:
         """Add the understanding positions from ``start``; past the table's end its last row serves."""

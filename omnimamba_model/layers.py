@@ -84,6 +84,7 @@ class RoutedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks, self.scale, self.dropout = tasks, scale, dropout
+        self.merged: int | None = None
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         for task in tasks:
@@ -106,6 +107,8 @@ class RoutedLinear(nn.Module):
 
     def bind(self, task: Task) -> Callable[[Tensor], Tensor]:
         """The map for one task, its weights gathered once: what a decode loop calls."""
+        if self.merged is not None:
+            return self._bind_merged(task)
         if not self.tasks or (isinstance(task, int) and task == BASE):
             return partial(lora_linear, weight=self.weight, lora_A=None, lora_B=None, scale=1.0)
         if isinstance(task, int):
@@ -116,6 +119,24 @@ class RoutedLinear(nn.Module):
             down, up = (torch.stack(side) for side in zip(*adapters, strict=True))
             task = task.int()  # as the kernels take it: nothing is left to convert at each step
         return partial(lora_linear, weight=self.weight, lora_A=down, lora_B=up, scale=self.scale, task=task)
+
+    def _bind_merged(self, task: Task) -> Callable[[Tensor], Tensor]:
+        if not isinstance(task, int) or task != self.merged:
+            raise ValueError(
+                f"the adapter of {self.tasks[self.merged]} is merged into the weights, which serve task {self.merged} "
+                f"alone, got {task!r}; load the model again to route tasks"
+            )
+        return partial(lora_linear, weight=self.weight, lora_A=None, lora_B=None, scale=1.0)
+
+    @torch.no_grad()
+    def merge(self, task: int) -> None:
+        """Add one task's adapter to the weight, ``W + scale B_t A_t`` in fp32: then it serves that task alone."""
+        if self.merged is not None or task not in range(len(self.tasks)):
+            done = "none" if self.merged is None else self.tasks[self.merged]
+            raise ValueError(f"task must be one of {len(self.tasks)}, none merged before, got {task} after {done}")
+        down, up = (side.to(wide(side.dtype)) for side in self.adapter(task))
+        self.weight.copy_(self.weight.to(down.dtype).addmm(up, down, alpha=self.scale))
+        self.merged = task
 
     def adapter(self, task: int) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank) of one task."""

@@ -116,6 +116,22 @@ class OmniMamba(Pretrained, nn.Module):
         rows = [[pad] * (slots - len(ids)) + list(ids[:slots]) for ids in captions]
         return torch.tensor(rows, dtype=torch.long, device=self.backbone.pos_embed.device)
 
+    def fold(self) -> None:
+        """For drawing much: look up what image MLP and caption_embed make of every token (``OmniBackbone.fold``)."""
+        self.backbone.fold()
+
+    def merge(self, task: int) -> None:
+        """For one task's latency: add its adapters (MMU or T2I) to the weights, in place; the model then serves it
+        alone, with the same outputs up to rounding, and can no longer be saved. ValueError where one was merged before.
+        """
+        for layer in self.backbone.layers:
+            layer.mixer.in_proj.merge(task)
+
+    @property
+    def merged(self) -> int | None:
+        """The task whose adapters are in the weights."""
+        return self.backbone.layers[0].mixer.in_proj.merged
+
     def train_only(self, stage: str) -> list[str]:
         """Let gradients reach one stage's parameters alone; returns their names.
 

@@ -60,6 +60,8 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """``save`` with the tensors given: a model whose parameters are shared by many processes gathers them first."""
+    if getattr(model, "merged", None) is not None:
+        raise ValueError("an adapter is merged into the model's weights, and would be added again; save before merging")
     folder.mkdir(parents=True, exist_ok=True)
     kind = next(name for name, (model_type, _) in _KINDS.items() if isinstance(model, model_type))
     config = {"model_type": kind, **model.config.to_dict()}

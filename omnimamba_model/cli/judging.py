@@ -21,12 +21,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         command.set_defaults(run=_judge, annotations=None)
         if name == "vqav2":
             command.add_argument("--annotations", type=Path, help="people's answers; without, only yours are written")
-        add_generation(command, 0.0)
+        add_generation(command, "mmu", 0.0)
     drawings = kinds.add_parser("draw", help="draw every caption of a file into a folder, for FID")
     drawings.add_argument("captions", type=Path, help="a caption a line, or COCO's captions file")
     drawings.add_argument("--guidance", type=float, default=1.0)
     drawings.set_defaults(run=_draw_captions)
-    add_generation(drawings, 1.0)
+    add_generation(drawings, "t2i", 1.0)
     for command in kinds.choices.values():
         command.add_argument("--out", type=Path, required=True, help="the folder to write; a stopped run goes on")
         command.add_argument("--batch", type=count, default=16)

@@ -6,9 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import DTYPES
-
-TASKS = ("mmu", "t2i")
+from .options import DTYPES, TASKS
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FORMS = ("instruct", "user", "plain")
 BACKENDS = ("cuda", "triton", "native", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
+TASKS = ("mmu", "t2i")
 MOST = 10_000
 """Drawings or tokens."""
 
@@ -27,9 +28,19 @@ def add_place(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", choices=BACKENDS, help="the kernels to run on; by default the best that can")
 
 
-def add_generation(command: argparse.ArgumentParser, temperature: float) -> None:
-    """What every command that generates takes."""
+def add_fold(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fold", action="store_true", help="compute every token's embedding at the start: quicker for many drawings"
+    )
+
+
+def add_generation(command: argparse.ArgumentParser, task: str, temperature: float) -> None:
+    """What every command that generates for one task takes."""
     add_place(command)
+    command.set_defaults(task=task)
+    command.add_argument("--merge", action="store_true", help="add the task's adapter to the weights: quicker tokens")
+    if task == "t2i":
+        add_fold(command)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
     command.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
@@ -55,7 +66,12 @@ def loaded(arguments: argparse.Namespace) -> Iterator[Pipeline]:
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with use_backend(arguments.backend):
-        yield Pipeline.load(arguments.checkpoint, arguments.device, dtype)
+        pipeline = Pipeline.load(arguments.checkpoint, arguments.device, dtype)
+        if getattr(arguments, "merge", False):
+            pipeline.model.merge(TASKS.index(arguments.task))
+        if getattr(arguments, "fold", False):
+            pipeline.model.fold()
+        yield pipeline
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:

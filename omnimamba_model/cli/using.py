@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import FORMS, add_generation, add_place, count, loaded, sampling_of
+from .options import FORMS, add_fold, add_generation, add_place, count, loaded, sampling_of
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -31,12 +31,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     web.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
     web.set_defaults(run=_web)
     add_place(web)
+    add_fold(web)
 
     for command in (ask, chat):
         command.add_argument("--image", type=Path, required=True)
         command.add_argument("--format", choices=FORMS, help="how the question is put; by default as the model learned")
-    for command, temperature in ((generate, 0.7), (ask, 0.0), (chat, 0.0)):
-        add_generation(command, temperature)
+    for command, task, temperature in ((generate, "t2i", 0.7), (ask, "mmu", 0.0), (chat, "mmu", 0.0)):
+        add_generation(command, task, temperature)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

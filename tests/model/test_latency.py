@@ -1,0 +1,62 @@
+"""What is computed once for latency: folded tables, an adapter merged into the weights."""
+
+import pytest
+import torch
+
+from omnimamba_model import cast_matrices, cli, draw, save
+from omnimamba_model.config import MMU, T2I
+from omnimamba_model.embeddings import folded
+from omnimamba_model.pipeline import Pipeline
+
+
+@torch.no_grad()
+def test_folded_tables_draw_the_same(model, caption, image):
+    expected, drawn, names = model.t2i(caption, image).logits, draw(model, caption), model.state_dict().keys()
+    model.fold()
+    assert model.backbone.img_embeddings.folded.shape == model.backbone.img_embeddings.word_embeddings.weight.shape
+    assert torch.equal(draw(model, caption), drawn) and model.state_dict().keys() == names
+    torch.testing.assert_close(model.t2i(caption, image).logits, expected)
+    model.backbone.img_embeddings.folded.zero_()  # it is what drawing looks up
+    assert not torch.allclose(model.t2i(caption, image).logits, expected, atol=1e-3)
+
+
+def test_folding_in_parts_is_folding_at_once(model):
+    table, mlp = model.backbone.img_embeddings.word_embeddings.weight, model.backbone.img_embeddings.project_in
+    torch.testing.assert_close(folded(table, mlp, rows=5), mlp(table).detach())
+    assert folded(cast_matrices(model, torch.bfloat16).backbone.embedding.weight, torch.nn.Identity()).dtype == (
+        torch.bfloat16
+    )
+
+
+@torch.no_grad()
+def test_a_merged_adapter_serves_its_task_alone(model, caption, image, features, text, tmp_path):
+    drawing = model.t2i(caption, image).logits
+    without = model.t2i(caption, image, adapter=False).logits
+    assert not torch.allclose(drawing, without, atol=1e-2)  # the adapters are heard
+    model.merge(T2I)
+    torch.testing.assert_close(model.t2i(caption, image).logits, drawing, atol=1e-4, rtol=1e-4)
+    for refused in (
+        lambda: model.mmu(features, text),
+        lambda: model.t2i(caption, image, adapter=False),
+        lambda: model.backbone(torch.zeros(2, 1, model.config.backbone.d_model), torch.tensor([MMU, T2I])),
+        lambda: model.merge(MMU),
+        lambda: save(model, tmp_path / "merged"),
+    ):
+        with pytest.raises(ValueError, match="merged"):
+            refused()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_both_by_command(folder, tmp_path, monkeypatch):
+    loaded = []
+    load = Pipeline.load
+    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *place: loaded.append(load(*place)) or loaded[-1]))
+    generate = ["generate", "--checkpoint", str(folder), "--prompt", "word3", "--temperature", "0", "--out"]
+    assert cli.main([*generate, str(tmp_path / "plain.png")]) == 0
+    assert cli.main([*generate, str(tmp_path / "quick.png"), "--fold", "--merge"]) == 0
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "quick.png").read_bytes()
+    plain, quick = (pipeline.model for pipeline in loaded)
+    assert plain.merged is None and plain.backbone.caption_embed.folded is None
+    assert quick.merged == T2I and quick.backbone.caption_embed.folded is not None
+    ask = ["ask", "--checkpoint", str(folder), "--image", str(folder / "a.png"), "--question", "word5", "--merge"]
+    assert cli.main(ask) == 0 and loaded[-1].model.merged == MMU
