@@ -6,6 +6,7 @@
 #endif
 
 #include "flush.h"
+#include "simd.h"
 
 namespace omnimamba {
 
@@ -26,6 +27,7 @@ void parallel_parts(int threads, int64_t count, Body&& body) {
     int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t begin = count * me / team, end = count * (me + 1) / team;
     if (begin < end) body(begin, end, static_cast<int>(me));
+    finish_stores();
   }
 #else
   FlushTinyResults flush;

@@ -100,6 +100,32 @@ OM_INLINE void store(Half* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// Stores W values around the caches, where the target can: for lines written whole and read late. p is aligned to them.
+// Other threads see them after finish_stores(), which ends each part of parallel work.
+template <class T>
+OM_INLINE void store_around(T* p, vf v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(p, (__m512)v);
+  } else {
+    _mm256_stream_si256((__m256i*)p, (__m256i)to_bits(v, T{}));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_stream_ps(p, (__m256)v);
+  } else {
+    _mm_stream_si128((__m128i*)p, (__m128i)to_bits(v, T{}));
+  }
+#else
+  store(p, v);
+#endif
+}
+OM_INLINE void finish_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 OM_INLINE vf load_part(const T* p, int n) {
   T buffer[W] = {};
@@ -132,7 +158,7 @@ OM_INLINE float from_float<float>(float a) {
 
 // ---- arithmetic ----
 
-OM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+OM_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 OM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
 OM_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 // 0, 1, 2, ... W - 1.

@@ -7,7 +7,7 @@
 namespace omnimamba {
 namespace {
 
-static_assert(kTileRows <= 8, "the workspace pads m by 8");
+static_assert(kTileRows <= 12, "the workspace pads m by 12");
 static_assert(kMatmulColumns % kTileColumns == 0, "a chunk is made of whole tiles");
 
 // to[i][lane] = from[lane * lane_step + i * k_step] for `width` lanes, of which the first `lanes` exist; zeros beyond.
@@ -66,7 +66,7 @@ void unpack_b(const MatmulParams& p, const Block& block, int64_t column, int64_t
 }
 
 // One tile of c at (row, column), from panels of a and b.
-OM_INLINE void one_tile(const MatmulParams& p, const Block& block, int64_t row, int64_t column, const float* b) {
+OM_INLINE void matmul_tile(const MatmulParams& p, const Block& block, int64_t row, int64_t column, const float* b) {
   Tile tile;
   tile_add<1>(tile, block.depth, block.a + row * block.depth, kTileRows, b, kTileColumns);
   const bool add = p.accumulate || block.k > 0;
@@ -90,14 +90,14 @@ void one_chunk(const MatmulParams& p, const Block& block, int64_t first, int64_t
   unpack_b(p, block, column, columns, b);
   for (int64_t panel = first; panel < last; panel++)
     for (int64_t c = 0; c < columns; c += kTileColumns)
-      one_tile(p, block, panel * kTileRows, column + c, b + c * block.depth);
+      matmul_tile(p, block, panel * kTileRows, column + c, b + c * block.depth);
 }
 
 }  // namespace
 
 void matmul(const MatmulParams& p) {
   float* a = p.workspace.at<float>();
-  float* b = a + (p.m + 8) * kMatmulDepth;
+  float* b = a + (p.m + 12) * kMatmulDepth;
   const int64_t panels = ceil_div(p.m, kTileRows), chunks = ceil_div(p.n, kMatmulColumns);
   // Few chunks are cut across the rows too, so that every thread has work; the sums stay the same.
   const int64_t parts = chunks >= 2 * p.threads ? 1 : std::min(panels, ceil_div(2 * p.threads, chunks));

@@ -16,7 +16,7 @@ constexpr int kMatmulDepth = 256, kMatmulColumns = 128;
 
 struct MatmulParams {
   View a, b, c;
-  View workspace;  // (m + 8) kMatmulDepth + threads kMatmulDepth kMatmulColumns floats
+  View workspace;  // (m + 12) kMatmulDepth + threads kMatmulDepth kMatmulColumns floats
   int64_t m = 0, n = 0, k = 0;
   bool accumulate = false;
   int threads = 1;

@@ -108,26 +108,27 @@ void pack_head(const BackwardUnit& u) {
 // dx = w (B dS') + M^T dy + D dy.
 template <class T>
 void input_gradient(const BackwardUnit& u) {
-  const auto [b, c, h, in_slab, chunk] = u.at;
-  for (int64_t i = 0; i < u.z.p; i++) u.s.D[i] = u.q.D ? *u.q.D.at<float>(h, i) : 0.0f;
+  for (int64_t i = 0; i < u.z.p; i++) u.s.D[i] = u.q.D ? *u.q.D.at<float>(u.at.h, i) : 0.0f;
   for (int j = 0; j < u.z.panels; j++)
-    for (int s0 = 0; s0 < chunk.length; s0 += kTileRows) {
+    each_tile(u.at.chunk.length, [&](auto height, int s0) {
       const float* dy = u.s.dy + j * panel_floats() + s0 * kTileColumns;
       u.ahead.row();
-      Tile tile;
-      tile_add<1>(tile, u.z.n, u.pack.B_positions + s0 * u.z.n, kTileRows, u.dnext + j * u.z.state_panel, kTileColumns);
+      Tile<height> tile;
+      for (int k = 0; k < u.z.n; k += kChunk)
+        add_states(tile, u.pack.B_positions, s0, k, std::min(k + kChunk, u.z.n), u.dnext + j * u.z.state_panel,
+                   kTileColumns);
       tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(u.s.decay->weight[s0 + r]); });
-      tile_add<1>(tile, chunk.length - s0, u.s.M + s0 * kRow + s0, kRow, dy, kTileColumns);
+      const int rows = u.at.chunk.length - s0, columns = u.z.p - j * kTileColumns;
+      tile_add<1>(tile, rows, u.s.M + s0 * kRow + s0, kRow, dy, kTileColumns);
       const float* D = u.s.D + j * kTileColumns;
-      const int rows = chunk.length - s0, columns = u.z.p - j * kTileColumns;
       const int64_t step = u.q.dx.stride[1];
-      T* dx = u.q.dx.at<T>(b, chunk.start + s0, h) + j * kTileColumns;
+      T* dx = u.q.dx.at<T>(u.at.b, u.at.chunk.start + s0, u.at.h) + j * kTileColumns;
       tile_each(tile, [=](int r, int v, vf& acc) {
         if (r >= rows) return;
         acc += load(D + v * W) * load(dy + r * kTileColumns + v * W);
         store_left(dx + r * step + v * W, acc, columns - v * W);
       });
-    }
+    });
 }
 
 // dM, and from it dG and the sums row_P, column_P, column_T (T = dM L G).
@@ -162,9 +163,9 @@ inline void state_part(const BackwardUnit& u, const float* state, const float* X
                        const float* with, float* total, float* dots) {
   for (int t = 0; t < u.at.chunk.length; t += kTileColumns) {
     vf dot[kTileVectors] = {};
-    for (int i = 0; i < u.z.state_rows; i += kTileRows) {
+    each_tile(u.z.n, [&](auto height, int i) {
       u.ahead.row();
-      Tile tile;
+      Tile<height> tile;
       for (int j = 0; j < u.z.panels; j++)
         tile_add<kTileColumns>(tile, std::min(kTileColumns, u.z.p - j * kTileColumns),
                                state + j * u.z.state_panel + i * kTileColumns, 1,
@@ -174,7 +175,7 @@ inline void state_part(const BackwardUnit& u, const float* state, const float* X
         store(total + at, load(total + at) + acc * load(scale + t + v * W));
         dot[v] += acc * load(with + at);
       });
-    }
+    });
     for (int v = 0; v < kTileVectors; v++) store(dots + t + v * W, dot[v]);
   }
 }
@@ -182,7 +183,9 @@ inline void state_part(const BackwardUnit& u, const float* state, const float* X
 // <S, dS'>.
 inline float state_product(const BackwardUnit& u) {
   vf total{};
-  for (int64_t i = 0; i < u.z.state_floats; i += W) total += load(u.state + i) * load(u.dnext + i);
+  for (int j = 0; j < u.z.panels; j++)
+    for (int64_t i = 0; i < u.z.n * kTileColumns; i += W)
+      total += load(u.state + j * u.z.state_panel + i) * load(u.dnext + j * u.z.state_panel + i);
   return sum(total);
 }
 

@@ -62,15 +62,16 @@ struct Backward {
 
 // own = C^T (exp(c) dy), and the state's gradient before the chunk: exp(c_q) dnext + own, or own alone.
 void retreat(const BackwardUnit& u, const float* dnext, float* dstate) {
-  for (int i = 0; i < u.z.state_rows; i += kTileRows)
+  each_tile(u.z.n, [&](auto height, int i) {
     for (int j = 0; j < u.z.panels; j++) {
-      Tile tile;
+      Tile<height> tile;
       tile_add<1>(tile, u.at.chunk.length, u.pack.C_states + i * u.at.chunk.length, kTileRows,
                   u.s.weighted + j * panel_floats(), kTileColumns);
       const int64_t at = j * u.z.state_panel + i * kTileColumns;
       if (dnext) tile_carry(tile, dnext + at, u.s.decay->whole);
       tile_store(tile, dstate + at);
     }
+  });
 }
 
 // Zero gradients for a chunk of padding.
@@ -128,7 +129,12 @@ void scan_unit(const Backward& f, const Unit& at, int thread, int64_t g, int64_t
     }
   } else {
     const int64_t row = f.prepared.head(at.b, at.in_slab, at.h);
-    Ahead ahead(f.q, at, sizeof(T), {&f.q.x, &f.q.dy, &f.q.dx});
+    Ahead ahead;
+    if (at.h + 1 < f.q.heads) {
+      Unit next = at;
+      next.h++;
+      for (const View* v : {&f.q.x, &f.q.dy, &f.q.dx}) ahead.add<T>(*v, next, f.q.headdim);
+    }
     BackwardUnit u{f.q,
                    f.z,
                    at,

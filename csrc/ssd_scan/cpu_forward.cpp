@@ -11,13 +11,23 @@ namespace {
 struct Scratch {
   Scratch(Arena& arena, const Sizes& z)
       : x(arena.take(z.panels * panel_floats())),
-        weighted(arena.take(z.panels * panel_floats())),
         M(arena.take(kRow * kRow)),
         D(arena.take(int64_t{z.panels} * kTileColumns)),
         decay(reinterpret_cast<Decay*>(arena.take(sizeof(Decay) / sizeof(float)))) {}
-  float *x, *weighted, *M, *D;
+  float *x, *M, *D;
   Decay* decay;
 };
+
+// Whether y goes around the caches: where it is larger than they are, so that nobody finds it there in any case, and lies
+// in whole lines.
+inline bool streams(const SsdScanParams& q) {
+  constexpr int64_t large = int64_t{4} << 20;
+  const int64_t size = q.y.dtype == DType::F32 ? 4 : 2, line = 64 / size;
+  bool whole = kTileColumns % line == 0 && q.headdim % kTileColumns == 0;
+  for (int i = 0; i < 3; i++) whole = whole && q.y.stride[i] % line == 0;
+  return whole && reinterpret_cast<uintptr_t>(q.y.data) % 64 == 0 &&
+         q.batch * q.length * q.heads * q.headdim * size >= large;
+}
 
 // The workspace of a forward pass; threads take their scratch one after another behind it.
 struct Forward {
@@ -26,7 +36,8 @@ struct Forward {
         z(params),
         arena(memory),
         prepared(arena, q, z, false),
-        side_by_side(chunks_side_by_side(q, q.batch * q.heads)) {
+        side_by_side(chunks_side_by_side(q, q.batch * q.heads)),
+        streaming(streams(q)) {
     states = {q.states.at<float>(), q.max_chunks + 1, q.heads, z.state_floats};
     if (!q.states) {
       states.slots = side_by_side ? z.slab + 1 : 1;
@@ -48,36 +59,28 @@ struct Forward {
   Arena arena;
   Prepared prepared;
   bool side_by_side;
+  bool streaming;  // y goes around the caches
   StateRing states;
   float* whole;  // each chunk's decay, where chunks run side by side
   int64_t scratch_step;
   float* scratch;
 };
 
-// x as it is and weighted by what the chunk's end keeps of it.
-template <class T>
-void pack_x(const Forward& f, const Unit& u, const Scratch& s) {
-  const int64_t step = f.q.x.stride[1];
-  const T* x = f.q.x.at<T>(u.b, u.chunk.start, u.h);
-  for (int j = 0; j < f.z.panels; j++) {
-    float *raw = s.x + j * panel_floats(), *weighted = s.weighted + j * panel_floats();
-    for (int t = 0; t < u.chunk.length; t++)
-      for (int v = 0; v < kTileColumns; v += W) {
-        vf value = load_left(x + t * step + j * kTileColumns + v, f.z.p - j * kTileColumns - v);
-        store(raw + t * kTileColumns + v, value);
-        store(weighted + t * kTileColumns + v, value * splat(s.decay->weight[t]));
-      }
-  }
+// x in a panel becomes w x, what the chunk's end keeps of it.
+inline void weigh(float* x, const Decay& decay, int length) {
+  for (int t = 0; t < length; t++)
+    for (int v = 0; v < kTileColumns; v += W)
+      store(x + t * kTileColumns + v, load(x + t * kTileColumns + v) * splat(decay.weight[t]));
 }
 
 // Rows of one panel of y on their way to the caller through the gate, and before it to whom the backward will ask.
-template <class T>
-void store_gated(const Forward& f, const Unit& u, Tile& tile, int t0, int panel) {
+template <class T, int Rows>
+void store_gated(const Forward& f, const Unit& u, Tile<Rows>& tile, int t0, int panel) {
   const SsdScanParams& q = f.q;
-  alignas(64) float rows[kTileRows * kTileColumns];
+  alignas(64) float rows[Rows * kTileColumns];
   tile_each(tile, [&](int r, int v, vf& acc) { store(rows + r * kTileColumns + v * W, acc); });
   const int column = panel * kTileColumns;
-  for (int r = 0; r < std::min(kTileRows, u.chunk.length - t0); r++) {
+  for (int r = 0; r < std::min(Rows, u.chunk.length - t0); r++) {
     const int64_t t = u.chunk.start + t0 + r;
     for (int v = 0; v < kTileColumns && column + v < f.z.p; v += W) {
       const int left = f.z.p - column - v;
@@ -90,12 +93,14 @@ void store_gated(const Forward& f, const Unit& u, Tile& tile, int t0, int panel)
 }
 
 // The same without a gate.
-template <class T>
-void store_plain(const Forward& f, const Unit& u, Tile& tile, int t0, int panel) {
-  const int rows = std::min(kTileRows, u.chunk.length - t0), columns = f.z.p - panel * kTileColumns;
+template <class T, int Rows>
+OM_INLINE void store_plain(const Forward& f, const Unit& u, Tile<Rows>& tile, int t0, int panel) {
+  const int rows = std::min(Rows, u.chunk.length - t0), columns = f.z.p - panel * kTileColumns;
   const int64_t step = f.q.y.stride[1];
   T* y = f.q.y.at<T>(u.b, u.chunk.start + t0, u.h) + panel * kTileColumns;
-  if (rows == kTileRows && columns >= kTileColumns) {
+  if (f.streaming && rows == Rows) {
+    tile_each(tile, [=](int r, int v, vf& acc) { store_around(y + r * step + v * W, acc); });
+  } else if (rows == Rows && columns >= kTileColumns) {
     tile_each(tile, [=](int r, int v, vf& acc) { store(y + r * step + v * W, acc); });
   } else {
     tile_each(tile, [=](int r, int v, vf& acc) {
@@ -111,36 +116,36 @@ void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& 
   constexpr int part = 32;  // of the states, from one row ahead to the next
   const int length = u.chunk.length;
   const float *x = s.x + panel * panel_floats(), *D = s.D + panel * kTileColumns;
-  for (int t0 = 0; t0 < length; t0 += kTileRows) {
+  each_tile(length, [&](auto height, int t0) {
     const float* x0 = x + t0 * kTileColumns;
-    Tile tile;
+    Tile<height> tile;
     if (state) {
-      const float *C = pack.C_positions + t0 * f.z.n, *from_start = s.decay->from_start + t0;
+      const float* from_start = s.decay->from_start + t0;
       for (int k = 0; k < f.z.n; k += part) {
         ahead.row();
-        tile_add<1>(tile, std::min(part, f.z.n - k), C + k * kTileRows, kTileRows, state + k * kTileColumns,
-                    kTileColumns);
+        add_states(tile, pack.C_positions, t0, k, std::min(k + part, f.z.n), state, kTileColumns);
       }
       tile_each(tile, [&](int r, int, vf& acc) { acc *= splat(from_start[r]); });
     }
     tile_add<kRow>(tile, std::min(length, t0 + kTileRows), s.M + t0 * kRow, 1, x, kTileColumns);
     tile_each(tile, [&](int r, int v, vf& acc) { acc += load(D + v * W) * load(x0 + r * kTileColumns + v * W); });
     f.q.z ? store_gated<T>(f, u, tile, t0, panel) : store_plain<T>(f, u, tile, t0, panel);
-  }
+  });
 }
 
-// One panel of next = exp(c_q) state + B^T (w x); without a state, the chunk's own part alone.
+// One panel of next = exp(c_q) state + B^T (w x), which overwrites x; without a state, the chunk's own part alone.
 void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state, float* next,
              int panel, Ahead& ahead) {
   const float whole = s.decay->whole;
-  for (int i = 0; i < f.z.state_rows; i += kTileRows) {
+  float* x = s.x + panel * panel_floats();
+  weigh(x, *s.decay, u.chunk.length);
+  each_tile(f.z.n, [&](auto height, int i) {
     ahead.row();
-    Tile tile;
-    tile_add<1>(tile, u.chunk.length, pack.B_states + i * u.chunk.length, kTileRows,
-                s.weighted + panel * panel_floats(), kTileColumns);
+    Tile<height> tile;
+    tile_add<1>(tile, u.chunk.length, pack.B_states + i * u.chunk.length, kTileRows, x, kTileColumns);
     if (state) tile_carry(tile, state + i * kTileColumns, whole);
     tile_store(tile, next + i * kTileColumns);
-  }
+  });
 }
 
 // The state before a row's first chunk, one panel.
@@ -169,8 +174,9 @@ void output_padding(const Forward& f, const Unit& u) {
   }
 }
 
+// `then` is the unit that the thread does next, or null.
 template <class T>
-void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
+void scan_unit(const Forward& f, const Unit& u, const Unit* then, int thread, Work work) {
   float* next = f.states.at(u.b, u.c + 1, u.h);
   if (u.chunk.kind == ChunkKind::Padding) {
     if (work != Work::States) output_padding<T>(f, u);
@@ -181,7 +187,7 @@ void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
   GroupPack pack = f.prepared.group(u.b, u.in_slab, u.h / f.z.per_group);
   const float* state = u.chunk.kind == ChunkKind::Continues ? f.states.at(u.b, u.c, u.h) : nullptr;
   fill_decay(f.prepared.dt + f.prepared.head(u.b, u.in_slab, u.h), *f.q.A.at<float>(u.h), u.chunk.length, *s.decay);
-  pack_x<T>(f, u, s);
+  pack_panels(f.q.x.at<T>(u.b, u.chunk.start, u.h), f.q.x.stride[1], u.chunk.length, f.z, s.x);
   if (work != Work::States) {
     fill_scores(*s.decay, pack.G, u.chunk.length, s.M);
     for (int64_t c = 0; c < f.z.p; c++) s.D[c] = f.q.D ? *f.q.D.at<float>(u.h, c) : 0.0f;
@@ -189,7 +195,13 @@ void scan_unit(const Forward& f, const Unit& u, int thread, Work work) {
     f.whole[(u.b * f.z.slab + u.in_slab) * f.q.heads + u.h] = s.decay->whole;
   }
   // Panel by panel: a panel of the state stays in the first cache level from the output to its advance.
-  Ahead ahead(f.q, u, sizeof(T), {&f.q.x, &f.q.y});
+  Ahead ahead;
+  if (then) ahead.add<T>(f.q.x, *then, f.z.p);
+  if (then && !f.streaming) ahead.add<T>(f.q.y, *then, f.z.p);
+  if (u.c + 1 == f.q.max_chunks && work == Work::All) {
+    const View& final = f.q.final_states;
+    ahead.add(final.at<float>(u.b, u.h), final.stride[2] * 4, f.z.n * 4, f.z.p);
+  }
   for (int j = 0; j < f.z.panels; j++) {
     const float* panel = state ? state + j * f.z.state_panel : nullptr;
     if (work != Work::States) output<T>(f, u, s, pack, panel, j, ahead);
@@ -208,10 +220,12 @@ void scan_heads(const Forward& f, int64_t c0) {
       int64_t h0 = std::max(begin - b * heads, int64_t{0}), h1 = std::min(end - b * heads, heads);
       for (int64_t c = c0; c < std::min(c0 + f.z.slab, chunks.count); c++)
         for (int64_t h = h0; h < h1; h++) {
-          Unit u{b, c, h, c - c0, chunks[c]};
+          const Unit u{b, c, h, c - c0, chunks[c]};
+          const int64_t then_c = h + 1 < h1 ? c : c + 1;
+          const Unit then{b, then_c, h + 1 < h1 ? h + 1 : h0, 0, then_c < chunks.count ? chunks[then_c] : Chunk{}};
           if (c == 0 && u.chunk.kind == ChunkKind::Continues)
             for (int j = 0; j < f.z.panels; j++) begin_row(f, b, h, j);
-          scan_unit<T>(f, u, thread, Work::All);
+          scan_unit<T>(f, u, then_c < chunks.count ? &then : nullptr, thread, Work::All);
           for (int j = 0; j < f.z.panels; j++) hand_out(f, u, c + 1 == chunks.count, j);
         }
     }
@@ -224,7 +238,9 @@ void scan_units(const Forward& f, int64_t c0, Work work) {
   parallel_for(f.q.threads, f.q.batch * f.z.slab * f.q.heads, [&](int64_t i, int thread) {
     int64_t h = i % f.q.heads, in_slab = i / f.q.heads % f.z.slab, b = i / f.q.heads / f.z.slab;
     Chunks chunks(f.q, b);
-    if (c0 + in_slab < chunks.count) scan_unit<T>(f, {b, c0 + in_slab, h, in_slab, chunks[c0 + in_slab]}, thread, work);
+    if (c0 + in_slab >= chunks.count) return;
+    const Unit u{b, c0 + in_slab, h, in_slab, chunks[c0 + in_slab]}, then{b, u.c, h + 1, in_slab, u.chunk};
+    scan_unit<T>(f, u, h + 1 < f.q.heads ? &then : nullptr, thread, work);
   });
 }
 

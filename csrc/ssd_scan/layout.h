@@ -17,6 +17,7 @@ constexpr int kHeadBlocks = 4;         // backward: sums over a group's heads ar
 constexpr int kShort = 8;              // positions that the plain recurrence takes at most
 
 static_assert(kChunk % kBlock == 0 && kBlock % W == 0 && kChunk % kTileColumns == 0, "blocks and tiles fill a chunk");
+static_assert(kTileRows % 3 == 0 && kChunk % (kTileRows / 3) == 0, "a last tile ends within the chunk");
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
@@ -79,21 +80,22 @@ struct Chunks {
   int64_t first, count;
 };
 
-// B and C of one chunk and group in float32, zero outside: by rows [t][n], by columns [n][t], and for the products that
-// read them row by row in strips (pack.h), of positions (n deep) or of states (as deep as the chunk).
+// B and C of one chunk and group in float32: by rows [t][n], by columns [n][t], both zero outside; and for the products
+// that broadcast them, positions in blocks of states and states in strips (pack.h).
 struct GroupPack {
-  float *B_rows, *C_rows, *B_columns, *C_columns;
-  float *C_positions, *B_states;  // the forward's strips
-  float *B_positions, *C_states;  // the backward's as well
-  float* G;                       // C B^T [t][s], right for s <= t
+  float *B_rows, *B_columns, *C_positions, *B_states;
+  float *C_rows, *C_columns, *B_positions, *C_states;  // the backward's as well
+  float* G;                                            // C B^T [t][s], right for s <= t
 
-  void take_rows(Arena& arena, const Sizes& z) {
+  void take_rows(Arena& arena, const Sizes& z, bool backward) {
     const int64_t rows = int64_t{kChunk} * z.bc_row, columns = int64_t{z.state_rows} * kRow;
-    for (float** part : {&B_rows, &C_rows}) *part = arena.take(rows);
-    for (float** part : {&B_columns, &C_columns}) *part = arena.take(columns);
+    B_rows = arena.take(rows);
+    B_columns = arena.take(columns);
+    C_rows = backward ? arena.take(rows) : nullptr;
+    C_columns = backward ? arena.take(columns) : nullptr;
   }
   void take_strips(Arena& arena, const Sizes& z, bool backward) {
-    const int64_t positions = round_up(kChunk, kTileRows) * z.n, states = int64_t{kChunk} * z.state_rows;
+    const int64_t positions = round_up(z.n, kChunk) * kRow, states = int64_t{kChunk} * z.state_rows;
     C_positions = arena.take(positions);
     B_states = arena.take(states);
     B_positions = backward ? arena.take(positions) : nullptr;

@@ -37,6 +37,26 @@ inline void pack_columns(const float* rows, int64_t row, int length, int width, 
   }
 }
 
+// Rows of B or C as the row operand of a product over the states, in blocks of kChunk states: out[block][t][kRow]. The step
+// from row to row is then a constant, and the lines of a tile's rows lie in different cache sets.
+constexpr int64_t block_floats() { return int64_t{kChunk} * kRow; }
+
+template <class T>
+void pack_positions(const T* in, int64_t step, int length, int n, float* out) {
+  for (int k = 0; k < n; k += kChunk, out += block_floats())
+    for (int t = 0; t < length; t++)
+      for (int i = 0; i < std::min(kChunk, n - k); i += W)
+        store(out + t * kRow + i, load_left(in + t * step + k + i, n - k - i));
+}
+
+// tile += positions[t0 ...] columns, over states [k0, k1) of one block.
+template <int Rows>
+OM_INLINE void add_states(Tile<Rows>& tile, const float* positions, int t0, int k0, int k1, const float* columns,
+                          int64_t column_k) {
+  const float* rows = positions + k0 / kChunk * block_floats() + t0 * kRow + k0 % kChunk;
+  tile_add<kRow>(tile, k1 - k0, rows, 1, columns + k0 * column_k, column_k);
+}
+
 // The row operand of a product in strips of kTileRows rows, `depth` deep:
 // out[strip][k][r] = columns[k][strip * kTileRows + r].
 inline void pack_strips(const float* columns, int64_t step, int strips, int depth, float* out) {

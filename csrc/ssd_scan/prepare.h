@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/lanes.h"
 #include "../common/parallel.h"
+#include "ahead.h"
 #include "decay.h"
 
 namespace omnimamba::ssd {
@@ -11,7 +12,7 @@ struct Prepared {
   Prepared(Arena& arena, const SsdScanParams& q, const Sizes& z, bool for_backward)
       : slab(z.slab), groups(q.groups), heads(q.heads), backward(for_backward), sizes(z) {
     Arena counter(nullptr);
-    GroupPack{}.take_rows(counter, z);
+    GroupPack{}.take_rows(counter, z, backward);
     rows_step = counter.used();
     GroupPack{}.take_strips(counter, z, backward);
     strips_step = counter.used() - rows_step;
@@ -25,7 +26,7 @@ struct Prepared {
     const int64_t at = (b * slab + c) * groups + g;
     Arena rows_at(rows + (backward ? at : thread) * rows_step), strips_at(strips + at * strips_step);
     GroupPack pack;
-    pack.take_rows(rows_at, sizes);
+    pack.take_rows(rows_at, sizes, backward);
     pack.take_strips(strips_at, sizes, backward);
     return pack;
   }
@@ -56,8 +57,9 @@ OM_INLINE vf step_slope(const SsdScanParams& q, vf raw) {
 }
 
 // dt of heads [h0, h1) and its slope, W heads by W positions at a time; a head's steps then lie side by side.
+// ahead.row() is called once a position at least.
 inline void prepare_steps(const SsdScanParams& q, const Prepared& out, int64_t b, int64_t c, Chunk chunk, int64_t h0,
-                          int64_t h1) {
+                          int64_t h1, Ahead& ahead) {
   for (int64_t h = h0; h < h1; h += W) {
     const int heads = static_cast<int>(std::min<int64_t>(W, h1 - h));
     const vf bias = q.dt_bias ? gather(q.dt_bias.at<float>(h), q.dt_bias.stride[0], heads) : vf{};
@@ -65,6 +67,7 @@ inline void prepare_steps(const SsdScanParams& q, const Prepared& out, int64_t b
       const int length = std::min(W, chunk.length - t);
       vf dt[W] = {}, slope[W] = {};
       for (int i = 0; i < length; i++) {
+        ahead.row();
         const vf raw = gather(q.dt.at<float>(b, chunk.start + t + i, h), q.dt.stride[2], heads) + bias;
         dt[i] = step_size(q, raw);
         if (out.slope) slope[i] = step_slope(q, raw);
@@ -80,29 +83,35 @@ inline void prepare_steps(const SsdScanParams& q, const Prepared& out, int64_t b
 
 // G = C B^T on and below the diagonal.
 inline void group_scores(const GroupPack& pack, int n, int length) {
-  for (int t = 0; t < length; t += kTileRows)
+  each_tile(length, [&](auto height, int t) {
     for (int s = 0; s < std::min(length, t + kTileRows); s += kTileColumns) {
-      Tile tile;
-      tile_add<1>(tile, n, pack.C_positions + t * n, kTileRows, pack.B_columns + s, kRow);
+      Tile<height> tile;
+      for (int k = 0; k < n; k += kChunk)
+        add_states(tile, pack.C_positions, t, k, std::min(k + kChunk, n), pack.B_columns + s, kRow);
       tile_each(tile, [&](int r, int v, vf& acc) { store(pack.G + (t + r) * kRow + s + v * W, acc); });
     }
+  });
 }
 
 template <class T>
 void prepare_group(const SsdScanParams& q, const Sizes& z, const Prepared& out, int64_t b, int64_t c, Chunk chunk,
                    int64_t g, int thread) {
-  prepare_steps(q, out, b, c, chunk, g * z.per_group, (g + 1) * z.per_group);
   GroupPack pack = out.group(b, c, g, thread);
-  pack_rows(q.B.at<T>(b, chunk.start, g), q.B.stride[1], chunk.length, z.n, pack.B_rows, z.bc_row);
-  pack_rows(q.C.at<T>(b, chunk.start, g), q.C.stride[1], chunk.length, z.n, pack.C_rows, z.bc_row);
+  const T *B = q.B.at<T>(b, chunk.start, g), *C = q.C.at<T>(b, chunk.start, g);
+  Ahead ahead;
+  ahead.add(B, q.B.stride[1] * int64_t{sizeof(T)}, z.n * int64_t{sizeof(T)}, chunk.length);
+  ahead.add(C, q.C.stride[1] * int64_t{sizeof(T)}, z.n * int64_t{sizeof(T)}, chunk.length);
+  prepare_steps(q, out, b, c, chunk, g * z.per_group, (g + 1) * z.per_group, ahead);
+  const int strips = z.state_rows / kTileRows;
+  pack_rows(B, q.B.stride[1], chunk.length, z.n, pack.B_rows, z.bc_row);
   pack_columns(pack.B_rows, z.bc_row, chunk.length, z.n, z.state_rows, pack.B_columns);
-  pack_columns(pack.C_rows, z.bc_row, chunk.length, z.n, z.state_rows, pack.C_columns);
-  const int position_strips = (chunk.length + kTileRows - 1) / kTileRows, state_strips = z.state_rows / kTileRows;
-  pack_strips(pack.C_columns, kRow, position_strips, z.n, pack.C_positions);
-  pack_strips(pack.B_rows, z.bc_row, state_strips, chunk.length, pack.B_states);
+  pack_strips(pack.B_rows, z.bc_row, strips, chunk.length, pack.B_states);
+  pack_positions(C, q.C.stride[1], chunk.length, z.n, pack.C_positions);
   if (out.backward) {
-    pack_strips(pack.B_columns, kRow, position_strips, z.n, pack.B_positions);
-    pack_strips(pack.C_rows, z.bc_row, state_strips, chunk.length, pack.C_states);
+    pack_rows(C, q.C.stride[1], chunk.length, z.n, pack.C_rows, z.bc_row);
+    pack_columns(pack.C_rows, z.bc_row, chunk.length, z.n, z.state_rows, pack.C_columns);
+    pack_strips(pack.C_rows, z.bc_row, strips, chunk.length, pack.C_states);
+    pack_positions(B, q.B.stride[1], chunk.length, z.n, pack.B_positions);
   }
   group_scores(pack, z.n, chunk.length);
 }

@@ -21,11 +21,13 @@ inline bool chunks_side_by_side(const SsdScanParams& q, int64_t units) {
 // next = decay * state + own, where the chunk continues; the same expression in both schedules, for the same bits.
 OM_INLINE vf carried(vf state, float decay, vf own) { return state * splat(decay) + own; }
 
-// carried() for kTileRows rows of a panel, and out to one.
-OM_INLINE void tile_carry(Tile& tile, const float* state, float decay) {
+// carried() for a tile's rows of a panel, and out to one.
+template <int Rows>
+OM_INLINE void tile_carry(Tile<Rows>& tile, const float* state, float decay) {
   tile_each(tile, [&](int r, int v, vf& acc) { acc = carried(load(state + r * kTileColumns + v * W), decay, acc); });
 }
-OM_INLINE void tile_store(Tile& tile, float* out) {
+template <int Rows>
+OM_INLINE void tile_store(Tile<Rows>& tile, float* out) {
   tile_each(tile, [&](int r, int v, vf& acc) { store(out + r * kTileColumns + v * W, acc); });
 }
 
