@@ -26,7 +26,7 @@ from .calls import Call
 from .resources import Resources, read
 
 FOLDER = Path("build") / "triton-report"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,10 @@ def read(compiled: Any, log: str, target: Target) -> Resources:
         registers, spilled, stack = _ptxas(log)
     else:
         registers = _amd(assembly, "vgpr_count")
-        spilled = 4 * (_amd(assembly, "vgpr_spill_count") + _amd(assembly, "sgpr_spill_count"))
         stack = _amd(assembly, "private_segment_fixed_size")
+        spilled = 4 * _amd(assembly, "vgpr_spill_count")
+        if stack:  # without memory of its own, scalar registers were spilled to lanes of vector registers
+            spilled += 4 * _amd(assembly, "sgpr_spill_count")
     programs, occupancy = resident(_CHIPS[target.arch], target.warp, metadata.num_warps, registers, metadata.shared)
     found = {name: len(re.findall(pattern, assembly)) for name, pattern in _MATRIX.items()}
     return Resources(
