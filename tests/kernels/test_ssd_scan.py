@@ -50,6 +50,12 @@ def oracle(
     return y, state, torch.stack([ended[e][0] if e > s else starts[i] for i, (s, e) in enumerate(spans)])
 
 
+def skip_if_slow(run, case):
+    """Skips what is there for the native kernels' slabs where Triton interprets each of its hundreds of programs."""
+    if run == "triton" and case is CASES[5] and interpreting():
+        pytest.skip("too many programs to interpret")
+
+
 def scan(options):
     return lambda **tensors: mamba_chunk_scan_combined(**tensors, **options)
 
@@ -64,6 +70,7 @@ def exact(options):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_matches_the_recurrence(run, case, dtype):
+    skip_if_slow(run, case)
     check(run, scan(case.options), exact(case.options), case.tensors(dtype), GRADS)
 
 
@@ -109,10 +116,9 @@ def test_stays_inside_its_memory(run, case):
 def test_same_bits_at_any_thread_count(run, case):
     if run == "reference":
         pytest.skip("torch's own kernels split sums by thread")
-    if run == "triton" and interpreting() and case.h > 16:
-        pytest.skip("takes minutes to interpret, on one thread whatever their number")
+    skip_if_slow(run, case)
     found = []
-    for count in (1, 2, 3, 2):
+    for count in (1, 2) if run == "triton" else (1, 2, 3, 2):
         with threads(count):
             found.append(evaluate(scan(case.options), case.tensors(), GRADS))
     for other in found[1:]:

@@ -1,0 +1,264 @@
+"""The scan's backward in Triton: the order of its launches, and the last two of them.
+
+    ssd_steps, ssd_back_walk   triton_backward_states.py: the steps; the gradients of states, from the last chunk back
+    ssd_back_chunks            triton_backward_chunks.py: every chunk on its own: dx, dz, terms of the other gradients
+    ssd_back_close             ddt, a program a head and chunk; dB and dC, the parts of a group's heads in their order
+    ssd_back_total             dA, ddt_bias, dD: a head's shares, added over batch rows and chunks in their order
+
+Maths of ssd_back_close, with the terms of triton_backward_chunks.py, summed in float64:
+    da_r = the two terms from before r + sum of R + W over t >= r       ddt = (A da + sum of T + U) d dt / d raw
+
+Traffic, bytes a position and head of 16-bit dt, n 128 in two blocks: ssd_back_close reads 38 and writes 2, and for each
+part of a group's heads reads 16 n bytes a position; ssd_back_total reads 8 bytes a chunk and head, and dD's.
+
+The walk has one program for a head and tile of its states, over the whole sequence. With a small batch x heads it is
+the longest launch: cutting it as the forward is cut would need a pass of its own before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import triton_launch
+from ..triton_launch import launch
+from .triton_backward_chunks import ssd_back_chunks
+from .triton_backward_states import chunk_steps, ssd_back_walk, ssd_steps
+from .triton_common import CHUNK, precision, step_sizes
+
+BLOCK = 1024  # elements of dB and dC a program of ssd_back_close
+
+
+@triton.jit
+def _step_gradient(
+    dt, A, dt_bias, steps, used, terms, sums, ddt, at, l, heads, chunk_count, sum_columns, dt_low, dt_high,
+    dt_b, dt_l, dt_h,
+    CHUNK: tl.constexpr, TERMS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    b, head, chunk = at // (heads * chunk_count), at // chunk_count % heads, at % chunk_count
+    i = tl.arange(0, CHUNK)
+    row = chunk * CHUNK + i
+    size = chunk_steps(steps, at, CHUNK)[0]
+    valid = tl.load(used + b * chunk_count * CHUNK + row) > 0
+    terms += at * (TERMS * CHUNK) + i
+    through = tl.load(terms + 4 * CHUNK).to(tl.float64)
+    for k in tl.static_range(5, TERMS):
+        through += tl.load(terms + k * CHUNK)
+    da = tl.cumsum(through, 0, reverse=True) + tl.load(terms + 3 * CHUNK) + tl.load(terms + 2 * CHUNK)
+    raw = tl.load(dt + b * dt_b + row * dt_l + head * dt_h, mask=valid, other=0.0).to(tl.float32)
+    bias = tl.load(dt_bias + head).to(tl.float32) if HAS_BIAS else 0.0
+    slope = step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[1]
+    rate = tl.load(A + head).to(tl.float32)
+    found = (rate * da + tl.load(terms) + tl.load(terms + CHUNK)) * slope
+    found = tl.where(valid, found, 0.0)
+    tl.store(ddt + (b * l + row) * heads + head, found.to(ddt.dtype.element_ty), mask=row < l)
+    sums += ((b * chunk_count + chunk) * heads + head) * sum_columns
+    tl.store(sums, tl.sum(size * da, 0))
+    tl.store(sums + 1, tl.sum(found, 0))
+
+
+@triton.jit
+def ssd_back_close(
+    dt, A, dt_bias, steps, used, terms, sums, parts, ddt, dB, dC,
+    l, heads, chunk_count, step_programs, sum_columns, part_count, part_size, dt_low, dt_high, dt_b, dt_l, dt_h,
+    CHUNK: tl.constexpr, TERMS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < step_programs:
+        _step_gradient(
+            dt, A, dt_bias, steps, used, terms, sums, ddt, pid, l, heads, chunk_count, sum_columns, dt_low, dt_high,
+            dt_b, dt_l, dt_h, CHUNK, TERMS, SOFTPLUS, HAS_BIAS,
+        )  # fmt: skip
+    else:
+        i = (pid - step_programs) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < part_size
+        dC_sum = tl.zeros((BLOCK,), tl.float32)
+        dB_sum = tl.zeros((BLOCK,), tl.float32)
+        at = i
+        for _ in range(part_count):
+            dB_sum += tl.load(parts + at, mask=inside, other=0.0)
+            dB_sum += tl.load(parts + at + part_size, mask=inside, other=0.0)
+            at += part_size
+            at += part_size
+            dC_sum += tl.load(parts + at, mask=inside, other=0.0)
+            dC_sum += tl.load(parts + at + part_size, mask=inside, other=0.0)
+            at += part_size
+            at += part_size
+        tl.store(dC + i, dC_sum.to(dC.dtype.element_ty), mask=inside)
+        tl.store(dB + i, dB_sum.to(dB.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def ssd_back_total(
+    sums, dA, ddt_bias, dD, rows, heads, sum_columns, columns_block,
+    HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    head, column = (pid // columns_block).to(tl.int64), pid % columns_block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < sum_columns
+    found = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        tile = (row[:, None] * heads + head) * sum_columns + column[None, :]
+        found += tl.load(sums + tile, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    found = tl.sum(found, 0)
+    tl.store(dA + head + column * 0, found.to(dA.dtype.element_ty), mask=column == 0)
+    if HAS_BIAS:
+        tl.store(ddt_bias + head + column * 0, found.to(ddt_bias.dtype.element_ty), mask=column == 1)
+    if HAS_D:
+        width = sum_columns - 2
+        tl.store(dD + head * width + column - 2, found.to(dD.dtype.element_ty), mask=inside & (column >= 2))
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A call's tensors as the kernels read them, and what the first launch adds."""
+
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor | None
+    dy: Tensor | None
+    dfinal: Tensor | None
+    dvarlen: Tensor | None
+    offsets: Tensor | None
+    steps: Tensor
+    used: Tensor
+    narrow: bool
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        given = {"HAS_DY": self.dy, "HAS_Z": self.z, "HAS_VARLEN": self.dvarlen}
+        return {"NARROW": self.narrow} | {name: t is not None for name, t in given.items()}
+
+    @property
+    def sequences(self) -> int:
+        return 0 if self.offsets is None else self.offsets.shape[0] - 1
+
+    def use(self, kernel: str) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
+        """The launch table's entry, its options, and the constants that say which tile a program has."""
+        (b, l, h, p), n = self.x.shape, self.B.shape[3]
+        sizes = dict(heads=b * h, l=l, p=p, n=n, bytes=2 if self.narrow else 4)
+        target = triton_launch.target_of(self.x)
+        use = triton_launch.settings("ssd_scan", kernel, target, **sizes)
+        tile = dict(CHUNK=CHUNK, P=p, N=n, PRECISION=precision(target, self.narrow))
+        for name, have in (("BLOCK_P", p), ("BLOCK_N", n), ("DEEP_N", n)):
+            if name in use:
+                tile[name] = min(use[name], max(16, triton.next_power_of_2(have)))
+        return use, {name: use[name] for name in ("num_warps", "num_stages") if name in use}, tile
+
+
+def backward(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    *,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> tuple[Tensor | None, ...]:
+    *inputs, seq_idx, cu_seqlens, states, ungated = saved
+    x, dt, A, B, C, D, z, dt_bias, initial_states = inputs
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+    made = {name: None if t is None else t.new_empty(t.shape) for name, t in zip(names, inputs, strict=True)}
+    b, l, h, _ = x.shape
+    chunks = triton.cdiv(l, CHUNK)
+    dy, dfinal, dvarlen = grads
+    scan = _Scan(
+        *(_rows(t) for t in (x, B, C, z, dy)),
+        *(None if t is None else t.contiguous() for t in (dfinal, dvarlen, cu_seqlens)),
+        steps=_floats(x, b, h, chunks, 3, CHUNK),
+        used=x.new_empty(b, chunks, CHUNK, dtype=torch.int8),
+        narrow=z is None and all(t is None or t.dtype == torch.bfloat16 for t in (x, B, C, dy)),
+    )
+    raw = (dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous())
+    step = dict(CHUNK=CHUNK, SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None)
+    launch(
+        ssd_steps, (b * h * chunks,), *raw, seq_idx, scan.steps, scan.used, l, h, chunks, *dt_limit, *dt.stride(),
+        *_strides(seq_idx, 2), **step, HAS_SEQ=seq_idx is not None, num_warps=2,
+    )  # fmt: skip
+    dstates = _walk(scan, states, made["initial_states"])
+    terms, sums, parts = _chunks(scan, D, ungated, states, dstates, made)
+    size = B.numel()
+    launch(
+        ssd_back_close, (b * h * chunks + triton.cdiv(size, BLOCK),),
+        *raw, scan.steps, scan.used, terms, sums, parts, made["dt"], made["B"], made["C"],
+        l, h, chunks, b * h * chunks, sums.shape[3], parts.shape[0], size, *dt_limit, *dt.stride(),
+        **step, TERMS=terms.shape[3], BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    blocks = triton.cdiv(sums.shape[3], 16)
+    launch(
+        ssd_back_total, (h * blocks,), sums, made["A"], made["dt_bias"], made["D"],
+        b * chunks, h, sums.shape[3], blocks, HAS_BIAS=dt_bias is not None, HAS_D=D is not None,
+        ROWS=64, COLUMNS=16, num_warps=4,
+    )  # fmt: skip
+    return (*(t if need else None for t, need in zip(made.values(), needs, strict=False)), None, None)
+
+
+def _walk(scan: _Scan, states: Tensor, dinitial: Tensor | None) -> Tensor:
+    """The gradients of the states after each chunk; the first state's to ``dinitial``."""
+    _, options, tile = scan.use("back_walk")
+    b, chunks, h, p, n = states.shape
+    dstates = torch.empty_like(states)
+    launch(
+        ssd_back_walk, (b * h * triton.cdiv(p, tile["BLOCK_P"]) * triton.cdiv(n, tile["BLOCK_N"]),),
+        scan.C, scan.z, scan.steps, scan.used, scan.offsets, scan.dy, scan.dfinal, scan.dvarlen, dstates, dinitial,
+        h, h // scan.C.shape[2], chunks, scan.sequences,
+        *_strides(scan.C, 3), *_strides(scan.z, 3), *_strides(scan.dy, 3),
+        **tile, **scan.flags, HAS_FINAL=scan.dfinal is not None, HAS_INITIAL=dinitial is not None, **options,
+    )  # fmt: skip
+    return dstates
+
+
+def _chunks(
+    scan: _Scan,
+    D: Tensor | None,
+    ungated: Tensor | None,
+    states: Tensor,
+    dstates: Tensor,
+    made: dict[str, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills ``made`` with dx and dz; the terms, sums and parts of the other gradients."""
+    use, options, tile = scan.use("back_chunks")
+    b, chunks, h, p, n = states.shape
+    l, g = scan.B.shape[1:3]
+    blocks, deep_blocks, p_blocks = (
+        triton.cdiv(size, tile[name]) for size, name in ((n, "BLOCK_N"), (n, "DEEP_N"), (p, "BLOCK_P"))
+    )
+    programs = (2 + blocks) * g * b * chunks
+    slots = triton_launch.target_of(scan.x).multiprocessors * use["per_multiprocessor"]
+    part_heads = triton.cdiv(h // g, max(1, min(h // g, slots // max(1, programs))))
+    parts = _floats(scan.x, triton.cdiv(h // g, part_heads), 4, b, l, g, n)
+    skip = 0 if D is None else D.dim()
+    terms = _floats(scan.x, b, h, chunks, 4 + blocks, CHUNK)
+    sums = _floats(scan.x, b, chunks, h, 2 + (0, 1, p)[skip])
+    launch(
+        ssd_back_chunks, (programs * parts.shape[0],),
+        scan.x, scan.B, scan.C, None if D is None else D.contiguous(), scan.z, ungated, scan.dy, scan.offsets,
+        scan.dvarlen, states, dstates, scan.steps, scan.used, terms, sums, parts, made["x"], made["z"],
+        l, h, g, part_heads, parts.shape[0], chunks, scan.sequences, b * l * g * n,
+        *(step for t in (scan.x, scan.B, scan.C, scan.z, scan.dy) for step in _strides(t, 3)),
+        **tile, P_BLOCKS=p_blocks, N_BLOCKS=blocks, DEEP_BLOCKS=deep_blocks, SKIP=skip, **scan.flags, **options,
+    )  # fmt: skip
+    return terms, sums, parts
+
+
+def _floats(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """``t`` with its last dimension side by side and a chunk's rows within 2^31 elements; most often ``t`` itself."""
+    if t is None:
+        return None
+    fits = (t.stride(-1) == 1 or t.shape[-1] == 1) and CHUNK * t.stride(1) < 2**31
+    return t if fits else t.contiguous()
+
+
+def _strides(t: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if t is None else t.stride()[:count]

@@ -1,0 +1,175 @@
+"""What the scan's forward walk needs beforehand: steps and decays of every chunk, and what earlier segments leave.
+
+    steps   dt, cum about the middle of its range, carry, tail dt of each position
+    ends    S at the end of a piece of the sequence that started from nothing
+    decays  log2 of what is left, after that piece, of the state before it; -inf where a sequence begins in it
+
+Shapes: steps (b, h, chunks, 4, CHUNK) float32; lasts (b, chunks, CHUNK) int32, the last position in its chunk of each
+position's sequence, -1 in padding and past the end; ends (b, h, pieces, p, n) and decays (b, h, pieces)
+float32. The names are those of triton_common.py; carry is -1 where a sequence has begun, so that not even a NaN in the
+state crosses into it.
+
+Plan: one launch with two roles. Steps: a program takes a chunk and BLOCK_H heads, reads dt along the heads and writes
+along the positions. Ends, only where the walk is cut into segments: a program takes a head, a tile of its state and a
+piece of the sequence, which it walks backward from its end. A position's weight is its decay to that end, so that
+nothing is rescaled, and the walk stops, GROUP chunks at a time, where a sequence begins or the decay leaves nothing.
+The state after a packed sequence is found the same way, from the sequence's end.
+
+Traffic a position and head: dt read and 16 bytes written; ends reads x and B once more, 2 p bytes of 16-bit x and B
+through the cache, as far as it goes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_common import centred, decay_sums, run_ids, split_dot, step_sizes
+
+NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
+
+
+@triton.jit
+def sequences(seq, seq_l, t, valid):
+    """seq_idx of positions ``t``, their runs and the last one."""
+    ids = tl.load(seq + t.to(tl.int64) * seq_l, mask=valid, other=0)
+    before = tl.load(seq + (t - 1).to(tl.int64) * seq_l, mask=valid & (t > 0), other=0)
+    run, last_run = run_ids(ids, before, valid)
+    return ids, run, last_run
+
+
+@triton.jit
+def write_steps(
+    pid, dt, A, dt_bias, seq, steps, lasts, l, h, chunks, dt_low, dt_high,
+    dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l,
+    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+):  # fmt: skip
+    head_blocks = tl.cdiv(h, BLOCK_H)
+    head_block, pid = pid % head_blocks, pid // head_blocks
+    chunk, row = pid % chunks, (pid // chunks).to(tl.int64)
+    cs = tl.arange(0, CHUNK)
+    heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
+    t = chunk * CHUNK + cs
+    valid, head_in = t < l, heads < h
+    inside = valid[:, None] & head_in[None]
+    wide = heads.to(tl.int64)
+    at = row * dt_b + t.to(tl.int64)[:, None] * dt_l + wide[None] * dt_h
+    raw = tl.load(dt + at, mask=inside, other=0.0).to(tl.float32)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(dt_bias + wide * bias_h, mask=head_in, other=0.0).to(tl.float32)[None]
+    rate = tl.load(A + wide * A_h, mask=head_in, other=0.0).to(tl.float32)[None]
+    step = tl.where(inside, step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[0], 0.0)
+    if HAS_SEQ:
+        ids, run, last_run = sequences(seq + row * seq_b, seq_l, t, valid)
+        step = tl.where((ids >= 0)[:, None], step, 0.0)
+        if head_block == 0:
+            last = tl.sum((run[None] <= run[:, None]).to(tl.int32), 1) - 1
+            tl.store(lasts + (row * chunks + chunk) * CHUNK + cs, tl.where(valid & (ids >= 0), last, -1))
+    high, low, end_high, end_low = decay_sums(step, rate)
+    carry = tl.exp2(high + low)
+    weight = step * tl.exp2((end_high[None] - high) + (end_low[None] - low))
+    if HAS_SEQ:
+        carry = tl.where((run == 0)[:, None], carry, -1.0)
+        weight = tl.where((run == last_run)[:, None], weight, 0.0)
+    out = steps + ((row * h + wide[None]) * chunks + chunk) * (4 * CHUNK) + cs[:, None]
+    tl.store(out, step, mask=head_in[None])
+    tl.store(out + CHUNK, centred(high, low, end_high[None]), mask=head_in[None])
+    tl.store(out + 2 * CHUNK, carry, mask=head_in[None])
+    tl.store(out + 3 * CHUNK, weight, mask=head_in[None])
+
+
+@triton.jit
+def walk_back(
+    state, x, dt, B, seq, start, end, l, rate, bias, dt_low, dt_high, x_l, dt_l, B_l, seq_l, ps, ns, p_in, n_in,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_SEQ: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``state`` + what positions [start, end) leave at ``end``, and log2 of what is left there of the state before."""
+    cs = tl.arange(0, CHUNK)
+    after = tl.full((), 0.0, tl.float32)
+    while (end > start) & ~(after < NOTHING):
+        for _ in tl.range(0, GROUP, num_stages=STAGES):
+            end -= CHUNK
+            t = end + cs
+            rows = t.to(tl.int64)
+            valid = t >= start
+            raw = tl.load(dt + rows * dt_l, mask=valid, other=0.0).to(tl.float32)
+            step = step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[0]
+            keep = valid
+            if HAS_SEQ:
+                ids, run, last_run = sequences(seq, seq_l, t, valid)
+                keep = valid & (ids >= 0)
+            step = tl.where(keep, step, 0.0)
+            x_tile = tl.load(x + rows[:, None] * x_l + ps[None], mask=keep[:, None] & p_in[None], other=0.0)
+            B_tile = tl.load(B + rows[:, None] * B_l + ns[None], mask=keep[:, None] & n_in[None], other=0.0)
+            if not NARROW:
+                B_tile = B_tile.to(tl.float32)
+            high, low, end_high, end_low = decay_sums(step, rate)
+            weight = step * tl.exp2(((end_high - high) + (end_low - low)) + after)
+            if HAS_SEQ:
+                weight = tl.where(run == last_run, weight, 0.0)
+            weighted = tl.trans(x_tile).to(tl.float32) * weight[None]
+            found = split_dot(weighted, B_tile, state, TERMS, NARROW, PRECISION)
+            if HAS_SEQ:  # beyond a sequence's beginning nothing counts, not even a NaN
+                state = tl.where(after == float("-inf"), state, found)
+                after = tl.where(last_run > 0, float("-inf"), after + (end_high + end_low))
+            else:
+                state = found
+                after += end_high + end_low
+    return state, after
+
+
+@triton.jit
+def ssd_ends(
+    x, dt, A, B, dt_bias, initial, seq, cu_seqlens, steps, lasts, ends, decays,
+    l, h, per_group, step_programs, pieces, piece, dt_low, dt_high,
+    x_b, x_l, x_h, dt_b, dt_l, dt_h, A_h, B_b, B_l, B_g, bias_h, initial_h, initial_p, initial_n, seq_b, seq_l, cu_i,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
+    VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Programs below ``step_programs`` write steps, the others ends: of ``pieces`` pieces of ``piece`` positions from
+    the row's start, or (VARLEN) of packed sequences, whose initial state then counts."""
+    pid = tl.program_id(0)
+    if pid < step_programs:
+        write_steps(pid, dt, A, dt_bias, seq, steps, lasts, l, h, tl.cdiv(l, CHUNK), dt_low, dt_high, dt_b, dt_l, dt_h,
+                    A_h, bias_h, seq_b, seq_l, CHUNK, BLOCK_H, SOFTPLUS, HAS_BIAS, HAS_SEQ)  # fmt: skip
+    elif ENDS:
+        pid -= step_programs
+        P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+        N_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+        n_block, pid = pid % N_BLOCKS, pid // N_BLOCKS
+        p_block, pid = pid % P_BLOCKS, pid // P_BLOCKS
+        head, pid = (pid % h).to(tl.int64), pid // h
+        which, row = pid % pieces, (pid // pieces).to(tl.int64)
+        ps, ns = p_block * BLOCK_P + tl.arange(0, BLOCK_P), n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        p_in, n_in = ps < P, ns < N
+        inside = p_in[:, None] & n_in[None]
+        start = which * piece
+        end = start + piece
+        if VARLEN:
+            start, begins = 0, tl.load(cu_seqlens + which * cu_i).to(tl.int32)
+            end = tl.load(cu_seqlens + (which + 1) * cu_i).to(tl.int32)
+            end = tl.where(end > begins, end, 0)
+        rate = tl.load(A + head * A_h).to(tl.float32)
+        bias = tl.load(dt_bias + head * bias_h).to(tl.float32) if HAS_BIAS else 0.0
+        state, after = walk_back(
+            tl.zeros((BLOCK_P, BLOCK_N), tl.float32), x + row * x_b + head * x_h, dt + row * dt_b + head * dt_h,
+            B + row * B_b + head // per_group * B_g, seq + row * seq_b if HAS_SEQ else seq, start, end, l, rate, bias,
+            dt_low, dt_high, x_l, dt_l, B_l, seq_l, ps, ns, p_in, n_in,
+            CHUNK, GROUP, SOFTPLUS, NARROW, TERMS, PRECISION, HAS_SEQ, STAGES,
+        )  # fmt: skip
+        at = ps[:, None] * N + ns[None]
+        if VARLEN:
+            if HAS_INITIAL:
+                if ~(after < NOTHING) & ((end > 0) | (which == 0)):
+                    initial_at = head * initial_h + ps[:, None].to(tl.int64) * initial_p + ns[None] * initial_n
+                    state += tl.exp2(after) * tl.load(initial + initial_at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(ends + (which * h + head) * P * N + at, state, mask=inside)
+        else:
+            index = (row * h + head) * pieces + which
+            tl.store(ends + index * P * N + at, state, mask=inside)
+            if (p_block == 0) & (n_block == 0):
+                tl.store(decays + index, after)

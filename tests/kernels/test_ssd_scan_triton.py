@@ -1,0 +1,112 @@
+"""What is special to the scan's Triton kernels: launches, that no program waits, float32 in three bfloat16."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from common import evaluate, same_bits
+
+from omnimamba_kernels import mamba_chunk_scan_combined, triton_launch, use_backend
+from omnimamba_kernels.ssd_scan.cases import CASES, GPU, Case
+from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, Launch, Target, interpreting, recording
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from omnimamba_kernels.report.calls import Made  # noqa: E402
+from omnimamba_kernels.ssd_scan.triton_products import upper_half  # noqa: E402
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter: set TRITON_INTERPRET=1")
+WANTED = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+
+
+def launches(case: Case, target: Target, dtype: torch.dtype = torch.bfloat16, wanted: tuple[str, ...] = ()):
+    """What a call starts on ``target``: forward, and where gradients are wanted backward."""
+    with recording(target) as found, use_backend("triton"):
+        with Made("meta"):
+            tensors = case.tensors(dtype)
+        leaves = {k: t.requires_grad_() if t is not None and k in wanted else t for k, t in tensors.items()}
+        outputs = mamba_chunk_scan_combined(**leaves, **case.options)
+        forward = list(found)
+        if wanted:
+            present = [leaves[k] for k in wanted if leaves[k] is not None]
+            torch.autograd.grad(outputs, present, [torch.empty_like(t) for t in outputs])
+    return forward, found[len(forward) :]
+
+
+def names(found: list[Launch]) -> list[str]:
+    return [launch.kernel.__name__ for launch in found]
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sequences", [None, "seq_idx"])
+def test_two_launches_forward_and_five_backward(arch, dtype, sequences):
+    case = Case("all", 1, 4096, 24, 64, n=128, skip=2, gate=True, initial_states=True, sequences=sequences)
+    forward, backward = launches(case, TARGETS[arch], dtype, WANTED)
+    assert names(forward) == ["ssd_ends", "ssd_walk"]
+    assert names(backward) == ["ssd_steps", "ssd_back_walk", "ssd_back_chunks", "ssd_back_close", "ssd_back_total"]
+
+
+def test_states_after_packed_sequences_take_one_launch_more():
+    case = Case("packed", 1, 4096, 24, 64, n=128, sequences="cu_seqlens")
+    forward, backward = launches(case, TARGETS["sm_90"], wanted=WANTED)
+    assert names(forward) == ["ssd_ends", "ssd_walk", "ssd_ends"] and len(backward) == 5
+
+
+@pytest.mark.parametrize("case", [GPU[1], GPU[4]], ids=lambda c: c.name)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_few_heads_fill_the_chip_by_cutting_the_sequence(arch, case):
+    target = TARGETS[arch]
+    walk = launches(case, target)[0][1]
+    tiles = case.b * case.h * triton.cdiv(case.p, dict(walk.constants)["BLOCK_P"])
+    assert walk.grid[0] % tiles == 0 and walk.grid[0] >= min(target.multiprocessors, 2 * tiles)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [CASES[6], CASES[9]], ids=lambda c: c.name)
+def test_no_program_waits_for_another(case):
+    """Each runs to its end before the next, from the first to the last or from the last to the first."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    move, start = builder.set_grid_idx, executor.__call__
+
+    def backwards(self, *args, **named):
+        (programs,) = self.grid
+        with mock.patch.object(builder, "set_grid_idx", lambda x, y, z: move(programs - 1 - x, y, z)):
+            return start(self, *args, **named)
+
+    def call(**tensors):
+        return mamba_chunk_scan_combined(**tensors, **case.options)
+
+    with use_backend("triton"):
+        first_to_last = evaluate(call, case.tensors(), WANTED)
+        with mock.patch.object(executor, "__call__", backwards):
+            last_to_first = evaluate(call, case.tensors(), WANTED)
+    assert all(same_bits(first_to_last[name], last_to_first[name]) for name in first_to_last)
+    walk = launches(case, INTERPRETER, torch.float32)[0][1]
+    assert walk.grid[0] > case.b * case.h * triton.cdiv(case.p, dict(walk.constants)["BLOCK_P"]), "not cut"
+
+
+@triton.jit
+def split(v, found, N: tl.constexpr):
+    i = tl.arange(0, N)
+    rest = tl.load(v + i)
+    for k in tl.static_range(3):
+        upper, part = upper_half(rest)
+        tl.store(found + k * N + i, part.to(tl.float32))
+        rest -= upper
+
+
+@pytest.mark.skipif(triton_launch.why_not() is not None, reason=str(triton_launch.why_not()))
+def test_three_bfloat16_hold_every_digit_of_float32():
+    v = torch.randn(256) * torch.logspace(-30, 30, 256)
+    parts = torch.empty(3, 256)
+    if not interpreting():
+        v, parts = v.cuda(), parts.cuda()
+    triton_launch.launch(split, (1,), v, parts, N=256)
+    assert torch.equal(parts, parts.bfloat16().float())
+    assert torch.equal(parts.double().sum(0), v.double())
