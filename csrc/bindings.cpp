@@ -44,6 +44,40 @@ DType dtype_of(PyObject* torch_dtype) {
 
 // ---- from a Python value to a member of a Params struct ----
 
+#if defined(OMNIMAMBA_CUDA) && !defined(OMNIMAMBA_EMULATED)
+constexpr bool ON_GPU = true;
+#else
+constexpr bool ON_GPU = false;
+#endif
+
+// What torch made of arrays of other libraries, kept until the thread's kernel call ends.
+std::vector<PyObject*>& borrowed() {
+  thread_local std::vector<PyObject*> all;
+  return all;
+}
+
+struct Return {
+  std::size_t before = borrowed().size();
+  ~Return() {
+    for (; borrowed().size() > before; borrowed().pop_back()) Py_DECREF(borrowed().back());
+  }
+};
+
+// Any other array that speaks DLPack (NumPy's, CuPy's, ...) as a tensor of torch on the same memory.
+PyObject* borrow(PyObject* array) {
+  static PyObject* from_dlpack = py::object(py::module_::import("torch").attr("from_dlpack")).release().ptr();
+  if (!PyObject_HasAttrString(array, "__dlpack__")) {
+    std::string type = Py_TYPE(array)->tp_name;
+    throw py::type_error("kernels take torch tensors and arrays with __dlpack__, not " + type);
+  }
+  auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(from_dlpack, array));
+  if (!tensor) throw py::error_already_set();
+  if (tensor.attr("is_cuda").cast<bool>() != ON_GPU)
+    throw py::type_error(std::string("these kernels take arrays in the memory of ") + (ON_GPU ? "the GPU" : "the CPU"));
+  borrowed().push_back(tensor.inc_ref().ptr());
+  return tensor.ptr();
+}
+
 void assign(View& view, PyObject* tensor) {
   view = View{};
   if (tensor == Py_None) return;
@@ -51,6 +85,10 @@ void assign(View& view, PyObject* tensor) {
   static PyObject* stride = PyUnicode_InternFromString("stride");
   static PyObject* dtype = PyUnicode_InternFromString("dtype");
   auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, data_ptr));
+  if (!address && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+    PyErr_Clear();
+    return assign(view, borrow(tensor));
+  }
   if (!address) throw py::error_already_set();
   auto strides = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, stride));
   if (!strides) throw py::error_already_set();
@@ -117,6 +155,7 @@ struct Kernel {
       auto* kernel = static_cast<Kernel*>(PyCapsule_GetPointer(self, nullptr));
       if (positional) throw py::type_error("kernels take keywords only");
       Params p;
+      const Return at_the_end;
       for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++)
         kernel->fields->set(p, PyTuple_GET_ITEM(names, i), values[i]);
       p.threads = torch_threads();
@@ -192,6 +231,7 @@ void kernel(py::module_& m, const Fields<Params>& fields, const char* name, Resu
   if constexpr (std::is_void_v<Result>)
     binders()[name] = [&fields, function](const py::kwargs& values) -> Bound {
       Params p;
+      const Return at_the_end;
       for (const auto& [key, value] : values) fields.set(p, key.ptr(), value.ptr());
       return [p, function](int threads) mutable {
         p.threads = threads;

@@ -98,7 +98,8 @@ def emulated(module: ModuleType) -> Iterator[None]:
 def call(kernel: str, device: torch.device, **fields: Any) -> Any:
     """Runs a compiled kernel on a Params struct filled by field name: tensors become views, None an absent view.
 
-    It goes to the device's current stream, and returns before the GPU has done it.
+    Arrays of CuPy, and all others that speak DLPack, are taken as well. It goes to the device's current stream of
+    torch, and the call returns before the GPU has done it.
     """
     native.refuse_while_recording(f"the CUDA kernel {kernel}")
     emulator = _emulator.get()

@@ -111,7 +111,7 @@ class Recording:
     def __init__(self) -> None:
         self._module = _load(_chosen.get() or _best())
         self._program = self._module.Program()
-        self._alive: list[Tensor] = []
+        self._alive: list[Any] = []
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -125,7 +125,7 @@ class Recording:
     def take(self, kernel: str, fields: dict[str, Any]) -> Any:
         if not self._program.add(kernel, **fields):
             return self._module.kernels[kernel](**fields)
-        self._alive += [value for value in fields.values() if isinstance(value, Tensor)]
+        self._alive += [value for value in fields.values() if hasattr(value, "__dlpack__")]
 
     def run(self) -> None:
         self._program.run()
@@ -134,7 +134,7 @@ class Recording:
 def call(kernel: str, **fields: Any) -> Any:
     """Runs a compiled kernel on a Params struct filled by field name: tensors become views, None an absent view.
 
-    Threads follow ``torch.get_num_threads()``.
+    Arrays of NumPy, and all others that speak DLPack, are taken as well. Threads follow ``torch.get_num_threads()``.
     """
     recording = _recording.get()
     if recording is not None:

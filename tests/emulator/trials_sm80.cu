@@ -41,7 +41,7 @@ __global__ void shuffle_kernel(const float* in, float* out) {
   float v = in[threadIdx.x];
   const uint32_t mask = FAULT == 2 ? 0xffffu << (lane_id() & 16) : 0xffffffffu;
   if (FAULT == 3 && lane_id() >= 16)
-    v = static_cast<float>(ballot(v > 0.0f));
+    v = static_cast<float>(omnimamba::ballot(v > 0.0f));
   else if (FAULT != 1 || lane_id() < 16)
     v = shuffle_xor(v, 16, mask);
   out[threadIdx.x] = v;

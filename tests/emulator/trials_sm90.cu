@@ -151,7 +151,7 @@ bool run_double() {
   fill(in, 3);
   launch<double_kernel<FAULT>>({dim3(1), 64, 0, ROWS * DEPTH * 2}, map_3d(in.data(), N), map_3d(out.data(), N), N);
   bool right = true;
-  for (std::size_t i = 0; i < N * DEPTH; i++) right = right && to_float(out[i]) == 2.0f * to_float(in[i]);
+  for (std::size_t i = 0; i < N * DEPTH; i++) right = right && wide(out[i]) == 2.0f * wide(in[i]);
   return right;
 }
 
