@@ -31,15 +31,16 @@ namespace {
 
 // torch's dtype objects, looked up once. They live as long as the process.
 DType dtype_of(PyObject* torch_dtype) {
-  static PyObject* known[5] = {};
+  constexpr int count = 6;
+  static PyObject* known[count] = {};
   if (!known[0]) {
     py::module_ torch = py::module_::import("torch");
-    const char* names[5] = {"float32", "bfloat16", "float16", "int32", "int64"};  // the order of DType
-    for (int i = 4; i >= 0; i--) known[i] = py::object(torch.attr(names[i])).release().ptr();
+    const char* names[count] = {"float32", "bfloat16", "float16", "int32", "int64", "int8"};  // the order of DType
+    for (int i = count - 1; i >= 0; i--) known[i] = py::object(torch.attr(names[i])).release().ptr();
   }
-  for (int i = 0; i < 5; i++)
+  for (int i = 0; i < count; i++)
     if (known[i] == torch_dtype) return static_cast<DType>(i);
-  throw py::type_error("native kernels take float32, bfloat16, float16, int32 and int64 tensors");
+  throw py::type_error("native kernels take float32, bfloat16, float16, int32, int64 and int8 tensors");
 }
 
 // ---- from a Python value to a member of a Params struct ----
@@ -305,9 +306,14 @@ void bind_ssd_scan(py::module_& m) {
 void bind_lora_linear(py::module_& m) {
   {
     using Params = LoraLinearParams;
-    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task) FIELD(y)
-        FIELD(workspace) FIELD(rows) FIELD(in) FIELD(out) FIELD(rank) FIELD(scale);
+    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(weight_scale) FIELD(lora_A) FIELD(lora_B) FIELD(bias)
+        FIELD(task) FIELD(y) FIELD(workspace) FIELD(rows) FIELD(in) FIELD(out) FIELD(rank) FIELD(scale);
     kernel(m, fields, "lora_linear_forward", lora_linear_forward);
+  }
+  {
+    using Params = Int8WeightParams;
+    auto& fields = params<Params>() FIELD(dense) FIELD(weight) FIELD(weight_scale) FIELD(out) FIELD(in);
+    kernel(m, fields, "int8_weight_dequantize", int8_weight_dequantize);
   }
   {
     using Params = LoraDropoutParams;

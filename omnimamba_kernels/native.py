@@ -18,7 +18,7 @@ from torch import Tensor
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
 _recording: ContextVar[Recording | None] = ContextVar("omnimamba_recording", default=None)
-_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
 
 @cache

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimamba_kernels import CannotCapture, add_rmsnorm, capture, rmsnorm_fn
+from omnimamba_kernels import CannotCapture, add_rmsnorm, capture, quantize_int8, rmsnorm_fn
 
 from .config import BASE, MambaConfig
 from .hub import Pretrained
-from .layers import MambaMixer, Packing, RMSNorm, RoutedLinear, Task, linear, wide
+from .layers import Linear, MambaMixer, Packing, RMSNorm, RoutedLinear, Table, Task, wide
 from .state import MambaState
 
 
 def activation_dtype(matrix: Tensor) -> torch.dtype:
     """What a matrix multiplies: its own dtype on a GPU; at least fp32 on a CPU, where 16 bits only save traffic."""
-    return wide(matrix.dtype) if matrix.device.type == "cpu" else matrix.dtype
+    return wide(matrix.dtype) if matrix.device.type == "cpu" or matrix.dtype is torch.int8 else matrix.dtype
 
 
 class MambaLayer(nn.Module):
@@ -55,8 +55,7 @@ class MambaBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding = Table(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(
             MambaLayer(
                 config,
@@ -157,16 +156,29 @@ class MambaLM(Pretrained, nn.Module):
         return self.head(self.backbone(self.backbone.embedding(ids)))
 
     def head(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.backbone.embedding.weight)
+        return self.backbone.embedding.head(hidden)
 
 
 @torch.no_grad()
 def cast_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast tables, matrices and adapters to ``dtype`` in place; vectors and convolutions stay as they are.
 
-    The vectors (dt_bias, A_log, D, norms, biases) weigh nothing and set the recurrence's precision.
+    The vectors (dt_bias, A_log, D, norms, biases) weigh nothing and set the recurrence's precision. ``torch.int8``
+    quantizes tables and matrices (``quantize_int8``) for a CPU's decode; the adapters, which it would cost most, stay.
     """
+    if dtype is torch.int8:
+        return _quantized(model)
     for parameter in model.parameters():
         if parameter.ndim == 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _quantized(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, (Linear, RoutedLinear, Table)) and module.weight_scale is None:
+            if module.weight.device.type != "cpu":
+                raise RuntimeError(f"int8 weights run on a CPU alone, and the model is on {module.weight.device}")
+            weight, module.weight_scale = quantize_int8(module.weight)
+            module.weight = nn.Parameter(weight, requires_grad=False)
     return model

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .backbone import MambaBackbone, activation_dtype
 from .config import TASKS, OmniMambaConfig
-from .layers import Linear
+from .layers import Linear, Table
 
 
 class Projector(nn.Module):
@@ -38,8 +38,7 @@ class ImageEmbeddings(nn.Module):
 
     def __init__(self, vocab_size: int, d_model: int, mlp_ratio: int) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, d_model)
-        nn.init.normal_(self.word_embeddings.weight, std=0.02)
+        self.word_embeddings = Table(vocab_size, d_model)
         self.project_in = Projector(d_model, mlp_ratio * d_model, d_model)
         self.register_buffer("folded", None, persistent=False)
 

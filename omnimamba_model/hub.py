@@ -26,7 +26,8 @@ class Pretrained:
         """The model of a local checkpoint or of a hub repository, in evaluation mode.
 
         Reads what ``save_pretrained`` wrote and what ``omnimamba convert`` reads; strict: CheckpointError lists every
-        tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices. Pickles are read as tensors only.
+        tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices; ``torch.int8`` quantizes them, for
+        a CPU's decode. Pickles are read as tensors only.
         """
         from .foreign import read_any
         from .weights import CheckpointError

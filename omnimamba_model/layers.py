@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from omnimamba_kernels import (
     causal_conv1d_fn,
     causal_conv1d_varlen_states,
+    dequantize_int8,
     lora_linear,
     mamba_chunk_scan_combined,
     mamba_mixer_step,
     mamba_split_conv1d_scan_combined,
+    quantize_int8,
     rmsnorm_fn,
 )
 
@@ -38,26 +40,50 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` through the kernels, whose 16-bit weights are fast on a CPU too."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` through the kernels, whose 16-bit and int8 weights are fast on a CPU too."""
     x, weight, bias = autocast(x, weight, bias)
-    return lora_linear(x, weight, None, None, scale=1.0, bias=bias)
+    return lora_linear(x, weight, None, None, scale=1.0, bias=bias, weight_scale=weight_scale)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands of a matrix product in autocast's type where it is on; the kernels themselves never cast."""
+    """The operands of a matrix product in autocast's type where it is on; the kernels themselves never cast.
+
+    int8 weights stay: with their scales they mean the same in any type.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype is torch.int8 else t.to(dtype) for t in tensors)
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` computed by the kernels."""
+    """``nn.Linear`` computed by the kernels; ``weight_scale`` is that of int8 weights."""
+
+    def __init__(self, width_in: int, width_out: int, bias: bool = True) -> None:
+        super().__init__(width_in, width_out, bias)
+        self.register_buffer("weight_scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.weight_scale)
+
+
+class Table(nn.Embedding):
+    """``nn.Embedding``, and the head that is tied to it; ``weight_scale`` is that of int8 rows."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.register_buffer("weight_scale", None)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows if self.weight_scale is None else dequantize_int8(rows, self.weight_scale[ids])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden (..., width) to logits (..., rows)."""
+        return linear(hidden, self.weight, None, self.weight_scale)
 
 
 class RMSNorm(nn.Module):
@@ -87,6 +113,7 @@ class RoutedLinear(nn.Module):
         self.merged: int | None = None
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.register_buffer("weight_scale", None)
         for task in tasks:
             down, up = nn.Linear(width_in, rank, bias=False), nn.Linear(rank, width_out, bias=False)
             nn.init.zeros_(up.weight)
@@ -109,8 +136,9 @@ class RoutedLinear(nn.Module):
         """The map for one task, its weights gathered once: what a decode loop calls."""
         if self.merged is not None:
             return self._bind_merged(task)
+        base = partial(lora_linear, weight=self.weight, weight_scale=self.weight_scale)
         if not self.tasks or (isinstance(task, int) and task == BASE):
-            return partial(lora_linear, weight=self.weight, lora_A=None, lora_B=None, scale=1.0)
+            return partial(base, lora_A=None, lora_B=None, scale=1.0)
         if isinstance(task, int):
             down, up = self.adapter(task)
             down, up, task = down[None], up[None], 0
@@ -118,7 +146,7 @@ class RoutedLinear(nn.Module):
             adapters = [self.adapter(t) for t in range(len(self.tasks))]
             down, up = (torch.stack(side) for side in zip(*adapters, strict=True))
             task = task.int()  # as the kernels take it: nothing is left to convert at each step
-        return partial(lora_linear, weight=self.weight, lora_A=down, lora_B=up, scale=self.scale, task=task)
+        return partial(base, lora_A=down, lora_B=up, scale=self.scale, task=task)
 
     def _bind_merged(self, task: Task) -> Callable[[Tensor], Tensor]:
         if not isinstance(task, int) or task != self.merged:
@@ -126,7 +154,9 @@ class RoutedLinear(nn.Module):
                 f"the adapter of {self.tasks[self.merged]} is merged into the weights, which serve task {self.merged} "
                 f"alone, got {task!r}; load the model again to route tasks"
             )
-        return partial(lora_linear, weight=self.weight, lora_A=None, lora_B=None, scale=1.0)
+        return partial(
+            lora_linear, weight=self.weight, weight_scale=self.weight_scale, lora_A=None, lora_B=None, scale=1.0
+        )
 
     @torch.no_grad()
     def merge(self, task: int) -> None:
@@ -135,7 +165,12 @@ class RoutedLinear(nn.Module):
             done = "none" if self.merged is None else self.tasks[self.merged]
             raise ValueError(f"task must be one of {len(self.tasks)}, none merged before, got {task} after {done}")
         down, up = (side.to(wide(side.dtype)) for side in self.adapter(task))
-        self.weight.copy_(self.weight.to(down.dtype).addmm(up, down, alpha=self.scale))
+        if self.weight_scale is None:
+            self.weight.copy_(self.weight.to(down.dtype).addmm(up, down, alpha=self.scale))
+        else:
+            merged = dequantize_int8(self.weight, self.weight_scale, down.dtype).addmm(up, down, alpha=self.scale)
+            weight, self.weight_scale = quantize_int8(merged)
+            self.weight.copy_(weight)
         self.merged = task
 
     def adapter(self, task: int) -> tuple[Tensor, Tensor]:
@@ -238,7 +273,8 @@ class MambaMixer(nn.Module):
 
     def bind_step(self, task: Task, conv_state: Tensor, ssm_state: Tensor) -> Callable[[Tensor], Tensor]:
         """A function u (b, d_model) to (b, d_model) for one token, which advances the states in place."""
-        project, out_weight = self.in_proj.bind(task), self.out_proj.weight
+        project = self.in_proj.bind(task)
+        project_back = partial(linear, weight=self.out_proj.weight, weight_scale=self.out_proj.weight_scale)
         step = partial(
             mamba_mixer_step,
             conv_state=conv_state, ssm_state=ssm_state, conv1d_weight=self.conv1d.weight.squeeze(1),
@@ -246,4 +282,4 @@ class MambaMixer(nn.Module):
             headdim=self.config.headdim, ngroups=self.config.ngroups, rmsnorm_weight=self.norm.weight,
             rmsnorm_eps=self.config.norm_eps, norm_before_gate=False,
         )  # fmt: skip
-        return lambda u: linear(step(project(u)), out_weight)
+        return lambda u: project_back(step(project(u)))

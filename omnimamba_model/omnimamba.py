@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .config import BASE, MMU, T2I, OmniMambaConfig
 from .embeddings import OmniBackbone, Projector
 from .hub import Pretrained
-from .layers import linear
 
 IGNORE = -100
 """The label of a position that carries no loss."""
@@ -105,10 +104,10 @@ class OmniMamba(Pretrained, nn.Module):
         return self.backbone.embed_understanding(torch.cat([before, seen, after], dim=1), 0)
 
     def text_head(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.backbone.embedding.weight)
+        return self.backbone.embedding.head(hidden)
 
     def image_head(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.backbone.img_embeddings.word_embeddings.weight)
+        return self.backbone.img_embeddings.word_embeddings.head(hidden)
 
     def pad_captions(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Lists of token ids to (b, text_slots), padded on the left; of a longer caption the beginning is kept."""

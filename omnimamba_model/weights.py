@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .backbone import MambaLM
+from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig
 from .files import write_whole
 from .omnimamba import OmniMamba
@@ -62,6 +62,8 @@ def write(
     """``save`` with the tensors given: a model whose parameters are shared by many processes gathers them first."""
     if getattr(model, "merged", None) is not None:
         raise ValueError("an adapter is merged into the model's weights, and would be added again; save before merging")
+    if any(tensor.dtype is torch.int8 for tensor in state.values()):
+        raise ValueError("int8 weights are made when a model is loaded; save the model that they were made from")
     folder.mkdir(parents=True, exist_ok=True)
     kind = next(name for name, (model_type, _) in _KINDS.items() if isinstance(model, model_type))
     config = {"model_type": kind, **model.config.to_dict()}
@@ -83,8 +85,8 @@ def load(
 ) -> OmniMamba | MambaLM:
     """The model of a folder that ``save`` wrote, in evaluation mode, its weights bit for bit in their own dtypes.
 
-    ``dtype`` casts the matrices (``cast_matrices``) as they are read. Raises CheckpointError that lists every missing,
-    unknown or mis-shaped tensor, or each of an unfit dtype.
+    ``dtype`` casts the matrices (``cast_matrices``) as they are read, ``torch.int8`` afterwards. Raises CheckpointError
+    that lists every missing, unknown or mis-shaped tensor, or each of an unfit dtype.
     """
     folder = Path(folder)
     model_type, config = _read_config(folder)
@@ -92,6 +94,7 @@ def load(
         model = model_type(config)
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     tensors: dict[str, Tensor] = {}
+    stored = None if dtype is torch.int8 else dtype
     with ExitStack() as stack:
         files = [stack.enter_context(_open(path, device)) for path in weight_files(folder)]
         for file in files:
@@ -103,9 +106,10 @@ def load(
         for file in files:
             for name in file.keys():
                 tensor = file.get_tensor(name)
-                tensors[name] = tensor.to(dtype) if dtype is not None and tensor.ndim == 2 else tensor
+                tensors[name] = tensor.to(stored) if stored is not None and tensor.ndim == 2 else tensor
     model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    del tensors
+    return (cast_matrices(model, dtype) if dtype is torch.int8 else model).eval()
 
 
 def weight_files(folder: Path) -> list[Path]:

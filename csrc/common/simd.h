@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "types.h"
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -124,6 +124,28 @@ OM_INLINE void finish_stores() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
+}
+
+// Compilers widen bytes one by one where they are not told the instruction.
+OM_INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+  const vi wide = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  const vi wide = (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__SSE2__)
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const __m128i bytes = _mm_cvtsi32_si128(four), pairs = _mm_unpacklo_epi8(bytes, bytes);
+  const vi wide = (vi)_mm_srai_epi32(_mm_unpacklo_epi16(pairs, pairs), 24);
+#elif defined(__aarch64__)
+  uint32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const vi wide = (vi)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+#else
+  vi wide;
+  for (int i = 0; i < W; i++) wide[i] = p[i];
+#endif
+  return __builtin_convertvector(wide, vf);
 }
 
 template <class T>

@@ -12,7 +12,7 @@
 
 namespace omnimamba {
 
-enum class DType : int { F32, BF16, F16, I32, I64 };
+enum class DType : int { F32, BF16, F16, I32, I64, I8 };
 
 struct bf16 {
   static constexpr bool IS_BF16 = true;

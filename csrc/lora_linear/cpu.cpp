@@ -2,8 +2,8 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/lanes.h"
 #include "common/parallel.h"
-#include "common/simd.h"
 #include "lora_linear/lora_linear.h"
 
 namespace omnimamba {
@@ -66,9 +66,29 @@ void unpack_row(const TX* x, int64_t in, float* to) {
 
 // ---- the tile ----
 
+// One weight row of each stream; and one of int8 weights, with its scales `step` elements apart.
+template <class TW>
+struct Rows {
+  const TW* w[STREAMS];
+
+  void set(const LoraLinearParams& p, int m, int64_t o) { w[m] = p.weight.at<TW>(o); }
+};
+template <class TS>
+struct Int8Rows {
+  const int8_t* w[STREAMS];
+  const TS* scale[STREAMS];
+  int64_t step;
+
+  void set(const LoraLinearParams& p, int m, int64_t o) {
+    w[m] = p.weight.at<int8_t>(o);
+    scale[m] = p.weight_scale.at<TS>(o);
+    step = p.weight_scale.stride[1];
+  }
+};
+
 // sums[r][m] = dot(x row r, weight row m), for R rows of x and one weight row of each stream.
 template <int R, class TW>
-OM_INLINE void dot_tile(const TW* const* w, const float* x, int64_t in, float (*sums)[STREAMS]) {
+OM_INLINE void dot_tile(const Rows<TW>& rows, const float* x, int64_t in, float (*sums)[STREAMS]) {
   const int64_t pitch = padded(in), whole = in / STEP * STEP;
   vf acc[R][STREAMS] = {};
   auto multiply = [&](const Pair& pair, int64_t k, int m) {
@@ -80,26 +100,57 @@ OM_INLINE void dot_tile(const TW* const* w, const float* x, int64_t in, float (*
   for (int64_t k = 0; k < whole; k += STEP)
     for (int m = 0; m < STREAMS; m++) {
       for (size_t byte = 0; byte < sizeof(TW) * STEP; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(w[m] + k) + byte + AHEAD);
-      multiply(load_pair(w[m] + k), k, m);
+        __builtin_prefetch(reinterpret_cast<const char*>(rows.w[m] + k) + byte + AHEAD);
+      multiply(load_pair(rows.w[m] + k), k, m);
     }
   if (whole < in)
     for (int m = 0; m < STREAMS; m++) {
       TW rest[STEP] = {};
-      std::memcpy(static_cast<void*>(rest), w[m] + whole, sizeof(TW) * static_cast<size_t>(in - whole));
+      std::memcpy(static_cast<void*>(rest), rows.w[m] + whole, sizeof(TW) * static_cast<size_t>(in - whole));
       multiply(load_pair(rest), whole, m);
     }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
 }
 
-template <class TW>
-void dot_rows(int64_t rows, const TW* const* w, const float* x, int64_t in, float (*sums)[STREAMS]) {
-  switch (rows) {
-    case 1: return dot_tile<1>(w, x, in, sums);
-    case 2: return dot_tile<2>(w, x, in, sums);
-    case 3: return dot_tile<3>(w, x, in, sums);
-    default: return dot_tile<ROWS>(w, x, in, sums);
+template <int R, class TS>
+OM_INLINE void dot_tile(const Int8Rows<TS>& rows, const float* x, int64_t in, float (*sums)[STREAMS]) {
+  const int64_t pitch = padded(in), whole = in / kInt8Group * kInt8Group;
+  vf acc[R][STREAMS] = {};
+  auto scaled = [&](const vf* part, int64_t k, int m) {
+    const vf scale = splat(to_float(rows.scale[m][k / kInt8Group * rows.step]));
+    for (int r = 0; r < R; r++) acc[r][m] += scale * part[r];
+  };
+  for (int64_t k = 0; k < whole; k += kInt8Group)
+    for (int m = 0; m < STREAMS; m++) {
+      __builtin_prefetch(rows.w[m] + k + AHEAD);
+      vf part[R] = {};
+      for (int64_t j = k; j < k + kInt8Group; j += W) {
+        const vf w = load(rows.w[m] + j);
+        for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
+      }
+      scaled(part, k, m);
+    }
+  if (whole < in)
+    for (int m = 0; m < STREAMS; m++) {
+      vf part[R] = {};
+      for (int64_t j = whole; j < in; j += W) {  // x is padded with zeros
+        const vf w = load_part(rows.w[m] + j, static_cast<int>(std::min<int64_t>(W, in - j)));
+        for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
+      }
+      scaled(part, whole, m);
+    }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
+}
+
+template <class AnyRows>
+void dot_rows(int64_t count, const AnyRows& rows, const float* x, int64_t in, float (*sums)[STREAMS]) {
+  switch (count) {
+    case 1: return dot_tile<1>(rows, x, in, sums);
+    case 2: return dot_tile<2>(rows, x, in, sums);
+    case 3: return dot_tile<3>(rows, x, in, sums);
+    default: return dot_tile<ROWS>(rows, x, in, sums);
   }
 }
 
@@ -150,13 +201,13 @@ OM_INLINE void finish(const LoraLinearParams& p, const float* low, int64_t row, 
 }
 
 // Outputs [begin, end), cut into STREAMS streams of neighbouring weight rows.
-template <class TW, class TY>
+template <class AnyRows, class TY>
 void streams(const LoraLinearParams& p, const float* x, const float* low, int64_t begin, int64_t end) {
   const int64_t length = (end - begin + STREAMS - 1) / STREAMS;
   for (int64_t i = begin; i < begin + length; i++) {
-    const TW* w[STREAMS];
+    AnyRows w;
     for (int m = 0; m < STREAMS; m++)  // beyond the last row the last one stands in; its sums are dropped
-      w[m] = p.weight.at<TW>(std::min(i + m * length, end - 1));
+      w.set(p, m, std::min(i + m * length, end - 1));
     for (int64_t row = 0; row < p.rows; row += ROWS) {
       float sums[ROWS][STREAMS];
       const int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
@@ -168,21 +219,51 @@ void streams(const LoraLinearParams& p, const float* x, const float* low, int64_
   }
 }
 
+// Calls body(rows, w) with the kind of rows that the weights are stored in and their type.
+template <class Body>
+void for_weight_rows(const LoraLinearParams& p, Body&& body) {
+  if (p.weight.dtype == DType::I8) {
+    check(bool(p.weight_scale), "lora_linear: int8 weights need weight_scale");
+    for_float_type(p.weight_scale.dtype, [&](auto s) { body(Int8Rows<decltype(s)>{}, int8_t{}); });
+  } else {
+    for_float_type(p.weight.dtype, [&](auto w) { body(Rows<decltype(w)>{}, w); });
+  }
+}
+
 }  // namespace
 
 void lora_linear_forward(const LoraLinearParams& p) {
   check(p.x && p.weight && p.y && p.workspace, "lora_linear: x, weight, y and workspace are needed");
   float* x = p.workspace.at<float>();
   float* low = x + p.rows * padded(p.in);
-  for_float_type(p.weight.dtype, [&](auto w) {
-    using TW = decltype(w);
+  for_weight_rows(p, [&](auto rows, auto w) {
     for_float_type(p.x.dtype, [&](auto v) {
+      using AnyRows = decltype(rows);
+      using TW = decltype(w);
       using TX = decltype(v);
       parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows,
                    [&](int64_t row, int) { unpack_row<TX, TW>(p.x.at<TX>(row), p.in, x + row * padded(p.in)); });
       if (p.task) project_down(p, low);
       parallel_parts(p.rows * p.in * p.out < ENOUGH ? 1 : p.threads, p.out,
-                     [&](int64_t begin, int64_t end, int) { streams<TW, TX>(p, x, low, begin, end); });
+                     [&](int64_t begin, int64_t end, int) { streams<AnyRows, TX>(p, x, low, begin, end); });
+    });
+  });
+}
+
+void int8_weight_dequantize(const Int8WeightParams& p) {
+  check(p.dense && p.weight && p.weight_scale, "int8_weight_dequantize: dense, weight and weight_scale are needed");
+  for_float_type(p.weight_scale.dtype, [&](auto s) {
+    parallel_for(p.out * p.in < ENOUGH ? 1 : p.threads, p.out, [&](int64_t o, int) {
+      const int8_t* w = p.weight.at<int8_t>(o);
+      float* dense = p.dense.at<float>(o);
+      for (int64_t begin = 0; begin < p.in; begin += kInt8Group) {
+        const vf scale = splat(to_float(*p.weight_scale.at<decltype(s)>(o, begin / kInt8Group)));
+        const int64_t end = std::min<int64_t>(begin + kInt8Group, p.in);
+        for (int64_t k = begin; k < end; k += W) {
+          const int n = static_cast<int>(std::min<int64_t>(W, end - k));
+          store_some(dense + k, scale * (n == W ? load(w + k) : load_part(w + k, n)), n);
+        }
+      }
     });
   });
 }

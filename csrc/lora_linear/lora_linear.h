@@ -4,21 +4,26 @@
 //          t = task[i]; the last sum is absent where t = -1.
 // Shapes   x (rows, in), weight (out, in), lora_A (tasks, r, in), lora_B (tasks, out, r), bias (out,), task (rows,) int32,
 //          y (rows, out). Any float type each; innermost strides 1, others any.
+//          Or weight int8 with weight_scale (out, in / kInt8Group rounded up), any float type and strides:
+//          W[o, k] = weight_scale[o, k / kInt8Group] weight[o, k].
 // Plan     x goes to float32 once, in the order in which weights unpack: 16 bits to 32 costs a shift for bfloat16's odd
 //          neighbours and a mask for its even ones, so W evens come first, then W odds. Then threads own stretches of
 //          outputs, each cut into four streams of neighbouring weight rows: a tile takes one row of every stream to
 //          four rows of x in registers. A core waits for memory, not for its multipliers, and has more lines on their way
 //          when it reads several long streams, each prefetched a little ahead, than one, or than neighbouring rows.
+//          int8 weights go to float32 in registers, a group's sum is scaled once. x stays float32: no activation is rounded.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
-// Traffic  the weights once (2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
+// Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
 // Many rows are a matrix product: matmul.h.
 #pragma once
 #include "common/types.h"
 
 namespace omnimamba {
 
+constexpr int kInt8Group = 64;  // neighbouring int8 weights of a row that share a scale
+
 struct LoraLinearParams {
-  View x, weight, lora_A, lora_B, bias, task, y, workspace;
+  View x, weight, weight_scale, lora_A, lora_B, bias, task, y, workspace;
   int64_t rows = 0, in = 0, out = 0, rank = 0;
   float scale = 1;
   int threads = 1;
@@ -26,6 +31,15 @@ struct LoraLinearParams {
 
 // workspace: rows * (in rounded up to a multiple of 32 + rank) floats.
 void lora_linear_forward(const LoraLinearParams& p);
+
+// dense[o, k] = weight_scale[o, k / kInt8Group] weight[o, k] in float32, rows contiguous: for products of many rows.
+struct Int8WeightParams {
+  View dense, weight, weight_scale;
+  int64_t out = 0, in = 0;
+  int threads = 1;
+};
+
+void int8_weight_dequantize(const Int8WeightParams& p);
 
 // y[i, j] = x[i, j] / (1 - p) where hash(seed, i * width + j) >= threshold = p 2^32, else 0; with `accumulate` y grows by it.
 // y is float32. The hash is that of the reference: each mask is a pure function of the seed and the position.

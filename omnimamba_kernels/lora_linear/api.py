@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import autograd, checks
 from ..backends import choose
 from ..compile import traceable
+from .int8 import GROUP
 
 
 def _fake(x: Tensor, weight: Tensor, *_: object) -> list[Tensor]:
@@ -24,6 +25,7 @@ def _lora_linear(
     lora_B: Tensor | None,
     bias: Tensor | None,
     task: Tensor | None,
+    weight_scale: Tensor | None,
     scale: float,
     dropout_p: float,
     dropout_seed: int,
@@ -32,7 +34,7 @@ def _lora_linear(
     if task is not None:
         checks.in_range("task", task, -1, lora_A.shape[0])
         task = task.int()
-    tensors = (x, weight, lora_A, lora_B, bias, task)
+    tensors = (x, weight, lora_A, lora_B, bias, task, weight_scale)
     options = {"scale": scale, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
     return autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)[0]
 
@@ -48,6 +50,7 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    weight_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A linear layer plus the low-rank adapter of each row's task.
@@ -65,10 +68,13 @@ def lora_linear(
         bias: (out,).
         dropout_p: dropout on the adapter's input, in [0, 1).
         dropout_seed: its seed; required with dropout. The mask is a pure function of seed and position.
+        weight_scale: (out, in / 64 rounded up), of int8 weights: one scale for every 64 neighbours of a row. Scales of
+            whole rows (out, 1) fit as ``weight_scale.expand(-1, groups)``.
         backend: one of ``backends()``; None chooses.
 
     Returns:
-        y (..., out) in x's dtype. Gradients reach x, weight, lora_A, lora_B and bias.
+        y (..., out) in x's dtype. Gradients reach x, weight, lora_A, lora_B and bias; not int8 weights or
+        their scales.
 
     Raises:
         ValueError: a shape, task or probability does not fit. TypeError: a dtype does not. RuntimeError: the backend
@@ -76,7 +82,7 @@ def lora_linear(
 
     Source: LoRA (arXiv 2106.09685), section 4; routing by task as in OmniMamba (arXiv 2503.08686).
     """
-    _check(x, weight, lora_A, lora_B, bias)
+    _check(x, weight, lora_A, lora_B, bias, weight_scale)
     tasks = 0 if lora_A is None else lora_A.shape[0]
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
@@ -88,12 +94,16 @@ def lora_linear(
         dropout_p = 0.0
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     seed = int(dropout_seed) if dropout_p else 0
-    y = _lora_linear(flat, weight, lora_A, lora_B, bias, rows, float(scale), float(dropout_p), seed, backend)
+    if weight_scale is not None:
+        weight_scale = weight_scale.detach()
+    y = _lora_linear(
+        flat, weight, lora_A, lora_B, bias, rows, weight_scale, float(scale), float(dropout_p), seed, backend
+    )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 @checks.once_a_kind
-def _check(x, weight, lora_A, lora_B, bias) -> None:
+def _check(x, weight, lora_A, lora_B, bias, weight_scale) -> None:
     checks.is_tensor("x", x)
     checks.rank("weight", weight, 2, letters="(out, in)")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
@@ -106,8 +116,17 @@ def _check(x, weight, lora_A, lora_B, bias) -> None:
         checks.shape("lora_A", lora_A, tasks, r, weight.shape[1], letters="(tasks, r, in)")
         checks.shape("lora_B", lora_B, tasks, weight.shape[0], r, letters="(tasks, out, r)")
     checks.shape("bias", bias, weight.shape[0], letters="(out,)")
-    checks.floating(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    checks.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    checks.floating(x=x, lora_A=lora_A, lora_B=lora_B, bias=bias, weight_scale=weight_scale)
+    if weight.dtype is not torch.int8:
+        checks.floating(weight=weight)
+    if (weight.dtype is torch.int8) != (weight_scale is not None):
+        raise TypeError(
+            f"weight, weight_scale: got weights of {weight.dtype} {'without' if weight_scale is None else 'with'} "
+            "scales; int8 weights need them and no others do (quantize_int8 makes both)"
+        )
+    groups = -(-weight.shape[1] // GROUP)
+    checks.shape("weight_scale", weight_scale, weight.shape[0], groups, letters=f"(out, in / {GROUP} rounded up)")
+    checks.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, weight_scale=weight_scale)
 
 
 def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:

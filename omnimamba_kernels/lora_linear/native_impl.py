@@ -31,17 +31,18 @@ def forward(
     lora_B: Tensor | None,
     bias: Tensor | None,
     task: Tensor | None,
+    weight_scale: Tensor | None,
     *,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
-    saved = (x, weight, lora_A, lora_B, task) if save else ()
+    saved = (x, weight, lora_A, lora_B, task, weight_scale) if save else ()
     if x.shape[0] <= FEW_ROWS and not dropout_p and x.numel() and weight.numel():
-        return (_few_rows(x, weight, lora_A, lora_B, bias, task, scale),), saved
+        return (_few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale),), saved
     y = None if bias is None else bias.float().repeat(x.shape[0], 1)
-    y = _matmul(x, weight.T, onto=y)
+    y = _matmul(x, _dense(weight, weight_scale).T, onto=y)
     if task is not None:
         low = _low(_dropped(x, dropout_p, dropout_seed), lora_A, task, scale)
         _matmul(low, _by_rank(lora_B), onto=y)
@@ -57,13 +58,13 @@ def backward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, task = saved
+    x, weight, lora_A, lora_B, task, weight_scale = saved
     dx = dweight = dA = dB = dbias = None
     if grads[0] is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     dy = grads[0]
     if needs[0]:
-        dx = _matmul(dy, weight)
+        dx = _matmul(dy, _dense(weight, weight_scale))
     if needs[1]:
         dweight = _matmul(dy.T, x).to(weight.dtype)
     if needs[4]:
@@ -81,7 +82,7 @@ def backward(
         if needs[3]:
             dB = _matmul(_low(u, lora_A, task, scale).T, dy)
             dB = dB.unflatten(0, lora_A.shape[:2]).transpose(1, 2).to(lora_B.dtype)
-    return dx if dx is None else dx.to(x.dtype), dweight, dA, dB, dbias, None
+    return dx if dx is None else dx.to(x.dtype), dweight, dA, dB, dbias, None, None
 
 
 # ---- few rows ----
@@ -92,7 +93,7 @@ def _rows_apart(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def _few_rows(x, weight, lora_A, lora_B, bias, task, scale: float) -> Tensor:
+def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float) -> Tensor:
     rows, width = x.shape
     out = weight.shape[0]
     y = x.new_empty(rows, out)
@@ -101,6 +102,7 @@ def _few_rows(x, weight, lora_A, lora_B, bias, task, scale: float) -> Tensor:
         "lora_linear_forward",
         x=_rows_apart(x),
         weight=_rows_apart(weight),
+        weight_scale=weight_scale,
         lora_A=_rows_apart(lora_A),
         lora_B=_rows_apart(lora_B),
         bias=bias,
@@ -117,6 +119,19 @@ def _few_rows(x, weight, lora_A, lora_B, bias, task, scale: float) -> Tensor:
 
 
 # ---- many rows ----
+
+
+def _dense(weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """The weights as floats: themselves, or int8 ones times their scales in memory of their own."""
+    if weight_scale is None or not weight.numel():
+        return weight
+    out, width = weight.shape
+    dense = native.floats(out, width)
+    weight = _rows_apart(weight)
+    native.call(
+        "int8_weight_dequantize", dense=dense, weight=weight, weight_scale=weight_scale, out=out, **{"in": width}
+    )
+    return dense
 
 
 def _matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:

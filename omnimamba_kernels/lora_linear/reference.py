@@ -3,14 +3,16 @@
     y_i = W x_i + bias + scale B_t A_t (m_i * x_i)        the LoRA term is absent where t = -1
 
 m is the dropout mask over the LoRA input: keep(i, j) / (1 - dropout_p), a pure function of the seed and the position,
-so that a backward computes it again. Source: LoRA (arXiv 2106.09685), section 4; OmniMamba (arXiv 2503.08686) routes it
-by task.
+so that a backward computes it again. int8 weights stand for weight_scale times them (int8.py). Source: LoRA (arXiv
+2106.09685), section 4; OmniMamba (arXiv 2503.08686) routes it by task.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .int8 import dequantize_int8
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -34,6 +36,7 @@ def forward(
     lora_B: Tensor | None,
     bias: Tensor | None,
     task: Tensor | None,
+    weight_scale: Tensor | None,
     *,
     scale: float,
     dropout_p: float = 0.0,
@@ -43,7 +46,8 @@ def forward(
     """x (rows, in), task (rows,) or None for the base alone."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x.to(compute)
-    y = u @ weight.to(compute).T
+    weight = weight.to(compute) if weight_scale is None else dequantize_int8(weight, weight_scale, compute)
+    y = u @ weight.T
     if bias is not None:
         y = y + bias.to(compute)
     if task is not None:

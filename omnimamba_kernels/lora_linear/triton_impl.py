@@ -48,6 +48,8 @@ def _signed(number: int) -> int:
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
+    if tensors[-1] is not None:
+        return "int8 weights are read by a CPU's native kernels alone; dequantize_int8 makes floats of them"
     return triton_launch.cannot_store(*tensors)
 
 
@@ -58,6 +60,7 @@ def forward(
     lora_B: Tensor | None,
     bias: Tensor | None,
     task: Tensor | None,
+    weight_scale: None,
     *,
     scale: float,
     dropout_p: float = 0.0,
@@ -86,7 +89,7 @@ def backward(
     x, weight, lora_A, lora_B, bias, task, low = saved
     dx = dweight = dA = None
     if grads[0] is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     dy = grads[0]
     dropout = Dropout.of(dropout_p, dropout_seed)
     routed = task is not None
@@ -98,7 +101,7 @@ def backward(
         dweight = _matmul(dy.T, x, weight.dtype)
     if routed and needs[2]:
         dA = _gradient_A(x, dlow, lora_A, dropout)
-    return dx, dweight, dA, dB, dbias, None
+    return dx, dweight, dA, dB, dbias, None, None
 
 
 # ---- the parts ----

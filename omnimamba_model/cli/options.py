@@ -16,6 +16,8 @@ FORMS = ("instruct", "user", "plain")
 BACKENDS = ("cuda", "triton", "native", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
 TASKS = ("mmu", "t2i")
+LOADED = (*DTYPES, "int8")
+"""What weights can be cast to as they are loaded; int8 ones are not saved."""
 MOST = 10_000
 """Drawings or tokens."""
 
@@ -24,7 +26,9 @@ def add_place(command: argparse.ArgumentParser) -> None:
     """Which model runs, and on what."""
     command.add_argument("--checkpoint", type=Path, required=True, help="a folder of demo, train or convert")
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    command.add_argument("--dtype", choices=DTYPES, help="cast the matrices; by default they stay as they are")
+    command.add_argument(
+        "--dtype", choices=LOADED, help="cast the matrices, int8 on a CPU alone; by default they stay as they are"
+    )
     command.add_argument("--backend", choices=BACKENDS, help="the kernels to run on; by default the best that can")
 
 

@@ -1,0 +1,149 @@
+"""lora_linear with int8 weights: what they stand for, against a row-by-row oracle; and how they are made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import DTYPES, check, evaluate, framed, hostile_memory, same_bits, threads
+
+from omnimamba_kernels import CannotCapture, capture, dequantize_int8, lora_linear, quantize_int8
+from omnimamba_kernels.lora_linear.cases import Case, inputs
+
+SCALE = 1.5
+FLOATS = ("x", "lora_A", "lora_B", "bias")
+CASES = (
+    Case((1,), 1, 1, tasks=1, rank=1, bias=True),
+    Case((2, 3), 37, 23, tasks=3, rank=5, bias=True),
+    Case((4,), 64, 40, rank=4),
+    Case((3,), 191, 65, tasks=0, bias=True),
+    Case((5, 11), 300, 61, tasks=3, rank=3, bias=True),
+)
+"""Widths below, at and between multiples of a group of 64; few and many rows."""
+
+
+def int8_inputs(case: Case, dtype=torch.float32, scale_dtype=torch.bfloat16) -> dict:
+    """Any int8 with any scales, the extremes of both among them: more than quantize_int8 would make."""
+    make = torch.Generator().manual_seed(3)
+    weight = torch.randint(-128, 128, (case.out, case.width), generator=make, dtype=torch.int8)
+    weight[0, 0], weight[-1, -1] = -128, 127
+    groups = -(-case.width // 64)
+    scale = torch.rand(case.out, groups, generator=make) * 0.02 - 0.005
+    return inputs(case, dtype, dtype) | {"weight": weight, "weight_scale": scale.to(scale_dtype)}
+
+
+def layer(**tensors):
+    return lora_linear(**tensors, scale=SCALE)
+
+
+def oracle(x, weight, weight_scale, lora_A, lora_B, bias, task):
+    dense = torch.stack([weight[:, k] * weight_scale[:, k // 64] for k in range(weight.shape[1])], dim=1)
+    unused = 0 if lora_A is None else 0 * (lora_A.sum() + lora_B.sum())
+    rows, out = x.reshape(-1, x.shape[-1]), []
+    for i, row in enumerate(rows):
+        y = dense.mv(row) + unused
+        y = y if bias is None else y + bias
+        t = -1 if task is None else int(task.flatten()[i])
+        out.append(y if t < 0 else y + SCALE * lora_B[t].mv(lora_A[t].mv(row)))
+    return torch.stack(out).view(*x.shape[:-1], -1)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(request):
+    if "run" in request.fixturenames and request.getfixturevalue("run") == "triton":
+        pytest.skip("int8 weights are a CPU's")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_gradients(run, case, dtype):
+    check(run, layer, oracle, int8_inputs(case, dtype), wanted=FLOATS)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16], ids=str)
+def test_scales_of_any_type_and_strides(run, scale_dtype):
+    """Weights and scales as views with canaries, every other element of a wider row, transposed."""
+    t = int8_inputs(CASES[1], scale_dtype=scale_dtype)
+    for order in ((0, 1), (1, 0)):
+        frames = {k: framed(t[k], order) for k in ("weight_scale",)}
+        wide = torch.full((*t["weight"].shape, 2), 77, dtype=torch.int8)
+        wide[..., 0] = t["weight"]
+        views = {k: f.tensor for k, f in frames.items()} | {"weight": wide[..., 0]}
+        for few in (t, t | {"x": t["x"].repeat(9, 1, 1), "task": t["task"].repeat(9, 1)}):
+            check(run, layer, oracle, few | views, wanted=FLOATS)
+        assert all(f.intact() for f in frames.values())
+
+
+def test_a_scale_a_row(run):
+    t = int8_inputs(CASES[4])
+    t["weight_scale"] = t["weight_scale"][:, :1].expand(-1, 5)
+    check(run, layer, oracle, t)
+
+
+def test_rows_alone_and_thread_counts_give_the_same_bits(run):
+    t = int8_inputs(Case((5,), 200, 131, tasks=2))
+    together = evaluate(layer, t)["out 0"]
+    if run != "reference":
+        for i, task in enumerate(t["task"].tolist()):
+            assert same_bits(layer(**(t | {"x": t["x"][i : i + 1], "task": task}))[0], together[i])
+    for count in (2, 3) if run != "reference" else ():
+        with threads(count):
+            assert same_bits(layer(**t), together)
+
+
+def test_replayed_with_the_same_bits(run):
+    t = int8_inputs(Case((2,), 130, 40, tasks=0))
+    weights = {k: t[k] for k in ("weight", "weight_scale")}
+    if not run.startswith("native"):
+        with pytest.raises(CannotCapture):
+            capture(lambda x: lora_linear(x, **weights), t["x"])
+        return
+    for x in (t["x"], t["x"].repeat(40, 1)):
+        assert same_bits(capture(lambda x: lora_linear(x, **weights), x)(x), lora_linear(x, **weights))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 1), (2, 64), (7, 200)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_quantized_within_half_a_scale(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[:1], weight[1:2] = weight[:1] * (1e-3 if dtype is torch.float16 else 1e-30), 0
+    with hostile_memory():
+        q, scale = quantize_int8(weight)
+    assert q.shape == shape and q.dtype == torch.int8 and scale.dtype == torch.bfloat16
+    assert scale.shape == (shape[0], -(-shape[1] // 64)) and (scale > 0).all() and (q != -128).all()
+    each = scale.double().repeat_interleave(64, -1)[:, : shape[1]]
+    assert ((dequantize_int8(q, scale, torch.float64) - weight.double()).abs() <= 0.5001 * each).all()
+    assert (q[:, :1].abs() > 0).any() or not weight.numel()
+
+
+def test_quantized_again_is_the_same():
+    q, scale = quantize_int8(torch.randn(8, 130, generator=torch.Generator().manual_seed(1)))
+    again, same = quantize_int8(dequantize_int8(q, scale))
+    assert (again.int() - q.int()).abs().max() <= 1 and torch.allclose(same.float(), scale.float(), rtol=0.01)
+
+
+def wrong(**changes):
+    return {"x": torch.randn(2, 65), "weight": torch.zeros(5, 65, dtype=torch.int8),
+            "weight_scale": torch.ones(5, 2)} | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (TypeError, wrong(weight_scale=None)),
+        (TypeError, wrong(weight=torch.zeros(5, 65))),
+        (TypeError, wrong(weight=torch.zeros(5, 65, dtype=torch.uint8))),
+        (TypeError, wrong(weight_scale=torch.ones(5, 2, dtype=torch.int32))),
+        (ValueError, wrong(weight_scale=torch.ones(5, 1))),
+        (ValueError, wrong(weight_scale=torch.ones(2, 5))),
+        (ValueError, wrong(weight_scale=torch.ones(5, 2, device="meta"))),
+    ],
+)
+def test_errors_name_the_argument(error, arguments):
+    with pytest.raises(error, match="weight"):
+        lora_linear(**arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 2).int(), torch.tensor([[1.0, torch.inf]])], ids=str)
+def test_quantize_refuses(bad):
+    with pytest.raises((TypeError, ValueError), match="weight"):
+        quantize_int8(bad)

@@ -1,0 +1,97 @@
+"""int8 weights of a model: made at loading, close to the floats, one call a step, never saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omnimamba_kernels import backends, dequantize_int8, native, use_backend
+from omnimamba_model import OmniMamba, cast_matrices
+from omnimamba_model.config import MMU, T2I
+from omnimamba_model.generation import draw, generate_text
+from omnimamba_model.layers import Linear, RoutedLinear, Table
+from omnimamba_model.weights import load, save
+
+
+def dense(model: torch.nn.Module) -> torch.nn.Module:
+    """The floats that a model's int8 weights stand for, put in their place."""
+    for module in model.modules():
+        if isinstance(module, (Linear, RoutedLinear, Table)):
+            weight = dequantize_int8(module.weight, module.weight_scale)
+            module.weight, module.weight_scale = torch.nn.Parameter(weight), None
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save(model, tmp_path)
+    return tmp_path
+
+
+def test_every_matrix_but_the_adapters_is_int8(folder):
+    loaded = OmniMamba.from_pretrained(folder, dtype=torch.int8)
+    kinds = {name: p.dtype for name, p in loaded.named_parameters() if p.ndim == 2}
+    assert all((dtype is torch.int8) == ("_lora_" not in name) for name, dtype in kinds.items())
+    assert loaded.backbone.dtype is torch.float32
+
+
+def test_it_computes_what_its_weights_stand_for(folder, caption, image, features, text):
+    got, want = load(folder, dtype=torch.int8), dense(load(folder, dtype=torch.int8))
+    with torch.no_grad():
+        for task, batch in (("t2i", (caption, image)), ("mmu", (features, text)), ("text", (text,))):
+            a, b = getattr(got, task)(*batch), getattr(want, task)(*batch)
+            assert torch.allclose(a.logits, b.logits, atol=1e-4 * float(b.logits.abs().max()))
+    assert torch.equal(draw(got, caption), draw(want, caption))
+    assert torch.equal(generate_text(got, text, 5), generate_text(want, text, 5))
+
+
+def test_it_stays_close_to_the_floats(model, folder, caption, image):
+    with torch.no_grad():
+        exact, got = (m.t2i(caption, image).logits for m in (model, load(folder, dtype=torch.int8)))
+    error = float((got - exact).norm() / exact.norm())
+    assert 1e-4 < error < 0.02, "a weight is off by at most 1 part in 254 of the largest of its 64"
+
+
+@pytest.mark.parametrize("task", [T2I, MMU, torch.tensor([T2I, MMU])], ids=["t2i", "mmu", "mixed"])
+def test_a_step_is_one_call(folder, task, monkeypatch):
+    if backends()["native"]:
+        pytest.skip(backends()["native"])
+    model = load(folder, dtype=torch.int8)
+    with torch.inference_mode():
+        step = model.backbone.bind_step(model.backbone.new_state(2), task)
+        monkeypatch.setattr(native, "call", None)  # kernels called one by one would not be found
+        assert torch.isfinite(step(torch.randn(2, model.config.backbone.d_model))).all()
+
+
+def test_autocast_leaves_int8_alone(folder, caption, image):
+    model = load(folder, dtype=torch.int8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = model.t2i(caption, image).logits
+    with torch.no_grad():
+        want = model.t2i(caption, image).logits
+    assert torch.allclose(got.float(), want, atol=0.05 * float(want.abs().max()))
+
+
+def test_int8_is_not_saved_and_needs_a_cpu(model, tmp_path):
+    with pytest.raises(RuntimeError, match="meta"):
+        cast_matrices(OmniMamba(model.config).to("meta"), torch.int8)
+    with pytest.raises(ValueError, match="int8"):
+        save(cast_matrices(model, torch.int8), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reference_takes_it_too(folder, caption):
+    model = load(folder, dtype=torch.int8)
+    with use_backend("reference"):
+        plain = draw(model, caption)
+    assert torch.equal(plain, draw(model, caption))
+
+
+def test_an_adapter_merges_into_int8(folder, caption, image):
+    model = load(folder, dtype=torch.int8)
+    with torch.no_grad():
+        apart = model.t2i(caption, image).logits
+        model.merge(T2I)
+        merged = model.t2i(caption, image).logits
+    assert model.backbone.layers[0].mixer.in_proj.weight.dtype is torch.int8
+    assert 0 < float((merged - apart).norm() / apart.norm()) < 0.02
