@@ -104,8 +104,9 @@ def work(who: str, dtype: str, context: int) -> Work:
 
 
 def weight_bytes(network: torch.nn.Module) -> int:
-    """Every matrix is read once a token, the table as the head."""
-    return sum(p.nbytes for p in network.parameters() if p.ndim == 2)
+    """Every matrix is read once a token, the table as the head; int8 ones with their scales."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(t.nbytes for t in tensors if t.ndim == 2)
 
 
 @pytest.mark.parametrize("context", [CONTEXTS[0], *(pytest.param(c, marks=full) for c in CONTEXTS[1:])])

@@ -50,9 +50,10 @@ def test_generate_passes_its_options_on(calls, tmp_path):
 
 def test_ask_prints_the_answer(calls, tmp_path, capsys):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
-    assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "a.png"), "--question", "Which digit?"]) == 0
+    assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "a.png"), "--question", "Which digit?",
+                     "--dtype", "int8"]) == 0  # fmt: skip
     assert capsys.readouterr().out == "It is a seven.\n"
-    assert calls == [("c", "cpu", None), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None)]
+    assert calls == [("c", "cpu", torch.int8), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None)]
 
 
 def test_evaluate_passes_its_options_on(calls, tmp_path, capsys):
