@@ -18,7 +18,6 @@ the longest launch: cutting it as the forward is cut would need a pass of its ow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -27,9 +26,11 @@ from torch import Tensor
 
 from .. import triton_launch
 from ..triton_launch import launch
+from . import tiles
+from .tiles import CHUNK, Tile
 from .triton_backward_chunks import ssd_back_chunks
 from .triton_backward_states import chunk_steps, ssd_back_walk, ssd_steps
-from .triton_common import CHUNK, precision, step_sizes
+from .triton_common import step_sizes
 
 BLOCK = 1024  # elements of dB and dC a program of ssd_back_close
 
@@ -133,24 +134,14 @@ class _Scan:
 
     @property
     def flags(self) -> dict[str, bool]:
-        given = {"HAS_DY": self.dy, "HAS_Z": self.z, "HAS_VARLEN": self.dvarlen}
-        return {"NARROW": self.narrow} | {name: t is not None for name, t in given.items()}
+        return {"HAS_DY": self.dy is not None, "HAS_Z": self.z is not None, "HAS_VARLEN": self.dvarlen is not None}
 
     @property
     def sequences(self) -> int:
         return 0 if self.offsets is None else self.offsets.shape[0] - 1
 
-    def use(self, kernel: str) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
-        """The launch table's entry, its options, and the constants that say which tile a program has."""
-        (b, l, h, p), n = self.x.shape, self.B.shape[3]
-        sizes = dict(heads=b * h, l=l, p=p, n=n, bytes=2 if self.narrow else 4)
-        target = triton_launch.target_of(self.x)
-        use = triton_launch.settings("ssd_scan", kernel, target, **sizes)
-        tile = dict(CHUNK=CHUNK, P=p, N=n, PRECISION=precision(target, self.narrow))
-        for name, have in (("BLOCK_P", p), ("BLOCK_N", n), ("DEEP_N", n)):
-            if name in use:
-                tile[name] = min(use[name], max(16, triton.next_power_of_2(have)))
-        return use, {name: use[name] for name in ("num_warps", "num_stages") if name in use}, tile
+    def tile(self, kernel: str) -> Tile:
+        return tiles.tile(kernel, triton_launch.target_of(self.x), self.x, self.B.shape[3], self.narrow)
 
 
 def backward(
@@ -174,7 +165,7 @@ def backward(
         *(None if t is None else t.contiguous() for t in (dfinal, dvarlen, cu_seqlens)),
         steps=_floats(x, b, h, chunks, 3, CHUNK),
         used=x.new_empty(b, chunks, CHUNK, dtype=torch.int8),
-        narrow=z is None and all(t is None or t.dtype == torch.bfloat16 for t in (x, B, C, dy)),
+        narrow=tiles.narrow_backward(z, x, B, C, dy),
     )
     raw = (dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous())
     step = dict(CHUNK=CHUNK, SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None)
@@ -202,15 +193,16 @@ def backward(
 
 def _walk(scan: _Scan, states: Tensor, dinitial: Tensor | None) -> Tensor:
     """The gradients of the states after each chunk; the first state's to ``dinitial``."""
-    _, options, tile = scan.use("back_walk")
+    tile = scan.tile("back_walk")
     b, chunks, h, p, n = states.shape
     dstates = torch.empty_like(states)
     launch(
-        ssd_back_walk, (b * h * triton.cdiv(p, tile["BLOCK_P"]) * triton.cdiv(n, tile["BLOCK_N"]),),
+        ssd_back_walk, (b * h * tile.p_blocks * tile.n_blocks,),
         scan.C, scan.z, scan.steps, scan.used, scan.offsets, scan.dy, scan.dfinal, scan.dvarlen, dstates, dinitial,
         h, h // scan.C.shape[2], chunks, scan.sequences,
         *_strides(scan.C, 3), *_strides(scan.z, 3), *_strides(scan.dy, 3),
-        **tile, **scan.flags, HAS_FINAL=scan.dfinal is not None, HAS_INITIAL=dinitial is not None, **options,
+        CHUNK=CHUNK, **tile.constants, **scan.flags, HAS_FINAL=scan.dfinal is not None,
+        HAS_INITIAL=dinitial is not None, **tile.options,
     )  # fmt: skip
     return dstates
 
@@ -224,18 +216,14 @@ def _chunks(
     made: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills ``made`` with dx and dz; the terms, sums and parts of the other gradients."""
-    use, options, tile = scan.use("back_chunks")
+    tile = scan.tile("back_chunks")
     b, chunks, h, p, n = states.shape
     l, g = scan.B.shape[1:3]
-    blocks, deep_blocks, p_blocks = (
-        triton.cdiv(size, tile[name]) for size, name in ((n, "BLOCK_N"), (n, "DEEP_N"), (p, "BLOCK_P"))
-    )
-    programs = (2 + blocks) * g * b * chunks
-    slots = triton_launch.target_of(scan.x).multiprocessors * use["per_multiprocessor"]
-    part_heads = triton.cdiv(h // g, max(1, min(h // g, slots // max(1, programs))))
+    programs = (2 + tile.n_blocks) * g * b * chunks
+    part_heads = tiles.heads_a_program(triton_launch.target_of(scan.x), programs, h // g, tile.use)
     parts = _floats(scan.x, triton.cdiv(h // g, part_heads), 4, b, l, g, n)
     skip = 0 if D is None else D.dim()
-    terms = _floats(scan.x, b, h, chunks, 4 + blocks, CHUNK)
+    terms = _floats(scan.x, b, h, chunks, 4 + tile.n_blocks, CHUNK)
     sums = _floats(scan.x, b, chunks, h, 2 + (0, 1, p)[skip])
     launch(
         ssd_back_chunks, (programs * parts.shape[0],),
@@ -243,7 +231,8 @@ def _chunks(
         scan.dvarlen, states, dstates, scan.steps, scan.used, terms, sums, parts, made["x"], made["z"],
         l, h, g, part_heads, parts.shape[0], chunks, scan.sequences, b * l * g * n,
         *(step for t in (scan.x, scan.B, scan.C, scan.z, scan.dy) for step in _strides(t, 3)),
-        **tile, P_BLOCKS=p_blocks, N_BLOCKS=blocks, DEEP_BLOCKS=deep_blocks, SKIP=skip, **scan.flags, **options,
+        CHUNK=CHUNK, **tile.constants, P_BLOCKS=tile.p_blocks, N_BLOCKS=tile.n_blocks,
+        DEEP_BLOCKS=triton.cdiv(n, tile.constants["DEEP_N"]), SKIP=skip, **scan.flags, **tile.options,
     )  # fmt: skip
     return terms, sums, parts
 

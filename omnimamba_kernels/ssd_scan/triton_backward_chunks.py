@@ -210,7 +210,9 @@ def _inputs(
     valid = tl.load(used + i) > 0
     mask = i[:, None] <= i[None, :]
     G = _scores(B, C, i, B_l, C_l, valid, CHUNK, N, BLOCK_N, N_BLOCKS, NARROW, PRECISION)
-    B_tile = load_tile(B, i, B_l, tl.arange(0, BLOCK_N), N, BLOCK_N, valid, NARROW)
+    B_tile = None
+    if N_BLOCKS == 1:
+        B_tile = load_tile(B, i, B_l, tl.arange(0, BLOCK_N), N, BLOCK_N, valid, NARROW)
     first, last = 0, 0
     if HAS_VARLEN:
         first = sequences_before(offsets, sequences, start)

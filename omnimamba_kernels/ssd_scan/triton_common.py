@@ -29,16 +29,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_launch import Target
+from . import tiles
 
-CHUNK = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-160.0)
-
-
-def precision(target: Target, narrow: bool) -> str:
-    """Of products: three of TensorFloat-32 keep float32's digits; AMD's matrix units have float32 itself."""
-    return "tf32x3" if target.arch.startswith("sm_") and not narrow else "ieee"
+TERMS = tl.constexpr(tiles.TERMS)
 
 
 @triton.jit
@@ -115,7 +110,7 @@ def decay_between(high_t, low_t, high_s, low_s, mask):
 
 
 @triton.jit
-def split_dot(a, b, acc, TERMS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr):
+def split_dot(a, b, acc, NARROW: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, with float32 ``a`` split into TERMS parts of b's 16-bit type; in float32 if not NARROW."""
     if NARROW:
         for _ in tl.static_range(TERMS):

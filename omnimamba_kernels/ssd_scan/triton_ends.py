@@ -82,7 +82,7 @@ def write_steps(
 @triton.jit
 def walk_back(
     state, x, dt, B, seq, start, end, l, rate, bias, dt_low, dt_high, x_l, dt_l, B_l, seq_l, ps, ns, p_in, n_in,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, TERMS: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr,
     PRECISION: tl.constexpr, HAS_SEQ: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``state`` + what positions [start, end) leave at ``end``, and log2 of what is left there of the state before."""
@@ -110,7 +110,7 @@ def walk_back(
             if HAS_SEQ:
                 weight = tl.where(run == last_run, weight, 0.0)
             weighted = tl.trans(x_tile).to(tl.float32) * weight[None]
-            found = split_dot(weighted, B_tile, state, TERMS, NARROW, PRECISION)
+            found = split_dot(weighted, B_tile, state, NARROW, PRECISION)
             if HAS_SEQ:  # beyond a sequence's beginning nothing counts, not even a NaN
                 state = tl.where(after == float("-inf"), state, found)
                 after = tl.where(last_run > 0, float("-inf"), after + (end_high + end_low))
@@ -126,7 +126,7 @@ def ssd_ends(
     l, h, per_group, step_programs, pieces, piece, dt_low, dt_high,
     x_b, x_l, x_h, dt_b, dt_l, dt_h, A_h, B_b, B_l, B_g, bias_h, initial_h, initial_p, initial_n, seq_b, seq_l, cu_i,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, TERMS: tl.constexpr,
+    BLOCK_H: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr,
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
     VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def ssd_ends(
             tl.zeros((BLOCK_P, BLOCK_N), tl.float32), x + row * x_b + head * x_h, dt + row * dt_b + head * dt_h,
             B + row * B_b + head // per_group * B_g, seq + row * seq_b if HAS_SEQ else seq, start, end, l, rate, bias,
             dt_low, dt_high, x_l, dt_l, B_l, seq_l, ps, ns, p_in, n_in,
-            CHUNK, GROUP, SOFTPLUS, NARROW, TERMS, PRECISION, HAS_SEQ, STAGES,
+            CHUNK, GROUP, SOFTPLUS, NARROW, PRECISION, HAS_SEQ, STAGES,
         )  # fmt: skip
         at = ps[:, None] * N + ns[None]
         if VARLEN:

@@ -73,7 +73,7 @@ def ssd_walk(
     l, h, per_group, segments, chunks_each, pieces_each,
     x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, D_h, D_p, z_b, z_l, z_h, initial_b, initial_h, initial_p, initial_n,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    N_PARTS: tl.constexpr, NARROW: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, SEEDED: tl.constexpr,
+    N_PARTS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, SEEDED: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, SAVE: tl.constexpr,
     KEEP_EVERY: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +179,7 @@ def ssd_walk(
             part = parts[k] * through
             if HAS_SEQ:
                 part = tl.where(through < 0.0, 0.0, part)
-            grown = grown + (split_dot(weighted, B_tile, part, TERMS, NARROW, PRECISION),)
+            grown = grown + (split_dot(weighted, B_tile, part, NARROW, PRECISION),)
         parts = grown
     if last == chunks:
         for k in tl.static_range(N_PARTS):

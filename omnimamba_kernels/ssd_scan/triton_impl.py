@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from torch import Tensor, bfloat16, float16, float32, int32
+from torch import Tensor, float32, int32
 
 from .. import triton_launch
-from ..triton_launch import Target, launch
+from ..triton_launch import launch
+from . import tiles
+from .tiles import CHUNK
 from .triton_backward import backward
-from .triton_common import CHUNK, precision
 from .triton_ends import ssd_ends
 from .triton_forward import ssd_walk
 
@@ -60,98 +61,59 @@ def forward(
         final.copy_(initial_states) if initial_states is not None else final.zero_()
     rows = _rows(x, B, C, z)
     plain = l % CHUNK == 0 and seq_idx is None and z is None and not save
-    walk, options, tile = _tile("walk", rows[0], n, plain)
-    chunk = walk["CHUNK"]
-    chunks = triton.cdiv(l, chunk)
-    blocks = b * h * triton.cdiv(p, tile["BLOCK_P"])
-    segments, each = _segments(blocks, chunks, walk, triton_launch.target_of(x))
-    pieces = (segments - 1) * walk["pieces"]
+    walk = tiles.walk(triton_launch.target_of(x), rows[0], n, plain)
     inputs = (rows[0], dt, A, rows[1], dt_bias, initial_states, seq_idx)
-    steps, lasts = floats(b, h, chunks, 4, chunk), None
+    steps, lasts = floats(b, h, walk.chunks, 4, walk.chunk), None
     if seq_idx is not None:
-        lasts = x.new_empty(b, chunks, chunk, dtype=int32)
-    ends, decays = floats(b, h, pieces, p, n), floats(b, h, pieces)
-    work = (steps, lasts, ends, decays)
-    _start_ends(inputs, None, work, pieces, each // walk["pieces"], chunk, dt_softplus, dt_limit)
+        lasts = x.new_empty(b, walk.chunks, walk.chunk, dtype=int32)
+    work = (steps, lasts, floats(b, h, walk.pieces, p, n), floats(b, h, walk.pieces))
+    _start_ends(walk, inputs, None, work, dt_softplus, dt_limit)
     if l:
         launch(
-            ssd_walk, (blocks * segments,), *rows[:3], D, rows[3], initial_states, *work, y, final, states, ungated,
-            l, h, h // B.shape[2], segments, each, walk["pieces"],
+            ssd_walk, (b * h * walk.tile.p_blocks * walk.segments,),
+            *rows[:3], D, rows[3], initial_states, *work, y, final, states, ungated,
+            l, h, h // B.shape[2], walk.segments, walk.each, walk.per_segment,
             *rows[0].stride()[:3], *rows[1].stride()[:3], *rows[2].stride()[:3], *_strides(D, 2), *_strides(rows[3], 3),
-            *_strides(initial_states, 4),
-            **tile, CHUNK=chunk, N_PARTS=triton.cdiv(n, tile["BLOCK_N"]), SEEDED=segments > 1, HAS_D=D is not None,
-            HAS_Z=z is not None, HAS_INITIAL=initial_states is not None, HAS_SEQ=lasts is not None, SAVE=save,
-            KEEP_EVERY=CHUNK // chunk, EVEN=lasts is None and l % chunk == 0, **options,
+            *_strides(initial_states, 4), CHUNK=walk.chunk, N_PARTS=walk.tile.n_blocks, SEEDED=walk.segments > 1,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial_states is not None,
+            HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk,
+            EVEN=lasts is None and l % walk.chunk == 0, **_constants(walk.tile),
         )  # fmt: skip
     if varlen is not None:
-        _start_ends(inputs, cu_seqlens, (None, None, varlen, None), varlen.shape[0], 0, chunk, dt_softplus, dt_limit)
+        _start_ends(walk, inputs, cu_seqlens, (None, None, varlen, None), dt_softplus, dt_limit)
     return (y, final, varlen), saved if save else ()
 
 
 def _start_ends(
+    walk: tiles.Walk,
     inputs: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
     work: tuple[Tensor | None, ...],
-    pieces: int,
-    piece_chunks: int,
-    chunk: int,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
 ) -> None:
     """Launches ssd_ends: steps and the ends of pieces, or with ``cu_seqlens`` the states after packed sequences."""
     x, dt, A, B, dt_bias, initial_states, seq_idx = inputs
-    b, l, h, p = x.shape
-    n = B.shape[3]
-    use, options, tile = _tile("ends", x, n, False)
-    block_h = min(use["BLOCK_H"], triton.next_power_of_2(h))
+    b, l, h, _ = x.shape
+    block_h = tiles.block(h, walk.ends.use["BLOCK_H"], 1)
     varlen = cu_seqlens is not None
-    step_programs = 0 if varlen else b * triton.cdiv(l, chunk) * triton.cdiv(h, block_h)
+    pieces, step_programs = walk.pieces, b * walk.chunks * triton.cdiv(h, block_h)
+    if varlen:
+        pieces, step_programs = cu_seqlens.shape[0] - 1, 0
     launch(
-        ssd_ends, (step_programs + b * pieces * h * triton.cdiv(p, tile["BLOCK_P"]) * triton.cdiv(n, tile["BLOCK_N"]),),
+        ssd_ends, (step_programs + b * pieces * h * walk.ends.p_blocks * walk.ends.n_blocks,),
         x, dt, A, B, dt_bias, initial_states, seq_idx, cu_seqlens, *work,
-        l, h, h // B.shape[2], step_programs, pieces, piece_chunks * chunk, *dt_limit,
+        l, h, h // B.shape[2], step_programs, pieces, walk.piece, *dt_limit,
         *x.stride()[:3], *dt.stride(), *A.stride(), *B.stride()[:3], *_strides(dt_bias, 1),
         *_strides(initial_states, 4)[1:], *_strides(seq_idx, 2), *_strides(cu_seqlens, 1),
-        **tile, CHUNK=chunk, BLOCK_H=block_h, GROUP=use["GROUP"], SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None,
-        HAS_INITIAL=initial_states is not None, HAS_SEQ=seq_idx is not None, VARLEN=varlen, ENDS=pieces > 0, **options,
+        CHUNK=walk.chunk, BLOCK_H=block_h, GROUP=walk.ends.use["GROUP"], SOFTPLUS=dt_softplus,
+        HAS_BIAS=dt_bias is not None, HAS_INITIAL=initial_states is not None, HAS_SEQ=seq_idx is not None,
+        VARLEN=varlen, ENDS=pieces > 0, **_constants(walk.ends),
     )  # fmt: skip
 
 
-def _tile(kernel: str, rows: Tensor, n: int, plain: bool) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
-    """The launch table's entry, its options, and the constants that say which tile a program has and how it multiplies.
-
-    float16 has too few exponents for states and steps: it is computed as float32. Only the interpreter, which has no
-    bfloat16, keeps it in its place. ``plain``: whole chunks and no extras, which leaves more registers to the state.
-    """
-    b, l, h, p = rows.shape
-    target = triton_launch.target_of(rows)
-    narrow = rows.dtype == (float16 if target.arch == "interpreter" else bfloat16)
-    sizes = dict(heads=b * h, l=l, p=p, n=n, bytes=2 if narrow else 4, plain=plain)
-    use = triton_launch.settings("ssd_scan", kernel, target, **sizes)
-    tile = dict(
-        P=p, N=n, BLOCK_P=min(use["BLOCK_P"], max(16, triton.next_power_of_2(p))),
-        BLOCK_N=min(use["BLOCK_N"], max(16, triton.next_power_of_2(n))), NARROW=narrow, TERMS=3 if narrow else 1,
-        PRECISION=precision(target, narrow), STAGES=use["num_stages"],
-    )  # fmt: skip
-    return use, {name: use[name] for name in ("num_warps", "num_stages")}, tile
-
-
-def _segments(blocks: int, chunks: int, use: dict[str, int], target: Target) -> tuple[int, int]:
-    """Into how many segments the walk is cut, and the chunks of each.
-
-    The time of a cut in walks of a whole sequence: waves of programs, each as long as a segment, and before them the
-    ends of all segments but the last, which cost ``ends_share`` percent of a walk and of which twice as many fit.
-    """
-    slots = max(1, target.multiprocessors * use["per_multiprocessor"])
-    best, least = 1, 0.95 * triton.cdiv(blocks, slots)  # a cut must be worth its doubts
-    for count in range(2, min(use["segments"], chunks // use["shortest"]) + 1):
-        walk = triton.cdiv(blocks * count, slots) / count
-        ends = triton.cdiv(blocks * (count - 1), 2 * slots) / count * use["ends_share"] / 100
-        if walk + ends < least:
-            best, least = count, walk + ends
-    pieces = use["pieces"]
-    each = max(1, triton.cdiv(chunks, best * pieces)) * pieces if best > 1 else chunks
-    return max(1, triton.cdiv(chunks, max(each, 1))), each
+def _constants(tile: tiles.Tile) -> dict[str, Any]:
+    return tile.constants | tile.options | {"STAGES": tile.use["num_stages"]}
 
 
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:

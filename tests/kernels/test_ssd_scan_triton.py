@@ -6,9 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
-from common import evaluate, same_bits
+from bfloat16 import interpreted_bfloat16
+from common import check, evaluate, same_bits
+from test_ssd_scan import GRADS as WANTED
+from test_ssd_scan import exact, scan
 
 from omnimamba_kernels import mamba_chunk_scan_combined, triton_launch, use_backend
+from omnimamba_kernels.ssd_scan import tiles
 from omnimamba_kernels.ssd_scan.cases import CASES, GPU, Case
 from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, Launch, Target, interpreting, recording
 
@@ -19,7 +23,6 @@ from omnimamba_kernels.report.calls import Made  # noqa: E402
 from omnimamba_kernels.ssd_scan.triton_products import upper_half  # noqa: E402
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter: set TRITON_INTERPRET=1")
-WANTED = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 
 
 def launches(case: Case, target: Target, dtype: torch.dtype = torch.bfloat16, wanted: tuple[str, ...] = ()):
@@ -79,13 +82,10 @@ def test_no_program_waits_for_another(case):
         with mock.patch.object(builder, "set_grid_idx", lambda x, y, z: move(programs - 1 - x, y, z)):
             return start(self, *args, **named)
 
-    def call(**tensors):
-        return mamba_chunk_scan_combined(**tensors, **case.options)
-
     with use_backend("triton"):
-        first_to_last = evaluate(call, case.tensors(), WANTED)
+        first_to_last = evaluate(scan(case.options), case.tensors(), WANTED)
         with mock.patch.object(executor, "__call__", backwards):
-            last_to_first = evaluate(call, case.tensors(), WANTED)
+            last_to_first = evaluate(scan(case.options), case.tensors(), WANTED)
     assert all(same_bits(first_to_last[name], last_to_first[name]) for name in first_to_last)
     walk = launches(case, INTERPRETER, torch.float32)[0][1]
     assert walk.grid[0] > case.b * case.h * triton.cdiv(case.p, dict(walk.constants)["BLOCK_P"]), "not cut"
@@ -110,3 +110,11 @@ def test_three_bfloat16_hold_every_digit_of_float32():
     triton_launch.launch(split, (1,), v, parts, N=256)
     assert torch.equal(parts, parts.bfloat16().float())
     assert torch.equal(parts.double().sum(0), v.double())
+
+
+@interpreted
+@pytest.mark.parametrize("case", [CASES[4], CASES[7], CASES[9]], ids=lambda c: c.name)
+def test_bfloat16_on_16_bit_matrix_units(case):
+    """What the interpreter does not run otherwise: bfloat16 operands as they are, float32 ones in three parts."""
+    with interpreted_bfloat16(), mock.patch.object(tiles, "narrow_forward", lambda *_: True):
+        check("triton", scan(case.options), exact(case.options), case.tensors(torch.bfloat16), WANTED)

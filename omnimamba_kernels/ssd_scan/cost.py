@@ -1,0 +1,177 @@
+"""What the scan's Triton kernels load, store and multiply, against what nobody can do without.
+
+Of one sequence a batch row, without padding, whose states never fade to nothing: walks that stop where nothing is left
+do less. The states after packed sequences (``cu_seqlens``) are not in it: their lengths are data.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..cost import Cost, blocks, nbytes
+from ..triton_launch import Target
+from . import tiles
+from .tiles import CHUNK, Tile
+
+FLOAT = 4
+
+
+def forward_floor(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_states: Tensor | None, seq_idx: Tensor | None, **_: object,
+) -> Cost:  # fmt: skip
+    """Each input once, y and the final states once; of the products the recurrence's own."""
+    (b, l, h, p), n = x.shape, B.shape[3]
+    loaded = nbytes(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    return Cost(loaded, nbytes(x) + FLOAT * b * h * p * n, 4 * b * l * h * p * n)
+
+
+def backward_floor(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_states: Tensor | None, seq_idx: Tensor | None, **_: object,
+) -> Cost:  # fmt: skip
+    """Each input and dy once, each gradient once; of the products dx, dB, dC, the states anew and their gradients."""
+    (b, l, h, p), n = x.shape, B.shape[3]
+    stored = nbytes(x, dt, A, B, C, D, z, dt_bias, initial_states)
+    return Cost(stored + nbytes(x, seq_idx), stored, 10 * b * l * h * p * n)
+
+
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_states: Tensor | None, seq_idx: Tensor | None, *, target: Target, save: bool = False, **_: object,
+) -> dict[str, Cost]:  # fmt: skip
+    """x, B, C and z have one type. ssd_ends: dt once for steps and once for each piece's tiles of the state, and there
+    x and B. ssd_walk: x and z once, B and C for each tile of channels, steps for each tile."""
+    (b, l, h, p), n = x.shape, B.shape[3]
+    walk = tiles.walk(target, x, n, l % CHUNK == 0 and seq_idx is None and z is None and not save)
+    narrow = walk.tile.constants["NARROW"]
+    ids = 0 if seq_idx is None else seq_idx.element_size()
+    number = _size(A) + _size(dt_bias)  # of a head
+
+    head_blocks = blocks(h, tiles.block(h, walk.ends.use["BLOCK_H"], 1))
+    steps = Cost(nbytes(dt) + b * walk.chunks * h * number + b * head_blocks * (2 * l - 1) * ids,
+                 b * walk.chunks * walk.chunk * (4 * h * FLOAT + (4 if ids else 0)))  # fmt: skip
+    tasks = b * h * walk.pieces
+    p_blocks, n_blocks = walk.ends.p_blocks, walk.ends.n_blocks
+    links = 2 * walk.piece * tasks - b * h if tasks else 0  # the first position of all has none before it
+    loaded = tasks * (p_blocks * n_blocks * (number + walk.piece * _size(dt))
+                      + walk.piece * (n_blocks * p * _size(x) + p_blocks * n * _size(B)))  # fmt: skip
+    loaded += p_blocks * n_blocks * links * ids
+    group = walk.ends.use["GROUP"]
+    walked = blocks(walk.piece, walk.chunk * group) * walk.chunk * group
+    flops = tasks * p_blocks * n_blocks * walked * _product(walk.ends, "BLOCK_P", "BLOCK_N")
+    ends = Cost(loaded, tasks * (p * n + 1) * FLOAT, flops * (tiles.TERMS if narrow else 1))
+
+    programs, parts = b * h * walk.tile.p_blocks, walk.tile.n_blocks
+    earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2  # pieces that segments begin with
+    loaded = b * h * walk.segments * p * (_size(D) + n * _size(initial_states))
+    loaded += earlier * (b * h * p * n + programs * parts) * FLOAT
+    loaded += programs * walk.chunks * (5 * walk.chunk + 1 + (2 * walk.chunk if ids else 0)) * FLOAT
+    again = 1 if not narrow and parts > 1 else 0
+    loaded += nbytes(x, z) + programs * l * n * ((1 + again) * _size(B) + _size(C))
+    stored = nbytes(x) + (nbytes(z) if save else 0) + b * h * p * n * FLOAT
+    stored += b * blocks(l, CHUNK) * h * p * n * FLOAT if save else 0
+    inside = parts * _product(walk.tile, "BLOCK_N") * walk.chunk + _product(walk.tile, "BLOCK_P") * walk.chunk
+    through = parts * (1 + (tiles.TERMS if narrow else 1)) * _product(walk.tile, "BLOCK_P", "BLOCK_N")
+    flops = programs * walk.chunks * walk.chunk * (inside + through)
+    return {"ssd_ends": steps + ends, "ssd_walk": Cost(loaded, stored, flops)}
+
+
+def backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_states: Tensor | None, seq_idx: Tensor | None, *, target: Target, **_: object,
+) -> dict[str, Cost]:  # fmt: skip
+    """Gradients of everything, from those of y (in x's type) and of the final states."""
+    (b, l, h, p), n = x.shape, B.shape[3]
+    chunks = blocks(l, CHUNK)
+    narrow = tiles.narrow_backward(z, x, B, C)
+    each = b * h * chunks  # heads' chunks
+    number = _size(A) + _size(dt_bias)
+    ids = 0 if seq_idx is None else seq_idx.element_size()
+    vector = CHUNK * FLOAT
+    skip = 0 if D is None else D.numel() // h
+    sums = each * (2 + skip) * FLOAT
+
+    walk = tiles.tile("back_walk", target, x, n, narrow)
+    tasks = b * h * walk.p_blocks * walk.n_blocks
+    loaded = b * h * (p * n * FLOAT + l * (walk.p_blocks * n * _size(C) + walk.n_blocks * p * (_size(x) + _size(z))))
+    loaded += tasks * chunks * (3 * vector + CHUNK)
+    flops = tasks * chunks * CHUNK * _product(walk, "BLOCK_P", "BLOCK_N") * (tiles.TERMS if narrow else 1)
+    deep = tiles.tile("back_chunks", target, x, n, narrow)
+    links = b * h * (2 * l - 1) * ids
+    return {
+        "ssd_steps": Cost(nbytes(dt) + each * number + links, each * 3 * vector + b * chunks * CHUNK),
+        "ssd_back_walk": Cost(loaded, each * p * n * FLOAT + nbytes(initial_states), flops),
+        "ssd_back_chunks": _inputs(x, B, C, D, z, target, deep) + _inside(x, B, C, z, skip, target, deep)
+        + _states(x, B, C, z, target, deep),
+        "ssd_back_close": Cost(
+            nbytes(dt) + each * ((7 + deep.n_blocks) * vector + CHUNK + number)
+            + 4 * _parts(x, B, target, deep) * B.numel() * FLOAT,
+            nbytes(dt, B, C) + 2 * each * FLOAT,
+        ),
+        "ssd_back_total": Cost(sums, nbytes(A, D, dt_bias)),
+    }  # fmt: skip
+
+
+def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, target: Target, tile: Tile) -> Cost:
+    """The chunks' first role: dx and dz."""
+    (b, l, h, p), (_, _, g, n) = x.shape, B.shape
+    chunks, deep_blocks = blocks(l, CHUNK), blocks(n, tile.constants["DEEP_N"])
+    each, programs = b * h * chunks, b * g * chunks * _parts(x, B, target, tile)
+    once = l * n * (_size(B) + _size(C)) + (l * n * _size(B) if deep_blocks == 1 else 0)
+    loaded = programs // chunks * once + programs * CHUNK
+    loaded += each * (3 * CHUNK * FLOAT + p * _size(D) + p * n * FLOAT) + nbytes(x, x, z)
+    if deep_blocks > 1:
+        loaded += b * h * tile.p_blocks * l * n * _size(B)
+    if z is not None:
+        loaded += nbytes(z, z, x)  # the gate again, y before it, dy again
+    flops = programs * CHUNK * deep_blocks * _product(tile, "DEEP_N") * CHUNK
+    terms = tiles.TERMS if tile.constants["NARROW"] else 1
+    inside, through = _product(tile, "BLOCK_P") * CHUNK, deep_blocks * _product(tile, "BLOCK_P", "DEEP_N") * terms
+    flops += each * tile.p_blocks * CHUNK * (inside + through)
+    return Cost(loaded, nbytes(x, z) + each * 2 * CHUNK * FLOAT, flops)
+
+
+def _inside(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, skip: int, target: Target, tile: Tile) -> Cost:
+    """The second: dB and dC within the chunk, the sums of T, and dD's."""
+    (b, l, h, _), (_, _, g, n) = x.shape, B.shape
+    chunks = blocks(l, CHUNK)
+    each, programs = b * h * chunks, b * g * chunks * _parts(x, B, target, tile)
+    loaded = programs // chunks * 2 * l * n * (_size(B) + _size(C)) + programs * CHUNK
+    loaded += each * 3 * CHUNK * FLOAT + nbytes(x, x, z)
+    stored = each * (2 * CHUNK + skip) * FLOAT + programs // chunks * 2 * l * n * FLOAT
+    flops = programs * CHUNK * tile.n_blocks * 3 * _product(tile, "BLOCK_N") * CHUNK
+    flops += each * CHUNK * tile.p_blocks * _product(tile, "BLOCK_P") * CHUNK
+    return Cost(loaded, stored, flops)
+
+
+def _states(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, target: Target, tile: Tile) -> Cost:
+    """The others, one a block of states: dB and dC through the states."""
+    (b, l, h, p), (_, _, g, n) = x.shape, B.shape
+    chunks = blocks(l, CHUNK)
+    each, programs = b * h * chunks, b * g * chunks * _parts(x, B, target, tile)
+    loaded = programs * tile.n_blocks * CHUNK + each * tile.n_blocks * 3 * CHUNK * FLOAT
+    loaded += each * 2 * p * n * FLOAT + tile.n_blocks * nbytes(x, x, z) + b * h * l * n * _size(C)
+    stored = each * tile.n_blocks * CHUNK * FLOAT + programs // chunks * 2 * l * n * FLOAT
+    terms = 1 + (tiles.TERMS if tile.constants["NARROW"] else 1)
+    flops = each * tile.n_blocks * tile.p_blocks * CHUNK * terms * _product(tile, "BLOCK_P", "BLOCK_N")
+    return Cost(loaded, stored, flops)
+
+
+def _parts(x: Tensor, B: Tensor, target: Target, tile: Tile) -> int:
+    """In how many parts a group's heads are summed."""
+    (b, l, h, _), g = x.shape, B.shape[2]
+    programs = (2 + tile.n_blocks) * g * b * blocks(l, CHUNK)
+    return blocks(h // g, tiles.heads_a_program(target, programs, h // g, tile.use))
+
+
+def _product(tile: Tile, *names: str) -> int:
+    """FLOPs of products of these blocks, for each position."""
+    found = 2
+    for name in names:
+        found *= tile.constants[name]
+    return found
+
+
+def _size(t: Tensor | None) -> int:
+    return 0 if t is None else t.element_size()

@@ -1,0 +1,48 @@
+"""The cost model of the scan says what its Triton kernels load, store and multiply."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from counting import counted
+
+from omnimamba_kernels import mamba_chunk_scan_combined, use_backend
+from omnimamba_kernels.cost import Cost
+from omnimamba_kernels.ssd_scan import cost
+from omnimamba_kernels.ssd_scan.cases import CASES, Case
+from omnimamba_kernels.triton_launch import INTERPRETER, interpreting
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="counts what the interpreter does: set TRITON_INTERPRET=1")
+COUNTED = (
+    *CASES[:3],
+    Case("segments", 1, 200, 2, 37, n=70, skip=1, gate=True, initial_states=True, sequences="seq_idx"),
+    Case("whole chunks", 1, 128, 4, 16, g=2, n=16),
+)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", COUNTED, ids=lambda c: c.name)
+def test_scan(case, dtype):
+    tensors = case.tensors(dtype) | {"cu_seqlens": None}
+    tensors["A"] = tensors["A"] * 1e-3  # states fade slowly
+    if case.sequences:
+        tensors["seq_idx"] = torch.zeros(case.b, case.l, dtype=torch.int64)
+    options = case.options | {"return_varlen_states": False}
+    read = {k: t for k, t in tensors.items() if k != "cu_seqlens"}
+    with use_backend("triton"), counted() as inference:
+        mamba_chunk_scan_combined(**tensors, **options)
+    assert inference == cost.forward(**read, target=INTERPRETER)
+
+    leaves = {k: t.requires_grad_() if t is not None and t.is_floating_point() else t for k, t in tensors.items()}
+    with use_backend("triton"), counted() as forward:
+        outputs = mamba_chunk_scan_combined(**leaves, **options)
+    assert forward == cost.forward(**read, target=INTERPRETER, save=True)
+    with use_backend("triton"), counted() as backward:
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    assert backward == cost.backward(**read, target=INTERPRETER)
+    for found, floor in ((inference, cost.forward_floor(**read)), (backward, cost.backward_floor(**read))):
+        total = sum(found.values(), Cost())
+        assert all(getattr(total, f.name) >= getattr(floor, f.name) for f in dataclasses.fields(Cost))
