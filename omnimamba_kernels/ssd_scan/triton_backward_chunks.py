@@ -42,7 +42,7 @@ def _scores(
 ):  # fmt: skip
     """rows columns^T over all N states."""
     G = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for k in tl.static_range(N_BLOCKS):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         a = load_tile(rows, row, rows_l, state, N, BLOCK_N, valid, NARROW)
         b = load_tile(columns, row, columns_l, state, N, BLOCK_N, valid, NARROW)
@@ -90,7 +90,7 @@ def _inside(
         tl.store(out + i, tl.sum(T, 0))
         before = tl.cumsum(T * dt[None, :], 1)
         store_after(out + 3 * CHUNK, tl.sum(tl.where(i[:, None] > i[None, :], before, 0.0), 0), CHUNK)
-    for k in tl.static_range(N_BLOCKS):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         B_tile = load_tile(B, i, B_l, state, N, BLOCK_N, valid, NARROW)
         C_tile = load_tile(C, i, C_l, state, N, BLOCK_N, valid, NARROW)
@@ -124,7 +124,7 @@ def _states(
         carry = tl.exp2(high + low)
         dyS = tl.zeros((CHUNK, BLOCK_N), tl.float32)
         inward = tl.zeros((CHUNK,), tl.float32)
-        for k in tl.static_range(P_BLOCKS):
+        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1):
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             S = load_state(states + (state_at + head) * (P * N), column, state, P, N, BLOCK_P, BLOCK_N)
             dy_head = dy + head * dy_h if HAS_DY else dy
@@ -184,12 +184,14 @@ def _through_state(
     the sum of dt U over each position and those before it."""
     i = tl.arange(0, CHUNK)
     u = tl.zeros((CHUNK, BLOCK_P), tl.float32)
-    for k in tl.static_range(N_BLOCKS):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         dS_tile = load_state(dS, column, state, P, N, BLOCK_P, BLOCK_N)
-        if N_BLOCKS > 1:
-            B_tile = load_tile(B, i, B_l, state, N, BLOCK_N, valid, NARROW)
-        u = product_exact_derived(B_tile, tl.trans(dS_tile), u, NARROW, PRECISION)
+        if N_BLOCKS == 1:
+            B_here = B_tile
+        else:
+            B_here = load_tile(B, i, B_l, state, N, BLOCK_N, valid, NARROW)
+        u = product_exact_derived(B_here, tl.trans(dS_tile), u, NARROW, PRECISION)
     u *= tail_of(high, low, end, CHUNK)[:, None]
     dx += dt[:, None] * u
     here = tl.sum(x_tile.to(tl.float32) * u, 1)
@@ -223,7 +225,7 @@ def _inputs(
         M = (tl.where(mask, G * L, 0.0) * dt[:, None]).to(C.dtype.element_ty if NARROW else tl.float32)
         U = tl.zeros((CHUNK,), tl.float32)
         ahead = tl.zeros((CHUNK,), tl.float32)
-        for k in tl.static_range(P_BLOCKS):
+        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1):
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             dy_head = dy + head * dy_h if HAS_DY else dy
             z_head = z + head * z_h if HAS_Z else z

@@ -29,6 +29,9 @@ import triton.language as tl
 from .triton_common import decay_between, split_dot
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
+SPILLS = {
+    ("ssd_walk", "sm_90"): (4, "beside D chunks of 64 lack one register; chunks of 32 would issue a third more"),
+}
 
 
 @triton.jit
@@ -127,9 +130,6 @@ def ssd_walk(
         if not NARROW:
             x_tile = x_tile.to(tl.float32)
         here = steps + tl.full((), 4 * CHUNK, tl.int64) * chunk
-        step, middle_t, middle_s = tl.load(here + cs), tl.load(here + CHUNK + cs), tl.load(here + CHUNK + cs)
-        carry, weight = tl.load(here + 2 * CHUNK + cs), tl.load(here + 3 * CHUNK + cs)
-        through = tl.load(here + 3 * CHUNK - 1)
 
         scores, out = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((BLOCK_P, CHUNK), tl.float32)
         B_tiles = ()
@@ -146,12 +146,14 @@ def ssd_walk(
             B_tiles = B_tiles + (B_tile,)
             scores = tl.dot(B_tile, tl.trans(C_tile), scores, input_precision=PRECISION)
             out = tl.dot(parts[k].to(C_tile.dtype), tl.trans(C_tile), out, input_precision=PRECISION)
+        carry = tl.load(here + 2 * CHUNK + cs)
         out *= carry[None]
         if HAS_SEQ:
             out = tl.where((carry < 0.0)[None], 0.0, out)
         causal = cs[:, None] <= cs[None]
         if HAS_SEQ:
             causal &= cs[None] <= tl.load(lasts + t)[:, None]
+        step, middle_t, middle_s = tl.load(here + cs), tl.load(here + CHUNK + cs), tl.load(here + CHUNK + cs)
         scores *= decay_between(middle_t[None], None, middle_s[:, None], None, causal) * step[:, None]
         x_turned = tl.trans(x_tile)
         out = tl.dot(x_turned, scores.to(x_tile.dtype), out, input_precision=PRECISION)
@@ -168,6 +170,7 @@ def ssd_walk(
             out *= gate / (1.0 + tl.exp(-gate))
         store_rows(y + y_tile, out, t < l, p_in, EVEN)
 
+        weight, through = tl.load(here + 3 * CHUNK + cs), tl.load(here + 3 * CHUNK - 1)
         weighted = x_turned.to(tl.float32) * weight[None]
         grown = ()
         for k in tl.static_range(N_PARTS):
