@@ -47,15 +47,15 @@ def candidates(use: dict[str, int]) -> Iterator[dict[str, int]]:
 def trying(op: str, kernel: str, use: dict[str, int]) -> Iterator[set[tuple]]:
     """Within the block ``kernel`` runs with ``use``; what it was asked for is gathered."""
     asked: set[tuple] = set()
-    settings = triton_launch.settings
+    choose = triton_launch._settings
 
-    def chosen(asked_op: str, asked_kernel: str, target: Any, **sizes: int) -> dict[str, int]:
+    def chosen(asked_op: str, asked_kernel: str, arch: str, sizes: tuple) -> dict[str, int]:
         if (asked_op, asked_kernel) != (op, kernel):
-            return settings(asked_op, asked_kernel, target, **sizes)
-        asked.add(tuple(sizes.items()))
-        return dict(use) if use else settings(op, kernel, target, **sizes)
+            return choose(asked_op, asked_kernel, arch, sizes)
+        asked.add(sizes)
+        return use or choose(op, kernel, arch, sizes)
 
-    with mock.patch.object(triton_launch, "settings", chosen):
+    with mock.patch.object(triton_launch, "_settings", chosen):  # whatever a module calls settings by
         yield asked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from bench.gpu_clock import Clock  # noqa: E402
 from bench.gpu_problems import Problem  # noqa: E402
 from omnimamba_kernels import backends, triton_launch  # noqa: E402
 from omnimamba_kernels.backends import OPS  # noqa: E402
+from omnimamba_kernels.report.calls import calls  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 RATES = {"copy": 1e9, "matmul": 1e9}
@@ -100,3 +102,11 @@ def test_candidates_are_neighbours():
     with tune.trying("op", "kernel", {"BLOCK": 7}) as asked:
         assert triton_launch.settings("op", "kernel", triton_launch.INTERPRETER, d=3) == {"BLOCK": 7}
     assert asked == {(("d", 3),)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_of_a_table_can_be_tuned(op):
+    for kernel in triton_launch.table(op):
+        with tune.trying(op, kernel, {}) as asked:
+            assert any(call.launches(triton_launch.TARGETS["sm_90"]) and asked for call in calls(op)), kernel
