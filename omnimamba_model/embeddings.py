@@ -25,9 +25,10 @@ class Projector(nn.Module):
 
 
 @torch.no_grad()
-def folded(table: Tensor, then: nn.Module, rows: int = 4096) -> Tensor:
-    """``then`` of each row of a table, in the table's dtype, ``rows`` at a time."""
-    return torch.cat([then(part.to(activation_dtype(part))).to(table.dtype) for part in table.split(rows)])
+def folded(table: Table, then: nn.Module, rows: int = 4096) -> Tensor:
+    """``then`` of each row of a table, in the dtype of what it looks up, ``rows`` at a time."""
+    parts = map(table, torch.arange(table.num_embeddings, device=table.weight.device).split(rows))
+    return torch.cat([then(part.to(activation_dtype(part))).to(part.dtype) for part in parts])
 
 
 class ImageEmbeddings(nn.Module):
@@ -48,7 +49,7 @@ class ImageEmbeddings(nn.Module):
         return self.project_in(self.word_embeddings(tokens))
 
     def fold(self) -> None:
-        self.folded = folded(self.word_embeddings.weight, self.project_in)
+        self.folded = folded(self.word_embeddings, self.project_in)
 
 
 class FeedForward(nn.Module):
@@ -106,7 +107,7 @@ class OmniBackbone(MambaBackbone):
         The tables as trained stay, for the heads and for ``save``; training after it would not reach the folded ones.
         """
         self.img_embeddings.fold()
-        self.caption_embed.folded = folded(self.embedding.weight, self.caption_embed.cap_proj)
+        self.caption_embed.folded = folded(self.embedding, self.caption_embed.cap_proj)
 
     def embed_understanding(self, vectors: Tensor, start: int) -> Tensor:
         """Add the understanding positions from ``start``; past the table's end its last row serves."""

@@ -95,3 +95,11 @@ def test_an_adapter_merges_into_int8(folder, caption, image):
         merged = model.t2i(caption, image).logits
     assert model.backbone.layers[0].mixer.in_proj.weight.dtype is torch.int8
     assert 0 < float((merged - apart).norm() / apart.norm()) < 0.02
+
+
+def test_folded_tables_look_up_what_the_int8_ones_make(folder, caption, image):
+    model = load(folder, dtype=torch.int8)
+    with torch.no_grad():
+        apart = model.t2i(caption, image).logits
+        model.fold()
+        assert torch.allclose(model.t2i(caption, image).logits, apart, atol=1e-4 * float(apart.abs().max()))
