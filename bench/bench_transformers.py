@@ -1,6 +1,7 @@
-"""Claim: the 130M Mamba-2 prefills and decodes faster than transformers' own Mamba2 on the same weights.
+"""Claim: the 130M Mamba-2 prefills and decodes faster than transformers' and llama.cpp's on the same weights.
 
-768 wide, 24 layers, vocabulary 50288, random weights, batch 1. transformers runs its fallback in fp32. Prefill is
+768 wide, 24 layers, vocabulary 50288, random weights, batch 1. transformers runs its fallback in fp32,
+llama.cpp a GGUF of the weights in the type that ours have (Q8_0 for int8). Prefill is
 compared in fp32; decode in fp32 and with bf16 and int8 weights under fp32 activations, whose floor is the weights'
 bytes over the DRAM read rate. What int8 costs in accuracy: bench.accuracy.
 """
@@ -9,16 +10,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from omnimamba_kernels import use_backend
 from omnimamba_model import MambaConfig, MambaLM, cast_matrices
+from omnimamba_model.gguf import save_gguf
 
-from . import peers
+from . import llama_cpp, peers
 from .bench_generation import TOKENS, ids, weight_bytes
 from .inputs import scan_flops
+from .llama_cpp import LlamaCpp
 from .measure import Contender, Work, relative_error
 
 PREFILL, DECODE = "130M prefill", "130M decode"
@@ -26,6 +31,8 @@ LENGTH = 2048
 PROMPT = 16
 BOUND = 1e-3
 """Through 24 layers in fp32."""
+GGUF = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
+LLAMA_BOUND = {"float32": BOUND, "bfloat16": 0.05, "q8_0": 0.1}
 
 
 @functools.cache
@@ -95,6 +102,40 @@ def whole(prompt: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Ten
         return model(prompt)[:, -1]
 
 
+@functools.cache
+def llama(kind: str, longest: int) -> LlamaCpp:
+    """llama.cpp on our weights in ``kind``, one of GGUF's; RuntimeError with the reason where it is not installed."""
+    llama_cpp.module()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "130m.gguf"
+        save_gguf(ours(torch.float32), path, kind)
+        return LlamaCpp(path, longest)  # it maps the file, which lives until it is unmapped
+
+
+def llama_prefill(prompt: torch.Tensor) -> torch.Tensor:
+    engine = llama("float32", LENGTH)
+    engine.reset()
+    return engine.take(prompt[0].tolist())
+
+
+def llama_decode(kind: str, count: int) -> torch.Tensor:
+    for token in ids(count)[0].tolist():
+        logits = llama(kind, PROMPT).take([token])
+    return logits
+
+
+def llama_contender(kind: str) -> Contender:
+    """Its decode step. It rounds activations as its weights, so its logits are further away from those of fp32."""
+
+    def check() -> float:
+        engine = llama(kind, PROMPT)
+        engine.reset()
+        engine.take(ids(PROMPT)[0].tolist())
+        return relative_error(llama_decode(kind, TOKENS), whole(after_prompt()))
+
+    return Contender(llama_cpp.label(GGUF[kind]), lambda: llama_decode(kind, TOKENS), check, LLAMA_BOUND[kind])
+
+
 def after_prompt() -> torch.Tensor:
     return torch.cat([ids(PROMPT), ids(TOKENS)], dim=1)
 
@@ -116,6 +157,12 @@ def test_prefill(bench, benchmark):
             f"{peers.label()}, fp32",
             lambda: their_prefill(prompt),
             lambda: relative_error(their_prefill(prompt)[0], exact()),
+            BOUND,
+        ),
+        Contender(
+            llama_cpp.label("F32"),
+            lambda: llama_prefill(prompt),
+            lambda: relative_error(llama_prefill(prompt), exact()),
             BOUND,
         ),
     ]
@@ -152,4 +199,5 @@ def test_decode(bench, benchmark, dtype):
             work=floors[1],
         )
     )
+    contenders.append(llama_contender({"bf16": "bfloat16", "int8": "q8_0", "fp32": "float32"}[kind]))
     bench.compare(benchmark, DECODE, f"{kind} weights", contenders, floors[0], tokens=TOKENS)

@@ -158,7 +158,14 @@ def _model(rows: list[Row]) -> list[Claim]:
         _least("130M, prefill of 2048, against transformers fp32", 2.3, prefill, "x"),
         _least("130M, decode with bf16 weights, against transformers fp32", 7, decode, "x"),
         _least("130M, decode with bf16 weights, share of the DRAM read rate", 0.65, floor, ""),
+        _least("130M, prefill of 2048, against llama.cpp F32", 1.15, _llama(rows, "130M prefill", "2048"), "x"),
+        _least("130M, decode with bf16 weights, against llama.cpp BF16", 1.3, _llama(rows, "130M decode", "bf16"), "x"),
+        _least("130M, decode with int8 weights, against llama.cpp Q8_0", 1.4, _llama(rows, "130M decode", "int8"), "x"),
     ]
+
+
+def _llama(rows: list[Row], group: str, case: str) -> list[float]:
+    return [r.times_ours for r in _pick(rows, group, case, "llama")]
 
 
 def _layer(rows: list[Row]) -> Claim:

@@ -10,6 +10,7 @@ from .adapters import load_adapter, save_adapter
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig
 from .foreign import is_foreign, read_any
+from .gguf import SUFFIX, save_gguf
 from .hub import locate
 from .omnimamba import OmniMamba
 from .published import PublishedPixels, read_official_vq
@@ -28,13 +29,19 @@ def convert(
     task: str | None = None,
     as_omnimamba: bool = False,
 ) -> str:
-    """Write ``source`` into the folder ``target`` and say in a line what it holds. All is read and checked before the
-    first file is written.
+    """Write ``source`` into the folder ``target``, or into the file ``target`` where its name ends in .gguf, and say in
+    a line what it holds. All is read and checked before the first file is written.
 
     ``base`` and ``task``: source is a PEFT adapter, target becomes ``base`` with it in the task's place. ``task``
     alone: target becomes source's adapter for PEFT. ``as_omnimamba``: source is a Mamba-2, what it lacks is fresh.
     """
     _check_arguments(base, task, as_omnimamba)
+    if Path(target).suffix == SUFFIX:
+        if (tokenizer, image_tokenizer, base, task, as_omnimamba) != (None, None, None, None, False):
+            raise ValueError(f"a {SUFFIX} holds a plain Mamba-2 alone: of the options only --dtype goes with it")
+        return _to_gguf(source, Path(target), dtype or "float32")
+    if dtype == "q8_0":
+        raise ValueError(f"q8_0 is a type of {SUFFIX} files; name the target so")
     model, text = _read(source if base is None else base)
     if base is not None:
         _expect_omnimamba(model, base)
@@ -55,6 +62,14 @@ def convert(
         pixels.save(target)
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{target}: {type(model).__name__}, {count:,} parameters"
+
+
+def _to_gguf(source: str, target: Path, dtype: str) -> str:
+    model, _ = _read(source)
+    if not isinstance(model, MambaLM):
+        raise CheckpointError(f"{source} holds a {type(model).__name__}; llama.cpp knows the plain Mamba-2 alone")
+    save_gguf(model, target, dtype)
+    return f"{target}: MambaLM as GGUF, matrices in {dtype}"
 
 
 def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:

@@ -12,8 +12,8 @@ from .options import DTYPES, TASKS
 def add(commands: argparse._SubParsersAction) -> None:
     convert = commands.add_parser("convert", help="make a checkpoint of this package from another project's, or back")
     convert.add_argument("source", help="OmniMamba-1.3b.pth, a Mamba-2 folder, a PEFT adapter, or a hub repository")
-    convert.add_argument("target", type=Path, help="the folder to write")
-    convert.add_argument("--dtype", choices=DTYPES, help="cast the matrices")
+    convert.add_argument("target", type=Path, help="the folder to write, or a .gguf of a plain Mamba-2 for llama.cpp")
+    convert.add_argument("--dtype", choices=(*DTYPES, "q8_0"), help="cast the matrices; q8_0 in a .gguf alone")
     convert.add_argument("--tokenizer", help="a folder with GPT-NeoX's tokenizer.json, or a hub name, to put beside it")
     convert.add_argument("--image-tokenizer", type=Path, help="vq_ds16_t2i.pt, to put beside it")
     convert.add_argument("--base", help="the OmniMamba checkpoint that a PEFT adapter belongs on")
