@@ -70,17 +70,21 @@ class NativeBuild(build_ext):
         try:
             if info["reason"] is not None or self.sanitize:
                 raise CannotBuild(info["reason"] or "CUDA kernels are not built with sanitizers")
-            with build_folder("cuda" if in_place else None) as folder:
-                cuda.update(run_cmake(folder, target, "", part="cuda", architectures=cuda["architectures"]))
+            part = "on_demand" if cuda["on_demand"] else "cuda"
+            with build_folder(part if in_place else None) as folder:
+                cuda.update(run_cmake(folder, target, "", part=part, architectures=cuda["architectures"]))
+            if cuda["on_demand"] and not in_place:
+                copy_sources(target / "_csrc")
         except CannotBuild as problem:
             if cuda["wanted"] == "on":
                 raise CompileError(f"OMNIMAMBA_CUDA=on, but {problem}") from None
-            cuda.update(reason=str(problem), architectures=[])
+            cuda.update(reason=str(problem), architectures=[], on_demand=False)
             self.warn(f"installing without CUDA kernels: {problem}")
 
     def get_outputs(self):
         target = Path(self.build_lib) / PACKAGE
-        return [str(path) for path in [*native_modules(target), target / "_build_info.py"]]
+        sources = (path for path in (target / "_csrc").rglob("*") if path.is_file())
+        return [str(path) for path in [*native_modules(target), target / "_build_info.py", *sources]]
 
     def get_output_mapping(self):
         return {}
@@ -119,6 +123,16 @@ def remove_modules(folder, kept):
     for path in native_modules(folder):
         if path.name.split(".")[0].removeprefix("_native_") not in kept:
             path.unlink()
+
+
+def copy_sources(folder):
+    """What NVRTC compiles when a kernel is first started."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu") and path.parent.name != "host_gpu":
+            copy = folder / path.relative_to(ROOT / "csrc")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
 
 @contextmanager
@@ -178,21 +192,31 @@ def pybind11_folder():
 
 
 def cuda_slot(in_place):
-    """Whether the CUDA kernels are to be built, and if not, why."""
+    """Whether the CUDA kernels are to be built, and if not, why.
+
+    Without nvcc it is NVRTC that compiles them, on demand: where NVIDIA's driver is, or where they are asked for.
+    """
     wanted = os.environ.get("OMNIMAMBA_CUDA", "auto")
     if wanted not in ("auto", "on", "off"):
         raise OptionError(f"OMNIMAMBA_CUDA is {wanted!r}; expected auto, on or off")
+    on_demand = shutil.which("nvcc") is None
     if wanted == "off":
         reason = "CUDA was switched off when omnimamba was installed (OMNIMAMBA_CUDA=off)"
     elif not list(ROOT.glob("csrc/*/cuda*.cu")):
         reason = "this release of omnimamba contains no CUDA kernels"
-    elif shutil.which("nvcc") is None:
+    elif on_demand and wanted == "auto" and not has_driver():
         reason = "nvcc was not found when omnimamba was installed: install the CUDA toolkit and reinstall"
     else:
         reason = None
     if wanted == "on" and reason is not None:
         raise OptionError(f"OMNIMAMBA_CUDA=on, but {reason}")
-    return {"wanted": wanted, "reason": reason, "architectures": [] if reason else architectures(in_place)}
+    built = [] if reason or on_demand else architectures(in_place)
+    return {"wanted": wanted, "reason": reason, "architectures": built, "on_demand": on_demand and reason is None}
+
+
+def has_driver():
+    """Whether NVIDIA's driver is on this machine."""
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
 
 
 def architectures(in_place):

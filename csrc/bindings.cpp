@@ -15,6 +15,7 @@
 #include "state_update/state_update.h"
 #if defined(OMNIMAMBA_CUDA)
 #include "common/device.h"
+#include "common/on_demand.h"
 #else
 #include "common/isa.h"
 #include "common/simd.h"
@@ -45,7 +46,7 @@ DType dtype_of(PyObject* torch_dtype) {
 
 // ---- from a Python value to a member of a Params struct ----
 
-#if defined(OMNIMAMBA_CUDA) && !defined(OMNIMAMBA_EMULATED)
+#if defined(OMNIMAMBA_CUDA) && (defined(OMNIMAMBA_ON_DEMAND) || !defined(OMNIMAMBA_EMULATED))
 constexpr bool ON_GPU = true;
 #else
 constexpr bool ON_GPU = false;
@@ -350,6 +351,19 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   bind_gated_norm(m);
 #if defined(OMNIMAMBA_CUDA)
   m.def("why_no_device", &why_no_device);
+#if defined(OMNIMAMBA_ON_DEMAND)
+  m.def("compile_with", [](const py::function& compile) {  // kept as long as the process lives
+    on_demand::use([compile = compile.inc_ref().ptr()](const std::string& source, const std::string& expression) {
+      const py::gil_scoped_acquire held;
+      auto code = py::handle(compile)(source, expression).cast<std::pair<std::string, std::string>>();
+      return on_demand::Code{std::move(code.first), std::move(code.second)};
+    });
+  });
+  py::list instances;
+  for (const on_demand::Kernel* kernel : on_demand::kernels())
+    instances.append(py::make_tuple(kernel->source, kernel->expression));
+  m.attr("instances") = instances;
+#endif
 #else
   m.attr("vector_width") = W;
   py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, nvrtc
 
 _OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 matrix instructions
 _emulator: ContextVar[ModuleType | None] = ContextVar("omnimamba_cuda_emulator", default=None)
@@ -33,7 +33,18 @@ def _load() -> ModuleType | str:
         return f"torch {torch.__version__} sees no CUDA GPU (torch.cuda.is_available() is False)"
     module = importlib.import_module(path)
     reason = module.why_no_device()
-    return f"the CUDA runtime cannot start: {reason}" if reason else module
+    if reason:
+        return f"the CUDA runtime cannot start: {reason}"
+    if hasattr(module, "compile_with"):  # built without nvcc
+        if nvrtc.why_not() is not None:
+            return nvrtc.why_not()
+        module.compile_with(_compile)
+    return module
+
+
+def _compile(source: str, expression: str) -> tuple[bytes, str]:
+    """A kernel for the current device."""
+    return nvrtc.kernel(source, expression, torch.cuda.get_device_capability())
 
 
 def why_not() -> str | None:
@@ -67,7 +78,8 @@ def no_code_for(capability: tuple[int, int], architectures: Iterable[str]) -> st
 
 @cache
 def _cannot_run_on(index: int) -> str | None:
-    compiled = native.build_info().get("cuda", {}).get("architectures", [])
+    built = native.build_info().get("cuda", {})
+    compiled = ["80"] if built.get("on_demand") else built.get("architectures", [])  # NVRTC serves what is later, too
     reason = no_code_for(torch.cuda.get_device_capability(index), compiled)
     return reason and f"{torch.cuda.get_device_name(index)}: {reason}"
 

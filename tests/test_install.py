@@ -102,9 +102,7 @@ def test_cuda_on_without_kernels_is_refused_with_the_reason(checkout):
 
 def broken_nvcc(checkout, tmp_path):
     """A PATH whose nvcc fails, and a checkout whose native module is quickly built."""
-    (checkout / "csrc" / "bindings.cpp").write_text(
-        "#include <pybind11/pybind11.h>\nPYBIND11_MODULE(OMNIMAMBA_MODULE, m) { m.doc(); }\n"
-    )
+    (checkout / "csrc" / "bindings.cpp").write_text("int nothing;\n")
     for source in checkout.glob("csrc/*/cpu*.cpp"):
         source.unlink()
     nvcc = tmp_path / "bin" / "nvcc"
@@ -124,7 +122,8 @@ def test_an_nvcc_that_does_not_work_leaves_the_native_kernels(checkout, tmp_path
     assert "nvcc does not work with" in info["cuda"]["reason"] and info["cuda"]["architectures"] == []
 
 
-def test_without_nvcc_the_build_says_so(checkout, tmp_path):
+def without_nvcc(checkout, tmp_path, cuda):
+    """What a build says of CUDA on a PATH with a compiler alone, and the folder that it filled."""
     broken_nvcc(checkout, tmp_path)
     found = {tool: shutil.which(tool) for tool in ("sh", "c++", "g++", "ld", "as", "ar", "ranlib")}
     alone = tmp_path / "alone"
@@ -133,9 +132,25 @@ def test_without_nvcc_the_build_says_so(checkout, tmp_path):
         if path:
             (alone / tool).symlink_to(path)
     built = run("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=checkout, PATH=str(alone),
-                OMNIMAMBA_CUDA="auto")  # fmt: skip
+                OMNIMAMBA_CUDA=cuda)  # fmt: skip
     assert built.returncode == 0, built.stderr
-    assert build_info(tmp_path / "lib" / "omnimamba_kernels")["cuda"]["reason"].startswith("nvcc was not found")
+    folder = tmp_path / "lib" / "omnimamba_kernels"
+    return build_info(folder)["cuda"], folder
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="NVIDIA's driver is here")
+def test_without_nvcc_the_build_says_so(checkout, tmp_path):
+    cuda, folder = without_nvcc(checkout, tmp_path, "auto")
+    assert cuda["reason"].startswith("nvcc was not found") and not cuda["on_demand"]
+    assert not (folder / "_csrc").exists()
+
+
+def test_without_nvcc_the_kernels_are_left_to_nvrtc_where_they_are_asked_for(checkout, tmp_path):
+    cuda, folder = without_nvcc(checkout, tmp_path, "on")
+    assert cuda == {"wanted": "on", "reason": None, "architectures": [], "on_demand": True}
+    assert list(folder.glob("_native_cuda*"))
+    for name in ("gated_norm/cuda.cu", "gated_norm/gate.h", "common/launch.h", "common/memory.cuh"):
+        assert (folder / "_csrc" / name).read_text() == (checkout / "csrc" / name).read_text()
 
 
 def test_unknown_cuda_setting_is_refused(checkout):

@@ -126,6 +126,8 @@ void run(const CausalConv1dParams& p) {
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)
+
 void causal_conv1d_forward(const CausalConv1dParams& p) {
   if (p.batch == 0 || p.channels == 0 || p.length == 0) return;
   for_taps(p, [&](auto type, auto width, auto activation) {
@@ -137,5 +139,7 @@ void causal_conv1d_forward(const CausalConv1dParams& p) {
       run<T, width.value, activation.value, 1>(p);
   });
 }
+
+#endif
 
 }  // namespace omnimamba

@@ -171,6 +171,8 @@ void channel_last(const CausalConv1dParams& p) {
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)
+
 int64_t causal_conv1d_workspace(const CausalConv1dParams& p) {
   return p.x.stride[1] == 1 ? parts_of(p) * (p.width + 1) * p.channels : 0;
 }
@@ -188,5 +190,7 @@ void causal_conv1d_backward(const CausalConv1dParams& p) {
       channel_last<T, W, SILU, 1>(p);
   });
 }
+
+#endif
 
 }  // namespace omnimamba

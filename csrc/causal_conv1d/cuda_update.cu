@@ -84,6 +84,8 @@ __global__ void __launch_bounds__(THREADS, 3)
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)
+
 void causal_conv1d_update(const CausalConv1dUpdateParams& p) {
   if (p.batch == 0 || p.channels == 0) return;
   const int threads = warps_for(p.channels, THREADS);
@@ -102,5 +104,7 @@ void causal_conv1d_varlen_states(const CausalConv1dVarlenParams& p) {
   const Shape shape{grid(ceil_div(p.channels, threads), p.sequences), threads, p.stream};
   for_float_type(p.x.dtype, [&](auto type) { launch<conv_varlen_states_kernel<decltype(type)>>(shape, p); });
 }
+
+#endif
 
 }  // namespace omnimamba

@@ -5,7 +5,9 @@
 namespace omnimamba {
 
 std::string why_no_device() {
-#if defined(OMNIMAMBA_EMULATED)
+#if defined(OMNIMAMBA_ON_DEMAND)
+  return on_demand::why_no_driver();
+#elif defined(OMNIMAMBA_EMULATED)
   return "";
 #else
   int devices = 0;

@@ -1,6 +1,8 @@
 // The instructions behind hopper.cuh.
 #pragma once
+#if !defined(__CUDACC_RTC__)
 #include <cuda.h>
+#endif
 
 namespace omnimamba {
 
@@ -222,6 +224,8 @@ OM_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 
 // ---- the host's side ----
 
+#if !defined(__CUDACC_RTC__)
+
 // The map of a tensor, made by the driver.
 inline TensorMap tensor_map(const TensorLayout& t) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -251,5 +255,7 @@ inline TensorMap tensor_map(const TensorLayout& t) {
   std::memcpy(&out, &map, sizeof out);
   return out;
 }
+
+#endif
 
 }  // namespace omnimamba

@@ -1,17 +1,25 @@
 // launch(): how the host starts a kernel. One plain call in place of the triple chevrons, so that a host compiler can read
 // every .cu file; it checks the launch, allocates nothing, waits for nothing, and may be captured into a CUDA graph.
 #pragma once
+#include "threads.cuh"
+
+#if !defined(__CUDACC_RTC__)
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-
-#include "threads.cuh"
-
-#if !defined(OMNIMAMBA_EMULATED)
+#if defined(OMNIMAMBA_ON_DEMAND)
+#include "on_demand.h"
+#elif !defined(OMNIMAMBA_EMULATED)
 #include <cuda_runtime.h>
+#endif
 #endif
 
 namespace omnimamba {
+
+// a / b rounded up.
+OM_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if !defined(__CUDACC_RTC__)  // NVRTC compiles kernels alone
 
 // How many blocks, of how many threads, and the stream (a cudaStream_t as the caller's library gives it).
 struct Shape {
@@ -22,7 +30,27 @@ struct Shape {
   unsigned cluster = 1;  // blocks along x that run together
 };
 
-#if defined(OMNIMAMBA_EMULATED)
+#if defined(OMNIMAMBA_ON_DEMAND)
+
+// Named after what the compiler calls a function of that kernel, and known to the module from the start.
+template <auto KERNEL>
+struct OnDemand {
+  static const char* name() { return __PRETTY_FUNCTION__; }
+  static inline on_demand::Kernel kernel{OMNIMAMBA_SOURCE, name()};
+};
+
+template <auto KERNEL, class... Parameters>
+void start(const Shape& shape, const Parameters&... parameters) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+  OnDemand<KERNEL>::kernel.start({{shape.blocks.x, shape.blocks.y, shape.blocks.z},
+                                  static_cast<unsigned>(shape.threads),
+                                  static_cast<unsigned>(shape.shared),
+                                  shape.cluster,
+                                  shape.stream},
+                                 pointers);
+}
+
+#elif defined(OMNIMAMBA_EMULATED)
 
 template <auto KERNEL, class... Parameters>
 void start(const Shape& shape, const Parameters&... parameters) {
@@ -73,11 +101,8 @@ void launch_as(void (*)(Parameters...), const Shape& shape, const Arguments&... 
 // kernel<<<...>>>(arguments...), each converted to its parameter's type.
 template <auto KERNEL, class... Arguments>
 void launch(const Shape& shape, Arguments... arguments) {
-  launch_as<KERNEL>(KERNEL, shape, arguments...);
+  launch_as<KERNEL>(decltype(KERNEL){}, shape, arguments...);  // for its type
 }
-
-// a / b rounded up.
-OM_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A grid of x by y by z blocks; where y or z is more than a grid can have, blocks walk on by gridDim.y and gridDim.z.
 inline dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) {
@@ -89,5 +114,7 @@ inline dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) {
 constexpr int warps_for(int64_t count, int most) {
   return count < most ? static_cast<int>(ceil_div(count < 1 ? 1 : count, WARP)) * WARP : most;
 }
+
+#endif
 
 }  // namespace omnimamba

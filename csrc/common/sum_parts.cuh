@@ -34,11 +34,13 @@ __global__ void __launch_bounds__(WARP* SLICES)
   (c < split ? first[c] : second[c - split]) = static_cast<float>(sum);
 }
 
+#if !defined(__CUDACC_RTC__)
 inline void sum_parts(const float* parts, int count, int64_t columns, int64_t split, float* first, float* second,
                       uint64_t stream) {
   constexpr int SLICES = 8;
   launch<sum_parts_kernel<SLICES>>({grid(ceil_div(columns, WARP)), WARP * SLICES, stream}, parts, count, columns, split,
                                    first, second);
 }
+#endif
 
 }  // namespace omnimamba

@@ -264,6 +264,8 @@ int64_t parts_of(const GatedNormParams& p) {
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)
+
 void gated_norm_forward(const GatedNormParams& p) {
   const int64_t rows = rows_of(p), groups = p.width / p.group_size;
   if (rows == 0) return;
@@ -288,5 +290,7 @@ void gated_norm_backward(const GatedNormParams& p) {
   });
   sum_parts(p.workspace.at<float>(), parts, 2 * p.width, p.width, p.dweight.at<float>(), p.dbias.at<float>(), p.stream);
 }
+
+#endif
 
 }  // namespace omnimamba

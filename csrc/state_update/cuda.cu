@@ -113,6 +113,8 @@ void run(const StateUpdateParams& p) {
 
 }  // namespace
 
+#if !defined(__CUDACC_RTC__)
+
 void state_update_forward(const StateUpdateParams& p) {
   if (p.batch == 0 || p.width == 0) return;
   for_float_type(p.state.dtype, [&](auto state) {
@@ -137,5 +139,7 @@ void state_update_forward(const StateUpdateParams& p) {
     });
   });
 }
+
+#endif
 
 }  // namespace omnimamba

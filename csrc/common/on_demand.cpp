@@ -1,0 +1,151 @@
+#include "on_demand.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+namespace omnimamba::on_demand {
+namespace {
+
+// The driver's functions and structs, as its ABI has them: there may be no toolkit, so no cuda.h.
+struct Attribute {
+  int id;
+  char padding[4];
+  union {
+    unsigned cluster[3];
+    char all[64];
+  };
+};
+struct Config {
+  unsigned blocks[3], threads[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+};
+constexpr int CLUSTER = 4, MOST_SHARED = 8;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC...
+
+struct Driver {
+  int (*error)(int status, const char** text) = nullptr;
+  int (*context)(void** context) = nullptr;
+  int (*load)(void** module, const void* image) = nullptr;
+  int (*find)(void** function, void* module, const char* name) = nullptr;
+  int (*set)(void* function, int attribute, int value) = nullptr;
+  int (*launch)(const Config* config, void* function, void** parameters, void** extra) = nullptr;
+  std::string missing;
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+      missing = "the NVIDIA driver's libcuda.so.1 was not found";
+      return;
+    }
+    take(library, error, "cuGetErrorString");
+    take(library, context, "cuCtxGetCurrent");
+    take(library, load, "cuModuleLoadData");
+    take(library, find, "cuModuleGetFunction");
+    take(library, set, "cuFuncSetAttribute");
+    take(library, launch, "cuLaunchKernelEx");
+  }
+
+  void check(int status, const std::string& what) const {
+    if (status == 0) return;
+    const char* text = nullptr;
+    error(status, &text);
+    throw std::runtime_error("CUDA: " + what + ": " + (text ? text : "error " + std::to_string(status)));
+  }
+
+ private:
+  template <class Function>
+  void take(void* library, Function& function, const char* name) {
+    function = reinterpret_cast<Function>(dlsym(library, name));
+    if (!function) missing = std::string("the NVIDIA driver is too old: it has no ") + name;
+  }
+};
+
+const Driver& driver() {
+  static const Driver one;
+  return one;
+}
+
+std::vector<const Kernel*>& all() {
+  static auto* kernels = new std::vector<const Kernel*>;
+  return *kernels;
+}
+
+Compiler& compiler() {
+  static auto* one = new Compiler;
+  return *one;
+}
+
+// The kernel in the current context; loaded, and before that compiled, by whoever asks first.
+void* loaded(const Kernel& kernel) {
+  static auto* functions = new std::map<std::pair<const Kernel*, void*>, void*>;
+  static std::mutex lock;
+  const Driver& cuda = driver();
+  void* context = nullptr;
+  cuda.check(cuda.context(&context), "the current context");
+  {
+    const std::lock_guard<std::mutex> held(lock);
+    const auto found = functions->find({&kernel, context});
+    if (found != functions->end()) return found->second;
+  }
+  // Not under the lock: the compiler waits for Python's. Two threads may compile the same kernel; either will do.
+  const Code code = compiler()(kernel.source, kernel.expression);
+  void *module = nullptr, *function = nullptr;
+  cuda.check(cuda.load(&module, code.binary.c_str()), kernel.expression);
+  cuda.check(cuda.find(&function, module, code.symbol.c_str()), kernel.expression);
+  const std::lock_guard<std::mutex> held(lock);
+  return functions->insert({{&kernel, context}, function}).first->second;
+}
+
+void replace(std::string& text, const std::string& old, const std::string& by) {
+  for (std::size_t at = text.find(old); at != std::string::npos; at = text.find(old)) text.replace(at, old.size(), by);
+}
+
+}  // namespace
+
+void use(Compiler chosen) { compiler() = std::move(chosen); }
+
+const std::vector<const Kernel*>& kernels() { return all(); }
+
+std::string why_no_driver() { return driver().missing; }
+
+// GCC: "... [with auto KERNEL = omnimamba::{anonymous}::norm_kernel<float, 4>]"; clang: "[KERNEL = &omnimamba::(anonymous
+// namespace)::...]". What stands in an unnamed namespace is found without it.
+std::string expression_in(const std::string& pretty) {
+  const std::string key = "KERNEL = ";
+  const std::size_t begin = pretty.find(key) + key.size();
+  std::size_t end = begin;
+  for (int depth = 0; end < pretty.size() && !(depth == 0 && (pretty[end] == ';' || pretty[end] == ']')); end++)
+    depth += (pretty[end] == '<' || pretty[end] == '(') - (pretty[end] == '>' || pretty[end] == ')');
+  std::string found = pretty.substr(begin, end - begin);
+  replace(found, "{anonymous}::", "");
+  replace(found, "(anonymous namespace)::", "");
+  replace(found, "&", "");
+  return found;
+}
+
+Kernel::Kernel(const char* source, const std::string& pretty) : source(source), expression(expression_in(pretty)) {
+  all().push_back(this);
+}
+
+void Kernel::start(const Grid& grid, void** parameters) const {
+  const Driver& cuda = driver();
+  if (!cuda.missing.empty()) throw std::runtime_error("CUDA: " + cuda.missing);
+  void* function = loaded(*this);
+  if (grid.shared > (48u << 10))
+    cuda.check(cuda.set(function, MOST_SHARED, static_cast<int>(grid.shared)), "shared memory");
+  Attribute cluster{CLUSTER, {}, {{grid.cluster, 1, 1}}};
+  const Config config{{grid.blocks[0], grid.blocks[1], grid.blocks[2]},
+                      {grid.threads, 1, 1},
+                      grid.shared,
+                      reinterpret_cast<void*>(grid.stream),
+                      &cluster,
+                      grid.cluster > 1 ? 1u : 0u};
+  cuda.check(cuda.launch(&config, function, parameters, nullptr), "launch");
+}
+
+}  // namespace omnimamba::on_demand
