@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import evaluate, moved, not_placing, same_bits
+from common import assert_within_budget, double, evaluate, moved, not_placing, same_bits
 
 from omnimamba_kernels import (
     add_rmsnorm,
@@ -93,8 +93,12 @@ def test_compiled_equals_eager_in_one_graph(run, function, shapes, dynamic):
             torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic), given, tuple(shapes)
         )
     assert eager.keys() == compiled.keys()
-    for name in eager:
-        assert torch.allclose(eager[name], compiled[name], rtol=1e-5, atol=1e-5), name
+    if run != "reference":
+        assert all(same_bits(eager[name], compiled[name]) for name in eager)
+        return
+    exact = evaluate(function, {name: double(t) for name, t in given.items()}, tuple(shapes))
+    for name in eager:  # compiled, plain PyTorch may take another of torch's kernels
+        assert_within_budget(name, compiled[name], eager[name], exact[name])
 
 
 def step_arguments() -> dict[str, torch.Tensor]:

@@ -59,14 +59,8 @@ def test_any_shape_and_stride(run, leading, size, groups, step, gate, bias, swap
 def test_stays_inside_its_memory(run, case):
     tensors = case.tensors()
     frames = {k: framed(t) for k, t in tensors.items() if t is not None}
-    got = evaluate(
-        lambda **t: rmsnorm_fn(**t, **case.options),
-        {k: frames[k].tensor if k in frames else None for k in tensors},
-        GRADS,
-    )
-    plain = evaluate(lambda **t: rmsnorm_fn(**t, **case.options), tensors, GRADS)
-    for name in plain:
-        torch.testing.assert_close(got[name], plain[name], rtol=1e-4, atol=1e-5)
+    views = {k: frames[k].tensor if k in frames else None for k in tensors}
+    check(run, lambda **t: rmsnorm_fn(**t, **case.options), lambda **t: oracle(**t, **case.options), views, GRADS)
     for name, frame in frames.items():
         assert frame.intact() and same_bits(frame.tensor, tensors[name]), name
 
@@ -91,28 +85,30 @@ def test_same_bits_at_every_run_thread_count_and_batch(run, case):
 
 def test_groups_of_one(run):
     """Each value over its own magnitude: the sign, and a gradient that cancels to almost nothing."""
-    x = torch.tensor([[-3.0, 0.5, 2.0, 1e-3]], requires_grad=True)
-    y = rmsnorm_fn(x, torch.ones(4), None, group_size=1, eps=1e-12)
-    torch.testing.assert_close(y, x.sign(), rtol=1e-5, atol=0)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(grad[0, :3], torch.zeros(3), rtol=0, atol=1e-6)
+    x = torch.cat([torch.tensor([-3.0, 0.5, 2.0]), torch.linspace(1e-3, 2e-3, 61)])[None]
+    tensors = {"x": x, "weight": torch.ones(64), "bias": None}
+    options = {"group_size": 1, "eps": 1e-12}
+    check(run, lambda **t: rmsnorm_fn(**t, **options), lambda **t: oracle(**t, **options), tensors, ("x",))
 
 
 def test_gate_of_another_dtype(run):
-    x, z, weight = torch.randn(4, 24), torch.randn(4, 24).bfloat16().requires_grad_(), torch.randn(24).half()
-    y = rmsnorm_fn(x, weight, None, z)
-    torch.testing.assert_close(y, oracle(x, weight.float(), None, z.float()), rtol=1e-5, atol=1e-6)
-    (grad,) = torch.autograd.grad(y.sum(), z)
-    assert grad.dtype == torch.bfloat16
+    x, z, weight = torch.randn(4, 24), torch.randn(4, 24).bfloat16(), torch.randn(24).half()
+    got = check(run, rmsnorm_fn, oracle, {"x": x, "weight": weight, "bias": None, "z": z}, GRADS)
+    assert got["out 0"].dtype == torch.float32 and got["grad z"].dtype == torch.bfloat16
 
 
 def test_expanded_gradient(run):
     """The gradient of a sum is one number, expanded."""
-    x = torch.randn(3, 5, 16, requires_grad=True)
-    weight = torch.randn(16)
-    (got,) = torch.autograd.grad(rmsnorm_fn(x, weight, None).sum(), x)
-    (expected,) = torch.autograd.grad(oracle(x, weight).sum(), x)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    def of_the_sum(function):
+        def gradient(x, weight, bias):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(function(x, weight, bias).sum(), x)[0]
+
+        return gradient
+
+    tensors = {"x": torch.randn(3, 5, 16), "weight": torch.randn(16), "bias": None}
+    check(run, of_the_sum(rmsnorm_fn), of_the_sum(oracle), tensors)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -158,7 +154,7 @@ def test_add_rmsnorm_at_any_stride(run, order):
     frame, other = framed(residual, order), framed(update, order)
     y = add_rmsnorm(frame.tensor, other.tensor, torch.ones(20))
     assert frame.intact() and same_bits(frame.tensor, residual + update) and same_bits(other.tensor, update)
-    torch.testing.assert_close(y, rmsnorm_fn(residual + update, torch.ones(20), None))
+    assert same_bits(y, rmsnorm_fn(residual + update, torch.ones(20), None))
 
 
 def test_add_rmsnorm_takes_an_update_of_another_dtype(run):
@@ -166,7 +162,7 @@ def test_add_rmsnorm_takes_an_update_of_another_dtype(run):
     total = residual + update
     y = add_rmsnorm(residual, update, torch.ones(9))
     assert same_bits(residual, total) and y.dtype == torch.float32
-    torch.testing.assert_close(y, rmsnorm_fn(total, torch.ones(9), None))
+    assert same_bits(y, rmsnorm_fn(total, torch.ones(9), None))
 
 
 @pytest.mark.parametrize(

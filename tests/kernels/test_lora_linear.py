@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DTYPES, check, evaluate, framed, hostile_memory, running, same_bits, threads
+from common import DTYPES, assert_within_budget, check, evaluate, framed, hostile_memory, running, same_bits, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,13 +88,14 @@ def test_dropout_mask_is_the_documented_hash(run, seed):
     mask = observed_mask(7, 13, 0.4, seed)
     want = torch.tensor([hashed(i, seed) >= int(0.4 * 2**32) for i in range(7 * 13)]).view(7, 13)
     assert torch.equal(mask != 0, want)
-    assert torch.allclose(mask[want], torch.tensor(1 / 0.6))
+    exact = torch.full((int(want.sum()),), 1 / 0.6, dtype=torch.float64)
+    assert_within_budget("kept", mask[want], exact.float(), exact)
 
 
 def test_dropout_statistics(run):
     rows, width, p = 256, 64, 0.25
     kept = torch.stack([observed_mask(rows, width, p, seed) != 0 for seed in range(8)]).double()
-    spread = (p * (1 - p)) ** 0.5
+    spread = (p * (1 - p)) ** 0.5  # the bounds are five standard deviations of chance, not of rounding
     assert abs(kept.mean() - (1 - p)) < 5 * spread / kept.numel() ** 0.5
     for axes in ((0, 1), (0, 2), (1, 2)):  # no column, row or seed is favoured
         part = kept.mean(axes)
@@ -116,13 +117,13 @@ def test_no_dropout_without_an_adapter(run):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_tasks_equal_each_alone(run, dtype):
     """Few rows: to the last bit, whatever the neighbours and their number."""
+    if run == "reference":
+        pytest.skip("torch's own products promise less")
     t = inputs(FEW, dtype, dtype)
     together = layer(**t)
     for i, task in enumerate(t["task"].tolist()):
         alone = layer(**(t | {"x": t["x"][i : i + 1], "task": task}))
-        assert same_bits(alone[0], together[i]) or (
-            run == "reference" and torch.allclose(alone[0], together[i], atol=1e-5)
-        )
+        assert same_bits(alone[0], together[i])
 
 
 @pytest.mark.parametrize("case", [FEW, MANY], ids=str)
@@ -134,7 +135,7 @@ def test_task_minus_one_is_the_base(run, case):
     assert own.any() and not own.all()
     mixed = layer(**t)
     assert same_bits(mixed[own], base[own])
-    assert not torch.isclose(mixed[~own], base[~own]).all(-1).any()
+    assert not torch.isclose(mixed[~own], base[~own]).all(-1).any()  # apart by more than any rounding
 
 
 def test_task_of_one_adapter_may_be_left_out(run):

@@ -105,9 +105,7 @@ def test_stays_inside_its_memory(run, case):
     tensors = case.tensors()
     frames = {name: framed(t) for name, t in tensors.items() if t is not None and name not in ("seq_idx", "cu_seqlens")}
     views = tensors | {name: frame.tensor for name, frame in frames.items()}
-    got, plain = evaluate(scan(case.options), views, GRADS), evaluate(scan(case.options), tensors, GRADS)
-    for name in plain:
-        torch.testing.assert_close(got[name], plain[name], rtol=1e-4, atol=1e-4)
+    check(run, scan(case.options), exact(case.options), views, GRADS)
     for name, frame in frames.items():
         assert frame.intact() and same_bits(frame.tensor, tensors[name]), name
 
@@ -136,24 +134,27 @@ def test_saving_for_a_backward_changes_no_bit(run):
 def test_segmented_is_whole(run):
     case = CASES[4]
     tensors = case.tensors()
-    y, final = mamba_chunk_scan_combined(**tensors, **case.options)
-    cuts, parts, state = (0, 1, 5, 60, 69, 70), [], None
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        part = {k: t[:, start:end] if k in ("x", "dt", "B", "C") else t for k, t in tensors.items()}
-        out, state = mamba_chunk_scan_combined(**part | {"initial_states": state}, **case.options)
-        parts.append(out)
-    torch.testing.assert_close(torch.cat(parts, 1), y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
+
+    def segmented(**given):
+        cuts, parts, state = (0, 1, 5, 60, 69, 70), [], None
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            part = {k: t[:, start:end] if k in ("x", "dt", "B", "C") else t for k, t in given.items()}
+            out, state = mamba_chunk_scan_combined(**part | {"initial_states": state}, **case.options)
+            parts.append(out)
+        return torch.cat(parts, 1), state
+
+    check(run, segmented, exact(case.options), tensors)
 
 
 def test_a_batch_row_alone_is_the_same(run):
+    if run == "reference":
+        pytest.skip("torch's own products promise less")
     case = CASES[8]
     tensors = case.tensors()
     y, final = mamba_chunk_scan_combined(**tensors, **case.options)
     alone = {k: t[1:] if t is not None and k not in ("A", "D", "dt_bias") else t for k, t in tensors.items()}
     y1, final1 = mamba_chunk_scan_combined(**alone, **case.options)
-    torch.testing.assert_close(y1, y[1:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(final1, final[1:], rtol=1e-5, atol=1e-5)
+    assert same_bits(y1, y[1:]) and same_bits(final1, final[1:])
 
 
 def test_garbage_in_the_padding_stays_there(run):
@@ -180,7 +181,7 @@ def test_extreme_steps(run, size):
     tensors["x"] = tensors["x"] * 1e-3
     if size <= 50:
         check(run, scan(case.options), exact(case.options), tensors, GRADS)
-    elif run != "reference":  # whose float32 sums of dt A keep no digit beside 1e30
+    elif run != "reference":  # whose float32 sums of dt A keep no digit beside 1e30, so that it gives no budget
         got, right = evaluate(scan(case.options), tensors, GRADS), oracle(**tensors, **case.options)
         assert all(torch.isfinite(t).all() for t in got.values())
         torch.testing.assert_close(got["out 0"], right[0], rtol=1e-4, atol=1e23)

@@ -1,8 +1,10 @@
 """selective_state_update: output and state against float64, on hostile memory, at any strides and thread count."""
 
+import math
+
 import pytest
 import torch
-from common import DTYPES, assert_within_budget, double, framed, here, running, same_bits, threads
+from common import DTYPES, assert_within_budget, check, double, framed, here, running, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,14 +41,20 @@ def step(run, tensors, **options):
     return out, state
 
 
+def assert_right(out, state, tensors, **options):
+    """``out`` and the new ``state`` are within the budget of a step with ``tensors``."""
+    low = step("reference", tensors, **options)
+    exact = oracle(**{k: double(t) for k, t in tensors.items()}, **options)
+    for name, *three in zip(("out", "state"), (out, state), low, exact, strict=True):
+        assert_within_budget(name, *three)
+
+
 @pytest.mark.parametrize("dtype, state", [*zip(DTYPES, DTYPES, strict=True), *PAIRS], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_matches_the_definition(run, case, dtype, state):
     tensors = case.tensors(dtype, state)
-    got, low = (step(name, tensors, **case.options) for name in (run, "reference"))
-    exact = oracle(**{k: double(t) for k, t in tensors.items()}, **case.options)
-    for name, *three in zip(("out", "state"), got, low, exact, strict=True):
-        assert_within_budget(name, *three)
+    got = step(run, tensors, **case.options)
+    assert_right(*got, tensors, **case.options)
     indices = tensors["state_batch_indices"]
     if indices is not None:
         untouched = [s for s in range(case.slots) if s not in indices.tolist()]
@@ -59,42 +67,53 @@ def test_matches_the_definition(run, case, dtype, state):
     order=st.permutations((0, 1, 2, 3)), last=st.booleans(),
 )  # fmt: skip
 def test_any_shape_and_stride(run, b, h, d, n, general, order, last):
-    tensors = Case("", b, h, d, n, g=h, tied=not general).tensors(seed=d + n)
-    plain = step(run, tensors, dt_softplus=True)
-    frames = {}
-    for name, t in tensors.items():
-        if name == "state":
-            frames[name] = framed(t, tuple(order))
-        elif t is not None:
-            frames[name] = framed(t, tuple(reversed(range(t.dim()))) if last else None)
-    views = {k: frames[k].tensor if k in frames else None for k in tensors}
-    out = selective_state_update(**views, dt_softplus=True)
-    torch.testing.assert_close(out, plain[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(views["state"], plain[1], rtol=1e-5, atol=1e-5)
-    for name, frame in frames.items():
-        assert frame.intact(), name
-        assert name == "state" or same_bits(frame.tensor, tensors[name]), name
+    """Eight draws together: of few values the reference's worst error, which the budget stands on, is luck."""
+    draws = []
+    for seed in range(8):
+        tensors = Case("", b, h, d, n, g=h, tied=not general).tensors(seed=seed)
+        frames = {}
+        for name, t in tensors.items():
+            if name == "state":
+                frames[name] = framed(t, tuple(order))
+            elif t is not None:
+                frames[name] = framed(t, tuple(reversed(range(t.dim()))) if last else None)
+        views = {k: frames[k].tensor if k in frames else None for k in tensors}
+        out = selective_state_update(**views, dt_softplus=True)
+        for name, frame in frames.items():
+            assert frame.intact(), name
+            assert name == "state" or same_bits(frame.tensor, tensors[name]), name
+        exact = oracle(**{k: double(t) for k, t in tensors.items()}, dt_softplus=True)
+        draws.append(((out, views["state"]), step("reference", tensors, dt_softplus=True), exact))
+    got, low, exact = ([torch.stack(draw) for draw in zip(*each, strict=True)] for each in zip(*draws, strict=True))
+    for name, *three in zip(("out", "state"), got, low, exact, strict=True):
+        assert_within_budget(name, *three)
 
 
 def test_steps_are_the_scan(run):
     g = torch.Generator().manual_seed(1)
     b, l, h, p, n = 2, 11, 4, 8, 16
-    x, z = (torch.randn(b, l, h, p, generator=g) for _ in range(2))
-    dt, B, C = (torch.randn(b, l, *shape, generator=g) for shape in ((h,), (2, n), (2, n)))
-    A, D, bias = -torch.rand(h, generator=g), torch.randn(h, generator=g), torch.randn(h, generator=g)
-    with running("reference"):
-        y, final = mamba_chunk_scan_combined(
-            x, dt, A, B, C, 4, D=D, z=z, dt_bias=bias, dt_softplus=True, return_final_states=True
+    tensors = {name: torch.randn(b, l, h, p, generator=g) for name in ("x", "z")}
+    tensors |= {
+        name: torch.randn(b, l, *shape, generator=g) for name, shape in dict(dt=(h,), B=(2, n), C=(2, n)).items()
+    }
+    tensors |= {name: torch.randn(h, generator=g) for name in ("A", "D", "dt_bias")}
+    tensors["A"] = -tensors["A"].abs()
+
+    def steps(x, z, dt, B, C, A, D, dt_bias):
+        state, found, wide = x.new_zeros(b, h, p, n), [], (h, p)
+        for t in range(l):
+            found.append(selective_state_update(
+                state, x[:, t], dt[:, t, :, None].expand(b, *wide), A[:, None, None].expand(*wide, n), B[:, t], C[:, t],
+                D[:, None].expand(wide), z[:, t], dt_bias[:, None].expand(wide), dt_softplus=True,
+            ))  # fmt: skip
+        return torch.stack(found, 1), state
+
+    def scan(**t):
+        return mamba_chunk_scan_combined(
+            **t, chunk_size=4, dt_softplus=True, return_final_states=True, backend="reference"
         )
-    state = torch.zeros(b, h, p, n)
-    wide = (h, p)
-    for t in range(l):
-        out = selective_state_update(
-            state, x[:, t], dt[:, t, :, None].expand(b, *wide), A[:, None, None].expand(*wide, n), B[:, t], C[:, t],
-            D[:, None].expand(wide), z[:, t], bias[:, None].expand(wide), dt_softplus=True,
-        )  # fmt: skip
-        torch.testing.assert_close(out, y[:, t], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-5)
+
+    check(run, steps, scan, tensors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -118,23 +137,21 @@ def test_mixed_dtypes(run):
     tensors = CASES[1].tensors()
     mixed = {**tensors, "x": tensors["x"].bfloat16(), "dt": tensors["dt"].half(), "A": tensors["A"].bfloat16()}
     out, state = step(run, mixed, dt_softplus=True)
-    exact = oracle(**{k: double(t) for k, t in mixed.items()}, dt_softplus=True)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), exact[0], rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(state.double(), exact[1], rtol=1e-5, atol=1e-5)
+    assert_right(out, state, mixed, dt_softplus=True)
 
 
 @pytest.mark.parametrize("value", [-1e4, -90.0, 25.0, 1e4])
 def test_extreme_steps(run, value):
     """A step near 0 keeps the state, a huge one forgets it; nothing overflows."""
-    state = torch.ones(1, 1, 2, 3)
-    out = selective_state_update(
-        state, torch.zeros(1, 1, 2), torch.full((1, 1, 2), value), -torch.ones(1, 2, 3), *torch.ones(2, 1, 1, 3),
-        dt_softplus=True,
-    )  # fmt: skip
-    expected = 1.0 if value < 0 else 0.0
-    torch.testing.assert_close(state, torch.full_like(state, expected), rtol=0, atol=1e-10)
-    torch.testing.assert_close(out, torch.full_like(out, 3 * expected), rtol=0, atol=1e-10)
+    tensors = {
+        "state": torch.ones(1, 1, 2, 3), "x": torch.zeros(1, 1, 2), "dt": torch.full((1, 1, 2), value),
+        "A": -torch.ones(1, 2, 3), "B": torch.ones(1, 1, 3), "C": torch.ones(1, 1, 3),
+    }  # fmt: skip
+    kept = math.exp(-(max(value, 0.0) + math.log1p(math.exp(-abs(value)))))
+    got, low = (step(name, tensors, dt_softplus=True) for name in (run, "reference"))
+    for name, factor, *two in zip(("out", "state"), (3, 1), got, low, strict=True):
+        assert_within_budget(name, *two, torch.full(two[0].shape, factor * kept, dtype=torch.float64))
 
 
 def test_rows_that_share_a_slot_are_refused_untouched(run):
