@@ -28,6 +28,7 @@ from .gpu_clock import Clock
 from .gpu_problems import OPERATIONS, Problem
 
 KERNELS = Path(triton_launch.__file__).parent
+Sizes = tuple[tuple[str, int], ...]
 OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
 """Tried as they are; any other number of a rule is also halved and doubled."""
 WORTH = 0.97
@@ -44,18 +45,19 @@ def candidates(use: dict[str, int]) -> Iterator[dict[str, int]]:
 
 
 @contextmanager
-def trying(op: str, kernel: str, use: dict[str, int]) -> Iterator[set[tuple]]:
-    """Within the block ``kernel`` runs with ``use``; what it was asked for is gathered."""
-    asked: set[tuple] = set()
-    choose = triton_launch._settings
+def trying(op: str, kernel: str, use: dict[str, int], sizes: Sizes = ()) -> Iterator[list[Sizes]]:
+    """Within the block ``kernel`` runs with ``use`` where it is asked for ``sizes``; what it is asked for is noted."""
+    asked: list[Sizes] = []
+    table = triton_launch._settings  # what every way of asking comes to
 
-    def chosen(asked_op: str, asked_kernel: str, arch: str, sizes: tuple) -> dict[str, int]:
+    def chosen(asked_op: str, asked_kernel: str, arch: str, given: Sizes) -> dict[str, int]:
         if (asked_op, asked_kernel) != (op, kernel):
-            return choose(asked_op, asked_kernel, arch, sizes)
-        asked.add(sizes)
-        return use or choose(op, kernel, arch, sizes)
+            return table(asked_op, asked_kernel, arch, given)
+        if given not in asked:
+            asked.append(given)
+        return use if use and given == sizes else table(op, kernel, arch, given)
 
-    with mock.patch.object(triton_launch, "_settings", chosen):  # whatever a module calls settings by
+    with mock.patch.object(triton_launch, "_settings", chosen):
         yield asked
 
 
@@ -73,26 +75,29 @@ def tune(op: str, clock: Clock, arch: str, only: str = "") -> list[dict[str, Any
     """The rules found for this chip, in the form of a launch table's, each with its kernel and times."""
     found = []
     for problem in OPERATIONS[op](clock.device):
-        for kernel in triton_launch.table(op):
-            if only not in kernel:
-                continue
+        for kernel in (name for name in triton_launch.table(op) if only in name):
             with trying(op, kernel, {}) as asked:
                 before = time_of(problem, clock)
-            if not asked or before is None:
-                continue
-            sizes = dict(next(iter(asked)))
-            current = triton_launch.settings(op, kernel, triton_launch._target(clock.device.index), **sizes)
-            best, best_time = current, before
-            for use in candidates(current):
-                with trying(op, kernel, use):
-                    taken = time_of(problem, clock)
-                if taken is not None and taken < best_time:
-                    best, best_time = use, taken
-            print(f"{problem.group}, {problem.case}: {kernel} {before * 1e6:.1f} us -> {best_time * 1e6:.1f} us {best}")
-            if best_time <= WORTH * before:
-                when = {name: [size, size] for name, size in sizes.items()}
-                found.append({"kernel": kernel, "rule": {"arch": [arch], "when": when, "use": best}})
+            for sizes in asked if before is not None else ():
+                best, taken = fastest(problem, clock, arch, op, kernel, sizes, before)
+                print(f"{problem.group}, {problem.case}: {kernel} {before * 1e6:.1f} -> {taken * 1e6:.1f} us {best}")
+                if taken <= WORTH * before:
+                    when = {name: [size, size] for name, size in sizes}
+                    found.append({"kernel": kernel, "rule": {"arch": [arch], "when": when, "use": best}})
     return found
+
+
+def fastest(
+    problem: Problem, clock: Clock, arch: str, op: str, kernel: str, sizes: Sizes, before: float
+) -> tuple[dict[str, int], float]:
+    """The best settings of a kernel for one size, and the problem's seconds with them."""
+    best, best_time = triton_launch._settings(op, kernel, arch, sizes), before
+    for use in candidates(best):
+        with trying(op, kernel, use, sizes):
+            taken = time_of(problem, clock)
+        if taken is not None and taken < best_time:
+            best, best_time = use, taken
+    return best, best_time
 
 
 def merged(table: dict[str, list], found: list[dict[str, Any]]) -> dict[str, list]:
