@@ -1,12 +1,14 @@
 """triton_launch: reasons, launch tables, the start of kernels, and what a recording notes."""
 
 import importlib.util
+from collections import Counter
 
 import pytest
 import torch
 
 from omnimamba_kernels import backends, rmsnorm_fn, triton_launch
 from omnimamba_kernels.backends import choose
+from omnimamba_kernels.report.calls import calls
 from omnimamba_kernels.triton_launch import TARGETS, Target, cannot_store, interpreting, recording, settings, target_of
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -93,6 +95,27 @@ def test_launch_starts_what_is_not_empty_and_fits():
     assert kernel.started == ((3,),)
     with pytest.raises(RuntimeError, match="kernel: grid .* larger than 65535"):
         triton_launch.launch(kernel, (1, 65_536), X)
+
+
+MOST = {
+    "causal_conv1d": ["forward_kernel", "backward_kernel", "sum_kernel", "update_kernel", "varlen_states_kernel"],
+    "state_update": ["_update"],
+    "gated_norm": ["_forward", "_backward"],
+    "mamba_mixer": ["step_kernel"],
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("op", MOST)
+def test_no_call_starts_a_kernel_twice(op):
+    """One launch forward, for the convolution two backward; LoRA's launches are counted in its own tests."""
+    most, found = Counter(MOST[op]), set()
+    for call in calls(op):
+        if not call.name.startswith("sequence"):  # made of other operations
+            started = [noted.kernel.__name__ for noted in call.launches(TARGETS["sm_90"])]
+            assert Counter(started) <= most, call.name
+            found |= set(started)
+    assert found == set(most)
 
 
 @needs_triton
