@@ -50,7 +50,7 @@ def forward(
     loaded = state + convolved * window + b * dim * (heads + element)  # and z, once before or after the norm
     loaded += moved_on * (element + (length - 1) * conv_state.element_size()) + 2 * b * extra * element
     loaded += 0 if state_batch_indices is None else programs * state_batch_indices.element_size()
-    stored = state + moved_on * length * conv_state.element_size() + b * (dim + extra) * element + 4 * b * ngroups
+    stored = state + moved_on * length * conv_state.element_size() + b * (dim + extra) * element
     if rmsnorm_weight is not None:
         loaded += 4 * programs + b * dim * (4 + rmsnorm_weight.element_size())
         stored += 4 * programs + 4 * b * dim

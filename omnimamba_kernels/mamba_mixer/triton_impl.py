@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import triton_launch
-from ..triton_launch import launch, settings, target_of
+from ..triton_launch import is_capturing, launch, settings, target_of
 from .triton_step import step_kernel
 
 # Each state's tickets (slots, h), all 0 between steps. They belong to the state, which one step at a time may change.
@@ -83,5 +83,7 @@ def _tickets(ssm_state: Tensor) -> Tensor:
     shape = ssm_state.shape[:2]
     tickets = _TICKETS.get(ssm_state)
     if tickets is None or tickets.shape != shape:
-        tickets = _TICKETS[ssm_state] = torch.zeros(shape, dtype=torch.int32, device=ssm_state.device)
+        tickets = torch.zeros(shape, dtype=torch.int32, device=ssm_state.device)
+        if not is_capturing(ssm_state):  # else they are zeroed by the graph's own runs, and by nothing else
+            _TICKETS[ssm_state] = tickets
     return tickets

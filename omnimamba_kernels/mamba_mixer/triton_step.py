@@ -11,7 +11,8 @@ Plan     a program owns BLOCK_C channels of one group of one row, of one head or
          Two things need all programs of a group: the norm, and moving B's and C's convolution state on, which no
          program may do while another still reads it. Whoever takes the group's last ticket does both. No program
          waits, so no order of programs can lock up; sums are taken in a fixed order, so no order changes a bit; the
-         last one puts the ticket back to 0, so that a captured graph can run again.
+         last one takes the group's tickets back, so that a captured graph can run again, and a slot that two rows
+         shared against the rules, whose state is lost, still counts right at the next step.
 Traffic  2 h p n elements of ssm_state a row. Beside it, mostly in L2: 2 g n (2 w + 1) elements for B and C in each
          program, whose own rows of S are 2 BLOCK_C n, and 8 h p bytes of y on their way to the norm.
 Cost     the norm of a group is left to one program at the end, size / BLOCK rounds to L2: what a launch of its own
@@ -181,9 +182,9 @@ def step_kernel(
 
     ticket = tickets + slot * heads + group
     tl.debug_barrier()  # the atomic publishes what this thread has seen; the barrier shows it the other threads' stores
-    if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == members - 1:
+    if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") % members == members - 1:
         tl.debug_barrier()
-        tl.store(ticket, 0)
+        tl.atomic_add(ticket, -members, sem="relaxed", scope="gpu")
         _move_on(xBC, conv_state, B_channel, in_n, row_c, conv_c, conv_l, STATE_LEN, BLOCK_L)
         _move_on(xBC, conv_state, C_channel, in_n, row_c, conv_c, conv_l, STATE_LEN, BLOCK_L)
         if HAS_NORM:

@@ -16,6 +16,8 @@ from omnimamba_kernels.mamba_mixer.cases import SMALL, Case, rows
 from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting, recording
 
 pytest.importorskip("triton")
+from omnimamba_kernels.mamba_mixer import triton_impl
+
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
 WIDE = Case(2, 1, 4, 24, 5, g=2, extra=3)  # three programs a group in the interpreter
 
@@ -70,6 +72,22 @@ def test_a_state_steps_on_in_place():
                 **(tensors | {"zxbcdt": sequence[:, t], "conv_state": conv, "ssm_state": ssm}), **plain
             )
             assert same_bits(got, want) and same_bits(conv, new_conv) and same_bits(ssm, new_ssm)
+
+
+@interpreted
+def test_tickets_stay_with_their_state_but_not_those_of_a_capture(monkeypatch):
+    """A captured graph zeroes its own; nobody has zeroed them for a step outside of it."""
+    tensors, plain = arguments(WIDE)
+    state = tensors["ssm_state"]
+    with running("triton"):
+        monkeypatch.setattr(triton_impl, "is_capturing", lambda t: True)
+        mamba_mixer_step(**tensors, **plain)
+        assert state not in triton_impl._TICKETS
+        monkeypatch.undo()
+        mamba_mixer_step(**tensors, **plain)
+        kept = triton_impl._TICKETS[state]
+        mamba_mixer_step(**tensors, **plain)
+    assert triton_impl._TICKETS[state] is kept and not kept.any()
 
 
 @interpreted
