@@ -206,6 +206,14 @@ def quiet_rounds(before: list[float], after: list[float]) -> list[int]:
     return kept or [worst.index(max(worst))]
 
 
+def spread(values: list[float]) -> float | None:
+    """Half the distance between the quartiles over the median; None of fewer than three values, which show no noise."""
+    if len(values) < 3:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
 def _fill(
     row: Row, contender: Contender, subject: Contender, kept: list[int], rate: list[float], work: Work, tokens: int
 ) -> None:
@@ -217,5 +225,6 @@ def _fill(
     row.gflop_s = work.flops / row.seconds / 1e9 or None
     row.floor = work.against
     row.floor_share = statistics.median(work.floor(rate[i]) / contender.times[i] for i in mine)
+    row.spread = spread([contender.times[i] / work.floor(rate[i]) for i in mine])
     row.times_ours = statistics.median(contender.times[i] / subject.times[i] for i in mine)
     row.tokens_s = tokens / row.seconds if tokens else None

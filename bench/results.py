@@ -35,6 +35,8 @@ class Row:
     """Bytes over the speed of a copy from DRAM to DRAM, over this time; above 1 where the data stays in a cache."""
     times_ours: float | None = None
     """This time over ours, the median over interleaved rounds: above 1 we are faster."""
+    spread: float | None = None
+    """Half the distance between the quartiles of the rounds kept, each over its floor, as a share of their median."""
     tokens_s: float | None = None
     peak_bytes: int | None = None
     note: str = ""

@@ -15,7 +15,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import claims, machine, measure, report, results  # noqa: E402
+from bench import claims, compare, machine, measure, report, results  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.measure import Bench, Contender, Work  # noqa: E402
@@ -234,3 +234,35 @@ def test_the_cached_transformer_equals_the_whole_pass():
     cache = model.new_cache(2, 9)
     steps = [model.step(ids[:, i], cache, i) for i in range(9)]
     assert torch.allclose(torch.stack(steps, 1), model(ids), atol=1e-10)
+
+
+def timed(seconds: float, spread: float | None = 0.02, **more) -> Row:
+    return Row("op", "case", "native", seconds=seconds, spread=spread, **more)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "flagged"),
+    [
+        (timed(1.0), timed(1.05), False),  # within three spreads of both, 8.5 %
+        (timed(1.0), timed(1.12), True),
+        (timed(1.0), timed(0.5), False),
+        (timed(1.0, 0.0), timed(1.04, 0.0), False),  # below what counts at all
+        (timed(1.0, 0.10), timed(1.3, 0.10), False),  # a noisy row
+        (timed(1.0, None), timed(9.0), False),
+        (timed(1.0, floor="copy", floor_share=0.8), timed(2.0, floor="copy", floor_share=0.8), False),  # slower machine
+        (timed(1.0, floor="copy", floor_share=0.8), timed(1.0, floor="copy", floor_share=0.6), True),
+    ],
+)
+def test_compare_flags_what_noise_does_not_explain(before, after, flagged, tmp_path, capsys):
+    paths = []
+    for name, row in (("a", before), ("b", after)):
+        paths.append(tmp_path / f"{name}.json")
+        results.save(paths[-1], {"machine": {"device": "x"}, "rows": results.as_json([row])})
+    assert compare.main([str(p) for p in paths]) == int(flagged)
+    assert "1 rows in both" in capsys.readouterr().out
+
+
+def test_spread_is_half_the_quartiles_distance():
+    assert measure.spread([1.0, 2.0]) is None
+    assert measure.spread([3.0, 3.0, 3.0]) == 0
+    assert measure.spread([8.0, 9.0, 10.0, 11.0, 12.0]) == pytest.approx(0.1)

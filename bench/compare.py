@@ -1,0 +1,64 @@
+"""What became slower between two runs: ``python -m bench.compare A.json B.json``; exits with 1 if anything did.
+
+A row's noise is the spread of its own rounds, which interleave with those of its rivals. Each time is first divided by
+what the machine's own rate would allow (the share of the floor), so that a slower machine is no regression. A row is
+flagged where B's median lies above A's by more than THREE times both spreads together, and by FEWEST at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import results
+from .report import table
+from .results import Row
+
+THREE, FEWEST = 3.0, 0.05
+"""Spreads, and the least change that counts."""
+
+
+def changes(before: list[Row], after: list[Row]) -> list[tuple[Row, float, float | None]]:
+    """(row of ``after``, its time over that of the same row before, the change that noise explains), for every row that
+    both runs timed; None where a run kept no spread, since it was made before spreads were kept."""
+    known = {(r.group, r.case, r.who): r for r in before if r.seconds}
+    found = []
+    for row in after:
+        old = known.get((row.group, row.case, row.who))
+        if old is None or not row.seconds:
+            continue
+        if old.floor_share and row.floor_share and old.floor == row.floor:
+            ratio = old.floor_share / row.floor_share
+        else:
+            ratio = row.seconds / old.seconds
+        measured = old.spread is not None and row.spread is not None
+        noise = max(FEWEST, THREE * (old.spread**2 + row.spread**2) ** 0.5) if measured else None
+        found.append((row, ratio, noise))
+    return found
+
+
+def slower(found: list[tuple[Row, float, float | None]]) -> list[tuple[Row, float, float]]:
+    return [(row, ratio, noise) for row, ratio, noise in found if noise is not None and ratio > 1 + noise]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    options = parser.parse_args(arguments)
+    a, b = results.load(options.before), results.load(options.after)
+    found = changes(a["rows"], b["rows"])
+    flagged = slower(found)
+    unknown = sum(noise is None for _, _, noise in found)
+    if a["machine"]["device"] != b["machine"]["device"]:
+        print(f"two devices, {a['machine']['device']} and {b['machine']['device']}: shares of their floors compared")
+    if flagged:
+        lines = [[r.group, r.case, r.who, f"{ratio:.2f}x", f"{noise:.0%}"] for r, ratio, noise in flagged]
+        print(table(["operation", "case", "by", "time, of before", "noise"], lines))
+    print(f"{len(found)} rows in both, {len(flagged)} slower beyond their noise, {unknown} without a measured noise")
+    return int(bool(flagged))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
