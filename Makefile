@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := mkdir -p build && flock build/.lock $(BIN)/python setup.py -q build_ext --inplace --strict
 
-.PHONY: demo test bench native check test-interpreted test-sanitize gpu-check format clean
+.PHONY: demo test bench native check test-interpreted test-sanitize test-emulated gpu-check format clean
 
 demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 	$(BIN)/omnimamba demo --out demo-out
@@ -54,6 +54,13 @@ test-sanitize: $(READY)
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider -k "native and not compile" tests/kernels
+
+# The CUDA kernels on the emulator once more, with modules that stop at the first byte out of bounds.
+test-emulated: $(READY)
+	$(BIN)/python setup.py -q build_emulator --sanitize=address
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels tests/test_emulator.py \
+	    -k "(cuda-emulated and matches_the_definition) or sanitizer"
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from types import ModuleType
 from omnimamba_kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ROOT / "build" / "emulator" / sys.implementation.cache_tag / "modules"
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # the modules are then those with the address sanitizer
+MODULES = ROOT / "build" / f"emulator{'-sanitized' * SANITIZED}" / sys.implementation.cache_tag / "modules"
 
 
 @cache
@@ -36,7 +38,11 @@ def build() -> Path:
     """The folder with the compiled modules, up to date. A failure is an error, never a skipped test."""
     (ROOT / "build").mkdir(exist_ok=True)
     command = ["flock", str(ROOT / "build" / ".emulator.lock"), sys.executable, "setup.py", "-q", "build_emulator"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    command += ["--sanitize=address"] * SANITIZED
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return MODULES
 

@@ -3,6 +3,8 @@
 import ctypes
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import emulated
@@ -256,3 +258,15 @@ def test_the_same_seed_gives_the_same_run():
         assert trial("hopper_released_too_early", True, seed, False) == trial(
             "hopper_released_too_early", True, seed, False
         )
+
+
+@pytest.mark.skipif(not emulated.SANITIZED, reason="make test-emulated runs it")
+def test_the_sanitizer_stops_at_an_overrun_of_shared_memory_and_names_its_line():
+    """In a process of its own, which it ends."""
+    code = (
+        f"import ctypes; library = ctypes.CDLL({str(emulated.build() / 'emulator_kernels.so')!r}); "
+        "library.trial_run(b'shared_overrun', 1, ctypes.c_uint64(1), 0, ctypes.create_string_buffer(4000), 4000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0, done.stderr
+    assert re.search(r"use-after-poison[\s\S]*in overrun_kernel<true> .*trials_sm80.cu:\d+", done.stderr), done.stderr

@@ -29,6 +29,7 @@ Shared::~Shared() {
 }
 
 void Shared::gap(std::size_t begin, std::size_t end) {
+  ASAN_UNPOISON_MEMORY_REGION(memory_ + begin, end - begin);  // it may begin in the gap behind the array before
   std::memset(memory_ + begin, MARK, end - begin);
   ASAN_POISON_MEMORY_REGION(memory_ + begin, end - begin);
 }
