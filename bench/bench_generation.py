@@ -19,10 +19,11 @@ import torch
 from omnimamba_kernels import use_backend
 from omnimamba_model import MambaConfig, MambaLM, cast_matrices
 
-from . import inputs
+from . import inputs, memory
 from .baselines.transformer import Transformer
 from .measure import Contender, Work, relative_error
 from .rates import seconds
+from .results import Row
 
 GROUP = "generation"
 OURS, PEER = "Mamba-2 130M", "Transformer 129M, KV cache"
@@ -117,3 +118,11 @@ def test_decode(bench, benchmark, context):
     for row in rows:
         row.note = f"{dtypes[row.who]} weights"
         bench.peaks(benchmark, [row], "generation", context=context, steps=2, dtype=dtypes[row.who])
+
+
+@pytest.mark.parametrize("tokens", [1024, pytest.param(131072, marks=full)])
+def test_memory_is_flat(bench, tokens):
+    """All that the process has at its height, in decoding so many tokens with a small model."""
+    row = Row("memory", f"decode {tokens} tokens", "Mamba-2, 2 layers of width 64", reason="its memory alone counts")
+    bench.rows.append(row)
+    row.peak_bytes = memory.whole("decoding", tokens=tokens)

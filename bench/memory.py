@@ -2,8 +2,8 @@
 
 A task is a generator: it warms up and yields, prepares and yields, runs and ends. The child notes its resident memory
 at the first yield, resets the kernel's high-water mark at the second, and at the end prints by how many bytes the mark
-lies above the note. What was prepared is in it; Python, torch and its thread pools are not. Linux only: it reads
-/proc/self.
+lies above the note, which leaves out Python, torch and its thread pools, and the mark itself. What was prepared is in
+both. Linux only: it reads /proc/self.
 """
 
 from __future__ import annotations
@@ -23,11 +23,20 @@ from .machine import ROOT
 
 def peak(task: str, timeout: float = 300.0, **arguments: object) -> int:
     """Bytes that ``task`` adds at its height, in a fresh process. RuntimeError with its last words if it fails."""
+    return _measured(task, timeout, arguments)[0]
+
+
+def whole(task: str, timeout: float = 900.0, **arguments: object) -> int:
+    """Bytes resident at the height of ``task``: all that the process has, Python and torch too."""
+    return _measured(task, timeout, arguments)[1]
+
+
+def _measured(task: str, timeout: float, arguments: dict[str, object]) -> list[int]:
     command = [sys.executable, "-m", "bench.memory", task, json.dumps(arguments)]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     if child.returncode:
         raise RuntimeError(f"{task}: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return int(child.stdout.strip().splitlines()[-1])
+    return [int(figure) for figure in child.stdout.strip().splitlines()[-1].split()]
 
 
 def _resident(field: str) -> int:
@@ -66,7 +75,28 @@ def official_names(size: str, kind: str, who: str) -> Iterator[None]:
     yield from peak(size, kind)
 
 
-TASKS = {"scan_training": scan_training, "generation": generation, "official_names": official_names}
+def decoding(tokens: int) -> Iterator[None]:
+    """A small language model, and so many tokens after a short prompt."""
+    import torch
+
+    from omnimamba_model import MambaConfig, MambaLM, generate_text
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = MambaLM(MambaConfig(d_model=64, n_layer=2, vocab_size=1024, d_state=16, headdim=32)).eval()
+    prompt = torch.arange(16)[None]
+    generate_text(model, prompt, 64)
+    yield
+    yield
+    generate_text(model, prompt, tokens)
+
+
+TASKS = {
+    "decoding": decoding,
+    "scan_training": scan_training,
+    "generation": generation,
+    "official_names": official_names,
+}
 
 
 def _trim() -> None:
@@ -84,7 +114,8 @@ def main(name: str, arguments: str) -> None:
     _trim()
     Path("/proc/self/clear_refs").write_text("5")
     next(task, None)
-    print(_resident("VmHWM") - before)
+    height = _resident("VmHWM")
+    print(height - before, height)
 
 
 if __name__ == "__main__":

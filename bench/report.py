@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import ablation, results
 from .machine import ROOT
 from .results import Row
 
@@ -144,7 +144,13 @@ def demo(content: Content) -> str:
     return table(["score", "value"], [[name, f"{value:.4g}"] for name, value in scores.items()])
 
 
-PARTS = {"bench": bench, "demo": demo}
+def ablations(content: Content) -> str:
+    """What `python -m bench.ablation` has kept, whenever it ran."""
+    header, lines = ablation.table()
+    return table(header, lines) if lines else "The ablation has not run: python -m bench.ablation."
+
+
+PARTS = {"bench": bench, "demo": demo, "ablation": ablations}
 
 
 def sections(content: Content) -> dict[str, str]:

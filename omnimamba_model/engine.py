@@ -41,12 +41,18 @@ class Row:
 @torch.inference_mode()
 def generate(model: OmniMamba | MambaLM, rows: Sequence[Row], sampling: Sampling) -> list[Tensor]:
     """Each row's continuation, its copies one after another: ids (at most ``steps``,), the stop token the last."""
-    count = sum(row.copies for row in rows)
-    found: list[list[Tensor]] = [[] for _ in range(count)]
-    for alive, tokens in stream(model, rows, sampling):
-        for i, token in zip(alive, tokens, strict=True):
-            found[i].append(token)
-    return [torch.stack(tokens) for tokens in found]
+    count, ends = sum(row.copies for row in rows), [0] * sum(row.copies for row in rows)
+    if not count:
+        return []
+    found = torch.empty(count, max(row.steps for row in rows), dtype=torch.long, device=rows[0].prompt.device)
+    living: list[int] = []
+    for step, (alive, tokens) in enumerate(stream(model, rows, sampling)):
+        if alive != living:
+            living, places = alive, torch.tensor(alive, device=found.device)
+        found[places, step] = tokens
+        for i in alive:
+            ends[i] = step + 1
+    return [row[:end] for row, end in zip(found, ends, strict=True)]
 
 
 def stream(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import BASE, MMU, T2I, OmniMambaConfig
+from .config import MMU, T2I, OmniMambaConfig
 from .embeddings import OmniBackbone, Projector
 from .hub import Pretrained
 
@@ -58,17 +58,16 @@ class OmniMamba(Pretrained, nn.Module):
         logits = self.text_head(self.backbone(self.backbone.embedding(ids)))
         return Prediction(logits, None if labels is None else _cross_entropy(logits, labels))
 
-    def t2i(self, caption: Tensor, image: Tensor, adapter: bool = True) -> Prediction:
+    def t2i(self, caption: Tensor, image: Tensor) -> Prediction:
         """Captions (b, text_slots), padded on the left, and image tokens (b, image_tokens), which are the targets.
 
-        ``adapter=False`` leaves the drawing adapter out, as before the backbone has met a task.
         The last image token and ``[eoi]`` predict nothing and come last, so they are not computed.
         """
         cfg = self.config
         _expect("image", image, (caption.shape[0], cfg.image_tokens))
         opening = self.t2i_opening(caption)
         drawn = self.backbone.embed_image(image[:, :-1], cfg.t2i_prompt)
-        hidden = self.backbone(torch.cat([opening, drawn], dim=1), T2I if adapter else BASE)
+        hidden = self.backbone(torch.cat([opening, drawn], dim=1), T2I)
         logits = self.image_head(hidden[:, cfg.t2i_prompt - 1 :])
         return Prediction(logits, _cross_entropy(logits, image))
 

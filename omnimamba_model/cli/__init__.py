@@ -69,12 +69,12 @@ def _info(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("sklearn", "matplotlib", "tokenizers") if find_spec(name) is None]
     if missing:
         raise ImportError(f"the demo needs {' and '.join(missing)}: pip install 'omnimamba[demo]'")
-    from ..demo import ONE_STAGE, Settings, run
+    from ..demo import Settings, run
 
-    settings = Settings(phases=ONE_STAGE) if arguments.control else Settings()
+    settings = Settings(staged=not arguments.control)
     metrics = run(arguments.out, seed=arguments.seed, settings=settings, validate=arguments.validate)
     print(json.dumps(metrics, indent=2))
     print(f"pictures, metrics and the checkpoint are in {arguments.out}")

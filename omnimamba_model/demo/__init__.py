@@ -1,6 +1,6 @@
 """The demo: real handwritten digits, drawn from words and described in words by one small model."""
 
 from .experiment import run
-from .settings import ONE_STAGE, Settings
+from .settings import Settings
 
-__all__ = ["ONE_STAGE", "Settings", "run"]
+__all__ = ["Settings", "run"]

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, split once, and what they become for training."""
+"""scikit-learn's handwritten digits, split once."""
 
 from __future__ import annotations
 
@@ -42,13 +42,3 @@ def _divide(scans: Scans, held_out: int) -> tuple[Scans, Scans]:
     parts = train_test_split(range(len(scans)), test_size=held_out, random_state=SPLIT_SEED, stratify=scans.labels)
     kept, out = (Scans(scans.images[rows], scans.labels[rows]) for rows in map(torch.tensor, parts))
     return kept, out
-
-
-def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (n, height, width) moved by -1, 0 or 1 pixel along each axis, black where nothing was."""
-    n, height, width = images.shape
-    down, right = torch.randint(-1, 2, (2, n), generator=generator)
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    rows = 1 + torch.arange(height) - down[:, None]
-    columns = 1 + torch.arange(width) - right[:, None]
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]

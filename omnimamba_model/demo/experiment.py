@@ -1,8 +1,10 @@
-"""The demo from data to checkpoint."""
+"""The demo from data to checkpoint: files for the trainer, its runs, and what the trained model draws and answers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files import write_whole
 from ..image_tokenizer import PatchTokenizer
 from ..omnimamba import OmniMamba
-from ..sampling import Sampling
-from ..text_tokenizer import WordTokenizer
-from ..training import train
-from ..weights import save
+from ..pipeline import Pipeline
+from ..training import run as trainer
+from ..training import settings as training_settings
+from ..training.merge import merge
+from .data import write_exam, write_lessons
 from .digits import Scans, split
-from .lessons import TEXT_SLOTS, Lessons
 from .pictures import loss_figure, samples_figure
-from .score import make_answers, make_drawings, metrics
-from .settings import Settings
+from .score import EXAM, make_answers, make_drawings, metrics
+from .settings import DATA, MERGED, START, Settings
 from .words import tokenizer
 
-Losses = dict[str, list[dict[str, float]]]
-"""Each phase's losses, a dictionary by lesson for every step."""
+WORK = "training"
+"""The folder within OUT that belongs to the runs."""
 
 
 def run(
@@ -41,40 +43,54 @@ def run(
 ) -> dict[str, Any]:
     """Train on scikit-learn's digits, draw, answer, and write everything into the folder ``out``.
 
-    Writes metrics.json, samples.png, loss.png and the checkpoint, each whole or not at all; returns
-    the metrics. Everything but ``seconds`` is a function of ``seed`` and ``settings``.
-    ``validate`` leaves the held-out scans alone and scores a part of the training split: settings are
-    chosen that way.
+    Writes metrics.json, samples.png, loss.png and the checkpoint, each whole or not at all; returns the metrics.
+    Everything but ``seconds`` is a function of ``seed`` and ``settings``. ``validate`` leaves the held-out scans alone
+    and scores a part of the training split: settings are chosen that way.
+
+    Lessons and runs lie in ``out``/training. A demo that was stopped goes on from there, and ``seconds`` is the last
+    call's; one that was finished, or had other settings, is made anew.
     """
     started, settings, out = time.perf_counter(), settings or Settings(), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    training, scored = split(validate)
-    words = tokenizer()
+    work, (training, scored) = out / WORK, split(validate)
     with torch.random.fork_rng(devices=[]), _one_thread():
-        torch.manual_seed(seed)
-        pixels = PatchTokenizer(settings.codes, settings.patch, (8, 8))
-        pixels.fit(training.images, torch.Generator().manual_seed(seed))
-        model = build(settings, words, pixels)
-        history = teach(model, settings, training, words, pixels, seed, progress)
-        drawn = make_drawings(model, words, pixels, settings.drawings, Sampling(settings.temperature, seed=seed))
-        said = make_answers(model, words, pixels, scored.images)
+        _claim(work, {**dataclasses.asdict(settings), "seed": seed, "validate": validate})
+        prepare(work, settings, training, scored, seed)
+        trained = teach(work, settings.runs(work, seed), progress)
+        pipeline = Pipeline.load(trained)
+        drawn = make_drawings(pipeline, settings, seed)
+        said = make_answers(pipeline, scored)
         result = {
-            **metrics(model, words, pixels, training, scored, drawn, said),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            **metrics(pipeline, work, training, scored, drawn, said),
+            "parameters": sum(p.numel() for p in pipeline.model.parameters()),
             "schedule": settings.schedule,
-            "steps": {phase.name: phase.steps for phase in settings.phases},
+            "steps": {name: values["steps"] for name, values in settings.runs(work, seed).items()},
             "temperature": settings.temperature,
+            "guidance": settings.guidance,
             "seed": seed,
             "scored_on": "validation part of the training split" if validate else "held-out scans",
         }
-    samples, curves = samples_figure(drawn, scored, said), loss_figure(history)
+    samples, curves = samples_figure(drawn, scored, said), loss_figure(_losses(work, settings.runs(work, seed)))
     result["seconds"] = round(time.perf_counter() - started, 1)
-    save(model, out, tokenizer=words.to_json())
-    pixels.save(out)
+    pipeline.model.save_pretrained(out, tokenizer=pipeline.words.to_json())
+    pipeline.pixels.save(out)
     write_whole(out / "samples.png", lambda path: samples.savefig(path, format="png"))
     write_whole(out / "loss.png", lambda path: curves.savefig(path, format="png"))
     write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    (work / CLAIM).unlink()
     return result
+
+
+CLAIM = "demo.json"
+
+
+def _claim(work: Path, mine: dict[str, Any]) -> None:
+    """Leave ``work`` as it is where these settings were begun there and not finished, else empty."""
+    claim = work / CLAIM
+    if claim.exists() and json.loads(claim.read_text()) == mine:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_whole(claim, lambda path: path.write_text(json.dumps(mine)))
 
 
 @contextmanager
@@ -88,11 +104,23 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def build(settings: Settings, words: WordTokenizer, pixels: PatchTokenizer) -> OmniMamba:
-    """A model with random weights, whose image table starts as the codes themselves, turned into its width."""
-    model = OmniMamba(settings.model(words, pixels, TEXT_SLOTS))
+def prepare(work: Path, settings: Settings, training: Scans, scored: Scans, seed: int) -> None:
+    """Write lessons, exam and the model to begin with; nothing where they are there."""
+    if (work / START).exists():
+        return
+    words = tokenizer()
+    torch.manual_seed(seed)
+    pixels = PatchTokenizer(settings.codes, settings.patch, (8, 8))
+    pixels.fit(training.images, torch.Generator().manual_seed(seed))
+    for name in (DATA, EXAM, "unfinished"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    write_lessons(work / DATA, training, pixels, settings.copies, settings.noise, seed)
+    write_exam(work / EXAM, scored, pixels)
+    model = OmniMamba(settings.model(words, pixels))
     model.backbone.img_embeddings.word_embeddings.weight.data.copy_(_spread(pixels.codebook, settings.d_model))
-    return model
+    model.save_pretrained(work / "unfinished", tokenizer=words.to_json())
+    pixels.save(work / "unfinished")
+    (work / "unfinished").rename(work / START)
 
 
 def _spread(codes: Tensor, width: int) -> Tensor:
@@ -101,34 +129,22 @@ def _spread(codes: Tensor, width: int) -> Tensor:
     return (codes - codes.mean(0)) @ turn.T
 
 
-def teach(
-    model: OmniMamba,
-    settings: Settings,
-    training: Scans,
-    words: WordTokenizer,
-    pixels: PatchTokenizer,
-    seed: int,
-    progress: bool,
-) -> Losses:
-    """All phases in turn.
+def teach(work: Path, runs: dict[str, dict[str, Any]], progress: bool) -> Path:
+    """Each run in turn, as ``omnimamba train`` does it; the folder of the last one's model."""
+    for name, values in runs.items():
+        if name == "stage2":
+            merge(work / "stage1-mmu" / "model", work / "stage1-t2i" / "model", work / MERGED)
+        path = work / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        trained = trainer.run(training_settings.read(path), lambda line: None, progress)
+    return trained
 
-    The paper trains the two halves of its first stage apart and merges them. Neither half trains or
-    reads what the other one's loss depends on, so one after the other comes to the same.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lessons = Lessons(training, words, pixels, generator, settings.batch, settings.noise).by_name()
-    history: Losses = {}
-    total = sum(phase.steps for phase in settings.phases)
-    with tqdm(total=total, unit="step", disable=not progress) as bar:
-        for phase in settings.phases:
-            bar.set_description(phase.name)
-            rows = history[phase.name] = []
 
-            def report(losses: dict[str, float], rows: list = rows) -> None:
-                rows.append(losses)
-                bar.update()
-                if len(rows) % 20 == 0:
-                    bar.set_postfix({lesson: f"{loss:.2f}" for lesson, loss in losses.items()})
-
-            train(model, phase, lessons, report)
-    return history
+def _losses(work: Path, runs: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Each run's losses, a dictionary by lesson for every step."""
+    found = {}
+    for name in runs:
+        lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "step" in line]
+        found[name] = [{k.removeprefix("loss "): v for k, v in step.items() if k.startswith("loss ")} for step in steps]
+    return found

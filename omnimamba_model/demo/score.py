@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..generation import answer, draw
-from ..image_tokenizer import PatchTokenizer
-from ..omnimamba import OmniMamba
-from ..sampling import Sampling
-from ..text_tokenizer import WordTokenizer
+from ..pipeline import Pipeline
+from ..training.lessons import Drawing, Lesson, Understanding
+from ..training.records import open_records
+from .data import DRAWING, IMAGES, UNDERSTANDING, as_pictures
 from .digits import Scans
 from .judge import Judge, copied_fraction, nearest_ratio
-from .lessons import answer_table, caption_table, longest_answer
+from .settings import DATA, Settings
 from .words import CAPTIONS, QUESTIONS, caption
+
+EXAM = "exam"
+"""The folder of the scans to score."""
+MOST = 450
+"""Records that a loss is taken over."""
 
 
 @dataclass(frozen=True)
@@ -29,27 +34,19 @@ class Drawings:
     images: Tensor
 
 
-def make_drawings(
-    model: OmniMamba, words: WordTokenizer, pixels: PatchTokenizer, count: int, sampling: Sampling
-) -> Drawings:
-    """``count`` drawings: digits in turn, the next phrasing after every ten."""
-    places = torch.arange(count)
-    digits, phrasings = places % 10, places // 10 % len(CAPTIONS)
-    prompts = [caption(CAPTIONS[p], d) for p, d in zip(phrasings.tolist(), digits.tolist(), strict=True)]
-    tokens = draw(model, caption_table(words)[phrasings, digits], sampling)
-    return Drawings(prompts, digits, tokens, pixels.decode(tokens))
+def make_drawings(pipeline: Pipeline, settings: Settings, seed: int) -> Drawings:
+    """Digits in turn, the next phrasing after every ten."""
+    digits = torch.arange(settings.drawings) % 10
+    prompts = [caption(CAPTIONS[i // 10 % len(CAPTIONS)], i % 10) for i in range(settings.drawings)]
+    pictures = pipeline.draw(prompts, settings.sampling(seed), settings.guidance)
+    tokens = pipeline.pixels.tokens_of(pictures)
+    return Drawings(prompts, digits, tokens, pipeline.pixels.decode(tokens))
 
 
-def make_answers(
-    model: OmniMamba, words: WordTokenizer, pixels: PatchTokenizer, images: Tensor
-) -> dict[str, list[str]]:
-    """The model's answer to every question about every image (n, height, width), by question."""
-    features, steps = pixels.features(images), longest_answer(words)
-    said = {}
-    for question in QUESTIONS:
-        asked = torch.tensor([words.encode(question)]).expand(len(images), -1)
-        said[question] = [words.decode(ids) for ids in answer(model, features, asked, steps).tolist()]
-    return said
+def make_answers(pipeline: Pipeline, scored: Scans) -> dict[str, list[str]]:
+    """The model's answer to every question about every scan, by question."""
+    pictures = as_pictures(scored.images)
+    return {question: pipeline.ask(pictures, [question] * len(pictures)) for question in QUESTIONS}
 
 
 def answer_accuracy(said: dict[str, list[str]], digits: Tensor) -> dict[str, float]:
@@ -62,32 +59,27 @@ def answer_accuracy(said: dict[str, list[str]], digits: Tensor) -> dict[str, flo
 
 
 @torch.inference_mode()
-def losses(model: OmniMamba, words: WordTokenizer, pixels: PatchTokenizer, scans: Scans) -> dict[str, float]:
-    """Mean cross-entropy in nats: of an image token given the caption, of an answer's word given scan and question.
+def losses(pipeline: Pipeline, folder: Path) -> dict[str, float]:
+    """Mean cross-entropy in nats over a folder's records, ``MOST`` at most: of an image token given a caption, of an
+    answer's token given picture and question."""
+    config, words = pipeline.model.config, pipeline.words
 
-    Captions and questions take turns over the scans.
-    """
-    places = torch.arange(len(scans))
-    captions, (text, labels) = caption_table(words), answer_table(words)
-    asked = captions[places % len(CAPTIONS), scans.labels]
-    about = (places % len(QUESTIONS), scans.labels)
-    return {
-        "t2i": model.t2i(asked, pixels.encode(scans.images)).loss.item(),
-        "mmu": model.mmu(pixels.features(scans.images), text[about], labels[about]).loss.item(),
-    }
+    def loss(lesson: Lesson) -> float:
+        task, batch = lesson(0)
+        return pipeline.model(task, **batch).loss.item()
+
+    drawn, _ = open_records([folder / DRAWING])
+    asked, _ = open_records([folder / UNDERSTANDING])
+    few = [min(MOST, len(records)) for records in (drawn, asked)]
+    looking = Understanding(asked, few[1], config, words, pipeline.pixels, images=folder / IMAGES, text_length=20)
+    return {"t2i": loss(Drawing(drawn, few[0], config, words)), "mmu": loss(looking)}
 
 
 def metrics(
-    model: OmniMamba,
-    words: WordTokenizer,
-    pixels: PatchTokenizer,
-    training: Scans,
-    scored: Scans,
-    drawn: Drawings,
-    said: dict[str, list[str]],
+    pipeline: Pipeline, work: Path, training: Scans, scored: Scans, drawn: Drawings, said: dict[str, list[str]]
 ) -> dict[str, Any]:
     """Every figure of metrics.json but the time; ``training`` is what was learned from, ``scored`` was not."""
-    judge = Judge(training)
+    judge, pixels = Judge(training), pipeline.pixels
     known, others = pixels.encode(training.images), pixels.encode(scored.images)
     by_question = answer_accuracy(said, scored.labels)
     return {
@@ -99,6 +91,6 @@ def metrics(
         "copied_fraction": copied_fraction(drawn.tokens, known),
         "copied_fraction_of_real_scans": copied_fraction(others, known),
         "nearest_ratio": nearest_ratio(drawn.images, pixels.decode(others), pixels.decode(known)),
-        "held_out_loss": losses(model, words, pixels, scored),
-        "training_loss": losses(model, words, pixels, training),
+        "held_out_loss": losses(pipeline, work / EXAM),
+        "training_loss": losses(pipeline, work / DATA),
     }

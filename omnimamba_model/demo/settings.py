@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ..config import MambaConfig, OmniMambaConfig
 from ..image_tokenizer import PatchTokenizer
-from ..text_tokenizer import SPECIAL, WordTokenizer
-from ..training import Phase
+from ..sampling import Sampling
+from ..text_tokenizer import SPECIAL, TextTokenizer
+from .data import DRAWING, IMAGES, TEXT, UNDERSTANDING
+from .words import captions
 
-_ALIKE = dict(learning_rate=4e-3, weight_decay=0.3)
-PHASES = (
-    Phase("stage 0: language and image tokens", "base", ("sentences", "images"), steps=200, **_ALIKE),
-    Phase("stage 1: understanding", "mmu", ("mmu",), steps=200, **_ALIKE),
-    Phase("stage 1: drawing", "t2i", ("t2i",), steps=200, **_ALIKE),
-    Phase("stage 2: both", "joint", ("t2i", "mmu"), steps=3400, **_ALIKE),
-)
-"""Stage 0 stands in for the paper's pre-trained Mamba-2; stages 1 and 2 are the paper's."""
-
-ONE_STAGE = (Phase("one stage: both", "joint", ("t2i", "mmu"), steps=sum(p.steps for p in PHASES), **_ALIKE),)
-"""The control: as many steps, everything learning both tasks from the start."""
+DATA, START, MERGED = "data", "start", "stage1"
+"""Folders besides those of the runs: the lessons, the model to begin with, the two halves of stage 1 as one."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +25,71 @@ class Settings:
     headdim: int = 32
     mlp_ratio: int = 2
     lora_rank: int = 8
-    dropout: float = 0.1
+    dropout: float = 0.0
     patch: int = 2
     codes: int = 64
-    batch: int = 32
+    copies: int = 12
+    """Of every scan, each varied in its own way."""
     noise: float = 0.05
     """Standard deviation of the noise on training pixels, whose range is 1."""
-    phases: tuple[Phase, ...] = PHASES
+    batch: int = 32
+    """Of each task."""
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.1
+    caption_dropout: float = 0.1
+    """The share of captions left empty, which teaches the null prompt of guidance."""
+    stage0: int = 150
+    stage1: int = 100
+    """Steps of each half."""
+    stage2: int = 3400
+    staged: bool = True
+    """False is the control: as many steps, everything learning both tasks from the start."""
     drawings: int = 200
     """Drawings asked for when scoring, spread over digits and phrasings."""
-    temperature: float = 0.7
+    temperature: float = 0.8
+    guidance: float = 2.0
 
     @property
     def schedule(self) -> str:
-        """What metrics.json calls the phases."""
-        return "one stage (control)" if self.phases == ONE_STAGE else "staged"
+        """What metrics.json calls the stages."""
+        return "staged" if self.staged else "one stage (control)"
 
-    def model(self, words: WordTokenizer, pixels: PatchTokenizer, text_slots: int) -> OmniMambaConfig:
+    def sampling(self, seed: int) -> Sampling:
+        return Sampling(self.temperature, seed=seed)
+
+    def model(self, words: TextTokenizer, pixels: PatchTokenizer) -> OmniMambaConfig:
         """The model's config between these two tokenizers."""
+        slots = max(len(words.encode(said)) for digit in range(10) for said in captions(digit))
         return OmniMambaConfig(
             backbone=MambaConfig(
                 d_model=self.d_model, n_layer=self.n_layer, vocab_size=words.vocab_size,
                 d_state=self.d_state, headdim=self.headdim, chunk_size=32, dropout=self.dropout,
             ),
-            tokens=SPECIAL, image_vocab_size=self.codes, image_tokens=pixels.tokens, text_slots=text_slots,
-            image_features=pixels.tokens, feature_dim=pixels.feature_dim, mmu_positions=pixels.tokens + 16,
+            tokens=SPECIAL, image_vocab_size=self.codes, image_tokens=pixels.tokens, text_slots=slots,
+            image_features=pixels.tokens, feature_dim=pixels.feature_dim, mmu_positions=pixels.tokens + 24,
             mlp_ratio=self.mlp_ratio, lora_rank=self.lora_rank, lora_alpha=4.0 * self.lora_rank,
         )  # fmt: skip
+
+    def runs(self, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
+        """What the trainer is told of each run, by name and in order; everything lies in ``folder``."""
+        text = {"files": [str(folder / DATA / TEXT)], "batch": self.batch, "length": 16}
+        t2i = {"files": [str(folder / DATA / DRAWING)], "batch": self.batch, "caption_dropout": self.caption_dropout}
+        mmu = {"files": [str(folder / DATA / UNDERSTANDING)], "images": str(folder / DATA / IMAGES)}
+        mmu |= {"batch": self.batch, "text_length": 20}
+        start, base, merged = str(folder / START), str(folder / "stage0" / "model"), str(folder / MERGED)
+        steps = self.stage0 + 2 * self.stage1 + self.stage2
+        staged = {
+            "stage0": dict(stage="base", steps=self.stage0, model=start, text=text, t2i=t2i | {"caption_dropout": 1.0}),
+            "stage1-mmu": dict(stage="mmu", steps=self.stage1, model=base, mmu=mmu),
+            "stage1-t2i": dict(stage="t2i", steps=self.stage1, model=base, t2i=t2i),
+            "stage2": dict(stage="joint", steps=self.stage2, model=merged, t2i=t2i, mmu=mmu),
+        }
+        control = {"one-stage": dict(stage="joint", steps=steps, model=start, t2i=t2i, mmu=mmu)}
+        shared = dict(
+            learning_rate=self.learning_rate, weight_decay=self.weight_decay, warmup=50, seed=seed,
+            device="cpu", threads=1, save_every=100, keep=1, tensorboard=False,
+        )  # fmt: skip
+        return {
+            name: {"out": str(folder / name), **values, **shared}
+            for name, values in (staged if self.staged else control).items()
+        }

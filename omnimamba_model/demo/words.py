@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..text_tokenizer import WordTokenizer
+from ..pipeline import FORMATS
+from ..text_tokenizer import BpeTokenizer
 
+VOCABULARY = 400
+"""Ids of the tokenizer at most: enough that every word below is one."""
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 """The ten digits, and what comes after nine."""
 
@@ -47,13 +50,17 @@ def caption(phrasing: str, digit: int) -> str:
     return phrasing.replace("{a digit}", f"{article} {name}").replace("{digit}", name)
 
 
+def captions(digit: int) -> list[str]:
+    return [caption(phrasing, digit) for phrasing in CAPTIONS]
+
+
 def sentences() -> list[str]:
     """Plain text about numbers, no image needed: facts and captions."""
-    told = [fact(digit) for fact in FACTS for digit in range(10)]
-    return told + [caption(phrasing, digit) for phrasing in CAPTIONS for digit in range(10)]
+    return [fact(digit) for fact in FACTS for digit in range(10)] + [c for digit in range(10) for c in captions(digit)]
 
 
-def tokenizer() -> WordTokenizer:
-    """A tokenizer that knows every word of the demo."""
-    answers = [answer(digit) for answer in QUESTIONS.values() for digit in range(10)]
-    return WordTokenizer.of_texts([*sentences(), *QUESTIONS, *answers])
+def tokenizer() -> BpeTokenizer:
+    """A byte-level BPE learned from everything that the demo says."""
+    form, _ = FORMATS["instruct"]
+    said = [form.format(question) + answer(digit) for question, answer in QUESTIONS.items() for digit in range(10)]
+    return BpeTokenizer.trained([*sentences(), *said], VOCABULARY)

@@ -9,6 +9,7 @@ start removes. Parameters and moments are stored whole and by name, however many
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 import shutil
@@ -31,6 +32,8 @@ from .loop import Trainer
 FOLDER, EXTRA = "checkpoints", "trainer.pt"
 _NAME, _TEMPORARY = re.compile(r"step-(\d{8})"), ".unfinished-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SOME = dataclasses.replace(_WHOLE, strict=False)
+"""For moments: a parameter that no lesson has reached yet has none."""
 
 
 def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) -> None:
@@ -80,7 +83,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / EXTRA} is damaged: {error}; remove {folder} to go on from before") from error
     set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
-    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_WHOLE)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_SOME)
     trainer.done = done
     if trainer.ranks.rank < len(chance):
         _set_chance(chance[trainer.ranks.rank])

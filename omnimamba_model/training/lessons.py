@@ -64,6 +64,40 @@ class Lesson:
         raise ValueError(f"none of {len(self.records)} records can be used, for example: {worst}")
 
 
+class Reading(Lesson):
+    """Plain text, ``{"text": ..}``, for the base alone: every token and the end of the text are learned, from the end
+    of the text before it on."""
+
+    def __init__(
+        self,
+        records: Records,
+        batch: int,
+        config: OmniMambaConfig,
+        words: TextTokenizer,
+        *,
+        length: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(records, batch, **options)
+        if length < 1:
+            raise ValueError(f"length must be 1 or more, got {length}")
+        self.config, self.words, self.length = config, words, length
+
+    def example(self, record: dict[str, Any], draw: random.Random) -> list[int]:
+        if not isinstance(record.get("text"), str):
+            raise BadRecord("text must be a text")
+        eos = self.config.tokens.eos
+        return [eos, *_encode(self.words, record["text"]), eos][: self.length + 1]
+
+    def join(self, rows: list[Any]) -> Batch:
+        ids = _padded(rows, self.config.tokens.pad)
+        ends = torch.tensor([len(row) for row in rows])[:, None]
+        return "text", {
+            "ids": ids[:, :-1],
+            "labels": ids.masked_fill(torch.arange(ids.shape[1]) >= ends, IGNORE)[:, 1:],
+        }
+
+
 class Drawing(Lesson):
     """T2I: ``{"captions": [text, ..], "tokens": [image_tokens ids]}``; one caption is picked at random.
 
@@ -142,9 +176,8 @@ class Understanding(Lesson):
 
     def join(self, rows: list[Any]) -> Batch:
         """Text is padded on the right to the longest row, as far as a batch needs."""
-        width = max(len(ids) for _, ids, _ in rows)
-        text = torch.tensor([ids + [self.config.tokens.pad] * (width - len(ids)) for _, ids, _ in rows])
-        labels = torch.tensor([marks + [IGNORE] * (width - len(marks)) for _, _, marks in rows])
+        text = _padded([ids for _, ids, _ in rows], self.config.tokens.pad)
+        labels = _padded([marks for _, _, marks in rows], IGNORE)
         features = torch.stack([seen for seen, _, _ in rows]).float()
         return "mmu", {"features": features, "text": text, "labels": labels}
 
@@ -197,6 +230,12 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     if any(who != ("human", "gpt")[i % 2] for i, (who, _) in enumerate(turns)):
         raise BadRecord("conversations must alternate from human to gpt")
     return turns
+
+
+def _padded(rows: list[list[int]], fill: int) -> Tensor:
+    """Lists of numbers as (b, the longest), filled up on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
 def _encode(words: TextTokenizer, text: str) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..omnimamba import OmniMamba, trained_in
+from ..pipeline import load_pixels
 from ..weights import CheckpointError, load, read_tokenizer, save
 
 
@@ -34,4 +35,5 @@ def merge(understanding: str | Path, drawing: str | Path, target: str | Path) ->
         listed = ", ".join(unlike[:10]) + (f" and {len(unlike) - 10} more" if len(unlike) > 10 else "")
         raise CheckpointError(f"{understanding} and {drawing} differ in what neither half trains: {listed}")
     save(model, target, read_tokenizer(drawing) or read_tokenizer(understanding))
+    load_pixels(drawing).save(target)
     return model

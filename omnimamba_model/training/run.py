@@ -29,7 +29,7 @@ from ..text_tokenizer import TextTokenizer
 from ..weights import TOKENIZER, load
 from . import checkpoints
 from .features import FeatureCache
-from .lessons import Drawing, Lesson, Understanding, together
+from .lessons import Drawing, Lesson, Reading, Understanding, together
 from .logs import Logs
 from .loop import Trainer
 from .parallel import Ranks, joined, recompute, spread
@@ -40,7 +40,7 @@ from .settings import Run
 Say = Callable[[str], None]
 
 
-def run(settings: Run, say: Say) -> Path | None:
+def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
     """Train to the end; the folder of the trained model, on the first process. ``say`` takes lines for people."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -60,14 +60,14 @@ def run(settings: Run, say: Say) -> Path | None:
         )
         if checkpoints.resume(trainer, out) and ranks.first:
             say(f"going on after step {trainer.done}")
-        _go(trainer, settings, out, words)
+        _go(trainer, settings, out, words, progress)
         return _finish(trainer, out, words, pixels)
 
 
-def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer) -> None:
+def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progress: bool) -> None:
     steps, first = trainer.phase.steps, trainer.ranks.first
     logs = Logs(out, trainer.done, settings.tensorboard, settings.wandb) if first else None
-    bar = tqdm(total=steps, initial=trainer.done, unit="step", disable=not first, desc=settings.stage)
+    bar = tqdm(total=steps, initial=trainer.done, unit="step", disable=not (first and progress), desc=out.name)
     begun, tokens = time.perf_counter(), 0
     with bar:
         while trainer.done < steps:
@@ -140,22 +140,24 @@ def _lessons(
     settings: Run, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer, ranks: Ranks, say: Say
 ) -> dict[str, Lesson]:
     found: dict[str, Lesson] = {}
-    for name, data in (("t2i", settings.t2i), ("mmu", settings.mmu)):
+    for name in ("text", "t2i", "mmu"):
+        data = getattr(settings, name)
         if data is None:
             continue
         records, bad = open_records(data.files)
         for path, reason in bad.items():
             say(f"{path} is passed over: {reason}")
         say(f"{name}: {len(records):,} records")
+        given = (records, data.batch, config, words)
         shared = dict(seed=settings.seed, ranks=ranks)
-        if name == "t2i":
-            found[name] = Drawing(records, data.batch, config, words, caption_dropout=data.caption_dropout, **shared)
+        if name == "text":
+            found[name] = Reading(*given, length=data.length, **shared)
+        elif name == "t2i":
+            found[name] = Drawing(*given, caption_dropout=data.caption_dropout, **shared)
         else:
             cache = None if data.cache is None else FeatureCache(data.cache, pixels.describe())
-            found[name] = Understanding(
-                records, data.batch, config, words, pixels, form=data.form, images=data.images,
-                text_length=data.text_length, cache=cache, **shared,
-            )  # fmt: skip
+            options = dict(form=data.form, images=data.images, text_length=data.text_length, cache=cache)
+            found[name] = Understanding(*given, pixels, **options, **shared)
     return found
 
 
@@ -171,10 +173,11 @@ def _autocast(settings: Run, ranks: Ranks) -> Callable[[], AbstractContextManage
 
 
 def _tokens(settings: Run, config: OmniMambaConfig) -> int:
-    """Positions of a step over all processes, an understanding text counted at its greatest length."""
+    """Positions of a step over all processes, texts counted at their greatest length."""
+    read = settings.text.batch * settings.text.length if settings.text else 0
     drawn = settings.t2i.batch * config.t2i_positions if settings.t2i else 0
     seen = settings.mmu.batch * (config.image_features + 4 + settings.mmu.text_length) if settings.mmu else 0
-    return settings.accumulate * (drawn + seen)
+    return settings.accumulate * (read + drawn + seen)
 
 
 def _memory(ranks: Ranks) -> float:

@@ -16,6 +16,16 @@ SHIPPED = ("stage1-mmu", "stage1-t2i", "stage2")
 
 
 @dataclass(frozen=True)
+class TextData:
+    """Files of plain text, which a backbone learns before it meets a task, and the batch over all processes."""
+
+    files: tuple[str, ...] = ()
+    batch: int = 1
+    length: int = 1024
+    """Tokens of a row at most."""
+
+
+@dataclass(frozen=True)
 class DrawingData:
     """T2I files, and the batch over all processes."""
 
@@ -49,6 +59,7 @@ class Run:
     fresh: dict[str, Any] | None = None
     tokenizers: str | None = None
     """The folder with both tokenizers; null takes ``model``'s."""
+    text: TextData | None = None
     t2i: DrawingData | None = None
     mmu: UnderstandingData | None = None
     warmup: int = 0
@@ -72,13 +83,13 @@ class Run:
         _expect("stage", self.stage in STAGES, f"one of {', '.join(STAGES)}", self.stage)
         _expect("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}", self.precision)
         _expect("model and fresh", (self.model is None) != (self.fresh is None), "one of the two", "both or none")
-        _expect("t2i and mmu", bool(self.t2i or self.mmu), "data for at least one task", "none")
+        _expect("text, t2i and mmu", bool(self.text or self.t2i or self.mmu), "data for at least one task", "none")
         for name in ("save_every", "keep", "log_every", "threads"):
             value = getattr(self, name)
             if name == "threads" and value is None:
                 continue
             _expect(name, type(value) is int and value >= 1, "a whole number of at least 1", value)
-        for name, data in (("t2i", self.t2i), ("mmu", self.mmu)):
+        for name, data in (("text", self.text), ("t2i", self.t2i), ("mmu", self.mmu)):
             if data is not None:
                 fits = type(data.batch) is int and data.batch >= 1
                 _expect(f"{name}.batch", fits, "a whole number of at least 1", data.batch)
@@ -132,7 +143,7 @@ def _put(values: Any, key: str, value: Any) -> None:
     values[last] = value
 
 
-_GROUPS = {"t2i": DrawingData, "mmu": UnderstandingData}
+_GROUPS = {"text": TextData, "t2i": DrawingData, "mmu": UnderstandingData}
 _KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 

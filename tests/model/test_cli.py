@@ -105,14 +105,14 @@ def test_web_says_what_to_install(calls, monkeypatch, capsys):
 def test_demo_passes_its_options_on(monkeypatch, tmp_path, capsys):
     seen = []
     module = type(sys)("omnimamba_model.demo")
-    module.ONE_STAGE, module.Settings = "control", lambda **changes: changes
+    module.Settings = lambda **changes: changes
     module.run = lambda out, **options: seen.append((out, options)) or {"t2i_accuracy": 0.25}
     monkeypatch.setitem(sys.modules, "omnimamba_model.demo", module)
     assert cli.main(["demo", "--out", str(tmp_path), "--seed", "7"]) == 0
     assert cli.main(["demo", "--out", str(tmp_path), "--control", "--validate"]) == 0
     assert seen == [
-        (tmp_path, {"seed": 7, "settings": {}, "validate": False}),
-        (tmp_path, {"seed": 0, "settings": {"phases": "control"}, "validate": True}),
+        (tmp_path, {"seed": 7, "settings": {"staged": True}, "validate": False}),
+        (tmp_path, {"seed": 0, "settings": {"staged": False}, "validate": True}),
     ]
     assert '"t2i_accuracy": 0.25' in capsys.readouterr().out
 
@@ -120,7 +120,7 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path, capsys):
 def test_demo_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "needs sklearn and matplotlib: pip install 'omnimamba[demo]'" in capsys.readouterr().err
+    assert "needs sklearn and matplotlib and tokenizers: pip install 'omnimamba[demo]'" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_with_status_2(model, tmp_path, capsys):

@@ -1,18 +1,25 @@
 """The demo's data, sentences and measures, each on its own."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 pytest.importorskip("sklearn")
+pytest.importorskip("tokenizers")
 
-from omnimamba_model.demo.digits import Scans, shift, split
+from omnimamba_model.config import OmniMambaConfig
+from omnimamba_model.demo.data import as_pictures, vary, write_exam, write_lessons
+from omnimamba_model.demo.digits import Scans, split
 from omnimamba_model.demo.judge import Judge, copied_fraction, nearest_ratio
-from omnimamba_model.demo.lessons import TEXT_SLOTS, Lessons, answer_table, caption_table, longest_answer
 from omnimamba_model.demo.score import answer_accuracy
-from omnimamba_model.demo.words import CAPTIONS, NAMES, QUESTIONS, caption, tokenizer
+from omnimamba_model.demo.settings import Settings
+from omnimamba_model.demo.words import CAPTIONS, QUESTIONS, caption, captions, sentences, tokenizer
 from omnimamba_model.image_tokenizer import PatchTokenizer
-from omnimamba_model.omnimamba import IGNORE
-from omnimamba_model.text_tokenizer import SPECIAL
+from omnimamba_model.training.settings import read
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -25,13 +32,20 @@ def scans() -> Scans:
 
 
 @pytest.fixture(scope="module")
-def lessons(scans) -> Lessons:
-    pixels = PatchTokenizer(32, 2, (8, 8)).fit(scans.images, seeded())
-    return Lessons(scans, tokenizer(), pixels, generator=seeded(), batch=64, noise=0.0)
+def pixels(scans) -> PatchTokenizer:
+    return PatchTokenizer(32, 2, (8, 8)).fit(scans.images, seeded())
+
+
+def few(scans: Scans, count: int) -> Scans:
+    return Scans(scans.images[:count], scans.labels[:count])
 
 
 def rows(scans: Scans) -> list[tuple]:
     return [tuple(row) for row in scans.images.flatten(1).tolist()]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_split_is_whole_disjoint_and_stratified():
@@ -47,39 +61,30 @@ def test_the_split_is_whole_disjoint_and_stratified():
     assert torch.equal(split()[1].images, held_out.images)
 
 
-def test_shifts_move_by_a_pixel_at_most():
-    image = torch.arange(1.0, 65).view(1, 8, 8)
-    moved = shift(image.expand(500, -1, -1), seeded())
-    padded = torch.nn.functional.pad(image[0], (1, 1, 1, 1))
-    wanted = {(i, j): padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)}
-    found = {place for one in moved for place, whole in wanted.items() if torch.equal(one, whole)}
-    assert found == set(wanted)
-    assert all(any(torch.equal(one, whole) for whole in wanted.values()) for one in moved)
+def test_variations_are_small_and_differ(scans):
+    image = scans.images[:1]
+    varied = vary(image.expand(300, -1, -1), seeded())
+    far = (varied - image).square().mean((1, 2)).sqrt()
+    assert 0.02 < far.min() and far.max() < 0.35 and len({tuple(v) for v in varied.flatten(1).tolist()}) == 300
+    middle = torch.zeros(400, 8, 8)
+    middle[:, 3:5, 3:5] = 1
+    moved = vary(middle, seeded())
+    places = torch.arange(8.0)
+    down = (moved.sum(2) * places).sum(1) / moved.sum((1, 2)) - 3.5
+    right = (moved.sum(1) * places).sum(1) / moved.sum((1, 2)) - 3.5
+    for offset in (down, right):
+        assert -0.6 < offset.min() < -0.3 and 0.3 < offset.max() < 0.6 and abs(offset.mean()) < 0.05
 
 
-def test_captions_read_well_and_fit():
+def test_captions_read_well_and_every_word_is_one_token():
     words = tokenizer()
     assert caption("{a digit}", 1) == "a one"
     assert caption("a picture of {a digit}", 8) == "a picture of an eight"
     assert caption("draw the digit {digit}", 7) == "draw the digit seven"
-    table = caption_table(words)
-    assert table.shape == (len(CAPTIONS), 10, TEXT_SLOTS)
-    assert words.decode(table[3, 7].tolist()) == "a handwritten seven"
-    assert table[3, 7, :2].tolist() == [SPECIAL.pad] * 2
-    assert len({tuple(ids) for ids in table.flatten(0, 1).tolist()}) == 10 * len(CAPTIONS)
-
-
-def test_answers_alone_carry_loss():
-    words = tokenizer()
-    text, labels = answer_table(words)
-    for i, (question, answer) in enumerate(QUESTIONS.items()):
-        for digit in range(10):
-            asked = words.encode(question)
-            assert text[i, digit, : len(asked)].tolist() == asked
-            learned = labels[i, digit][labels[i, digit] != IGNORE].tolist()
-            assert learned == [*words.encode(answer(digit)), SPECIAL.eos]
-            assert text[i, digit][labels[i, digit] != IGNORE].tolist() == learned
-    assert longest_answer(words) == 4
+    assert len({said for digit in range(10) for said in captions(digit)}) == 10 * len(CAPTIONS)
+    for said in sentences():
+        assert len(words.encode(said)) == len(said.split()) and words.decode(words.encode(said)) == said
+    assert words.decode(words.encode("something else entirely")) == "something else entirely"
 
 
 def test_answers_are_true():
@@ -89,48 +94,72 @@ def test_answers_are_true():
     assert right["which number comes after this digit?"] == ["four", "five", "ten"]
 
 
-def test_batches_pair_scans_with_their_own_words(lessons, scans):
-    words = tokenizer()
-    task, batch = lessons.draw()
-    assert task == "t2i"
-    known = {
-        tuple(t): d for t, d in zip(lessons.pixels.encode(scans.images).tolist(), scans.labels.tolist(), strict=True)
-    }
-    for ids, drawn in zip(batch["caption"].tolist(), batch["image"].tolist(), strict=True):
-        assert NAMES[known[tuple(drawn)]] in words.decode(ids).split()
-
-    task, batch = lessons.look()
-    assert task == "mmu" and batch["features"].shape == (64, 16, 16)
-    assert ((batch["labels"] == batch["text"]) | (batch["labels"] == IGNORE)).all()
-    assert (batch["labels"] != IGNORE).any(1).all()
-
-
-def test_stage_0_sees_no_caption_and_no_adapter(lessons):
-    task, batch = lessons.imagine()
-    assert task == "t2i" and batch["adapter"] is False and (batch["caption"] == SPECIAL.pad).all()
-    task, batch = lessons.read()
-    assert task == "text"
-    told = batch["labels"] != IGNORE
-    assert torch.equal(batch["ids"][:, 1:][told[:, :-1]], batch["labels"][:, :-1][told[:, :-1]])
-    assert ((batch["labels"] == SPECIAL.eos).sum(1) == 1).all()
+def test_lessons_pair_scans_with_their_own_words(scans, pixels, tmp_path):
+    some, copies = few(scans, 20), 3
+    write_lessons(tmp_path / "data", some, pixels, copies, noise=0.0, seed=0)
+    known = dict(zip(map(tuple, pixels.encode(some.images).tolist()), some.labels.tolist(), strict=True))
+    drawn = lines(tmp_path / "data" / "t2i.jsonl")
+    assert len(drawn) == 20 * copies
+    assert all(record["captions"] == captions(known[tuple(record["tokens"])]) for record in drawn)
+    asked = json.loads((tmp_path / "data" / "mmu.json").read_text())
+    assert len(asked) == 20 * copies and len({record["image"] for record in asked}) == 20 * copies
+    by_scan: dict[int, set] = {}
+    for i, record in enumerate(asked):
+        (human, question), (gpt, answer) = ((turn["from"], turn["value"]) for turn in record["conversations"])
+        question = question.removeprefix("<image>\n")
+        assert (human, gpt) == ("human", "gpt") and answer == QUESTIONS[question](some.labels[i % 20].item())
+        by_scan.setdefault(i % 20, set()).add(question)
+        with Image.open(tmp_path / "data" / "images" / record["image"]) as picture:
+            assert picture.size == (8, 8)
+    assert all(len(questions) == copies for questions in by_scan.values())
+    assert {record["text"] for record in lines(tmp_path / "data" / "text.jsonl")} == set(sentences())
 
 
-def test_noise_gives_a_scan_other_tokens_but_not_another_look(lessons, scans):
-    few = Scans(scans.images[:1], scans.labels[:1])
-    noisy = Lessons(few, tokenizer(), lessons.pixels, generator=seeded(), batch=64, noise=0.05)
-    tokens = noisy.draw()[1]["image"]
-    plain = lessons.pixels.encode(few.images)
+def test_the_exam_asks_everything_about_scans_as_they_are(scans, pixels, tmp_path):
+    some = few(scans, 5)
+    write_exam(tmp_path / "exam", some, pixels)
+    asked = json.loads((tmp_path / "exam" / "mmu.json").read_text())
+    assert len(asked) == 5 * len(QUESTIONS)
+    pictures = []
+    for i in range(5):
+        with Image.open(tmp_path / "exam" / "images" / asked[i * len(QUESTIONS)]["image"]) as picture:
+            pictures.append(picture.copy())
+    torch.testing.assert_close(pixels.look(pictures), pixels.features(some.images), rtol=0, atol=0.005)
+    tokens = torch.tensor([record["tokens"] for record in lines(tmp_path / "exam" / "t2i.jsonl")])
+    assert torch.equal(tokens, pixels.encode(some.images))
+
+
+def test_noise_gives_a_scan_other_tokens_but_not_another_look(scans, pixels, tmp_path):
+    one = few(scans, 1)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_lessons(tmp_path / name, one, pixels, 40, noise=0.05, seed=seed)
+    tokens = torch.tensor([record["tokens"] for record in lines(tmp_path / "a" / "t2i.jsonl")])
     assert len({tuple(row) for row in tokens.tolist()}) > 4
-    assert (lessons.pixels.decode(tokens) - lessons.pixels.decode(plain)).square().mean().sqrt() < 0.1
+    assert (pixels.decode(tokens) - one.images).square().mean().sqrt() < 0.15
+    read_all = [(tmp_path / name / "t2i.jsonl").read_text() for name in "abc"]
+    assert read_all[0] == read_all[1] != read_all[2]
 
 
-def test_batches_follow_the_generator(scans):
-    pixels = PatchTokenizer(8, 2, (8, 8)).fit(scans.images[:200], seeded())
+def test_pictures_keep_grey_levels():
+    images = torch.linspace(-0.5, 1.5, 64).view(1, 8, 8)
+    (picture,) = as_pictures(images)
+    levels = torch.tensor(list(picture.tobytes())).view(1, 8, 8) / 255
+    torch.testing.assert_close(levels, images.clamp(0, 1), rtol=0, atol=0.002)
 
-    def first(seed: int) -> torch.Tensor:
-        return Lessons(scans, tokenizer(), pixels, generator=seeded(seed), batch=8, noise=0.05).draw()[1]["image"]
 
-    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
+def test_settings_make_the_trainers(pixels, tmp_path):
+    settings = Settings(codes=32)
+    OmniMambaConfig.from_dict(settings.model(tokenizer(), pixels).to_dict())
+    staged, control = (Settings(staged=s).runs(tmp_path, seed=3) for s in (True, False))
+    assert list(staged) == ["stage0", "stage1-mmu", "stage1-t2i", "stage2"] and list(control) == ["one-stage"]
+    runs = {}
+    for name, values in {**staged, **control}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        runs[name] = read(tmp_path / f"{name}.yaml")
+        assert runs[name].seed == 3 and Path(runs[name].out) == tmp_path / name
+    assert [runs[name].stage for name in staged] == ["base", "mmu", "t2i", "joint"]
+    assert runs["stage0"].t2i.caption_dropout == 1 and 0 < runs["stage2"].t2i.caption_dropout < 0.5
+    assert sum(runs[name].steps for name in staged) == runs["one-stage"].steps
 
 
 def test_the_judge_knows_real_scans_and_not_noise(scans):

@@ -29,12 +29,11 @@ def understanding_logits(model: OmniMamba, features, text):
     return b(x + b.mmu_pos_embed[:, : x.shape[1]], MMU) @ b.embedding.weight.T
 
 
-@pytest.mark.parametrize("adapter", [True, False])
-def test_drawing_format_and_loss(model, caption, image, adapter):
-    full = drawing_logits(model, caption, image, T2I if adapter else BASE)
+def test_drawing_format_and_loss(model, caption, image):
+    full = drawing_logits(model, caption, image, T2I)
     first = model.config.t2i_prompt
     expected = full[:, first - 1 : first - 1 + model.config.image_tokens]
-    logits, loss = model("t2i", caption=caption, image=image, adapter=adapter)
+    logits, loss = model("t2i", caption=caption, image=image)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), image.flatten()))
 
@@ -103,7 +102,7 @@ def test_gradients_reach_exactly_the_stage(model, stage, caption, image, feature
     model.train()
     loss = torch.zeros(())
     if stage == "base":
-        loss = loss + model.text(text[:, :-1], text[:, 1:]).loss + model.t2i(caption, image, adapter=False).loss
+        loss = loss + model.text(text[:, :-1], text[:, 1:]).loss + model.t2i(caption, image).loss
     if stage in ("t2i", "joint"):
         loss = loss + model.t2i(caption, image).loss
     if stage in ("mmu", "joint"):

@@ -12,7 +12,7 @@ def phase(stage: str = "joint", lessons: tuple[str, ...] = ("t2i", "mmu"), steps
 def lessons(caption, image, features, text):
     return {
         "sentences": lambda place: ("text", {"ids": text[:, :-1], "labels": text[:, 1:]}),
-        "images": lambda place: ("t2i", {"caption": caption, "image": image, "adapter": False}),
+        "images": lambda place: ("t2i", {"caption": caption, "image": image}),
         "t2i": lambda place: ("t2i", {"caption": caption, "image": image}),
         "mmu": lambda place: ("mmu", {"features": features, "text": text, "labels": text}),
     }

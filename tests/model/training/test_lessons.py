@@ -6,7 +6,7 @@ import torch
 from omnimamba_model.omnimamba import IGNORE
 from omnimamba_model.text_tokenizer import SPECIAL
 from omnimamba_model.training.features import FeatureCache
-from omnimamba_model.training.lessons import Drawing, Understanding
+from omnimamba_model.training.lessons import Drawing, Reading, Understanding
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.records import open_records
 
@@ -119,3 +119,26 @@ def test_pictures_are_looked_at_once(data, looks, pixels, tmp_path, monkeypatch)
     assert torch.equal(looks(batch=7, cache=cache)(0)[1]["features"], plain)
     other = FeatureCache(tmp_path / "cache", "another encoder").path((data / "0.png").read_bytes())
     assert path != other and path.read_bytes() != b"damaged"
+
+
+def test_plain_text_is_learned_from_end_to_end(config, words):
+    records = [{"text": "a cat"}, {"text": "the red house"}, {"text": 3}]
+    lesson = Reading(records, 2, config, words, length=5)
+    task, batch = lesson(0)
+    assert task == "text" and lesson.passed_over.keys() <= {"text must be a text"}
+    eos = SPECIAL.eos
+    said = [words.encode(text) for text in ("a cat", "the red house")]
+    found = []
+    for ids, labels in zip(batch["ids"].tolist(), batch["labels"].tolist(), strict=True):
+        told = [i for i in labels if i != IGNORE]
+        assert ids[: len(told)] == [eos, *told[:-1]] and labels[len(told) :] == [IGNORE] * (len(labels) - len(told))
+        assert told[-1] == eos and set(ids[len(told) :]) <= {SPECIAL.pad, eos}
+        found.append(told[:-1])
+    assert sorted(found) in (sorted(said), said[:1] * 2, said[1:] * 2)
+    for place in range(1, 4):
+        lesson(place)
+    assert set(lesson.passed_over) == {"text must be a text"}
+    (cut,) = Reading(records[1:2], 1, config, words, length=2)(0)[1]["labels"].tolist()
+    assert cut == words.encode("the red")
+    with pytest.raises(ValueError, match="length must be 1 or more"):
+        Reading(records, 1, config, words, length=0)

@@ -55,9 +55,10 @@ def test_a_run_leaves_a_model_that_draws_and_answers(settings, values):
     assert len(Pipeline.load(folder).draw(["a cat"], sampling=GREEDY)) == 1
 
 
-def test_a_stopped_run_goes_on_with_the_same_losses(settings, values, tmp_path):
-    whole = tmp_path / "whole"
-    run(settings(out=str(whole), fresh=values["fresh"] | {"lora_dropout": 0.3}), quietly)
+@pytest.mark.parametrize("other", [{}, {"mmu": None}], ids=["both tasks", "parameters that nothing reaches"])
+def test_a_stopped_run_goes_on_with_the_same_losses(settings, values, tmp_path, other):
+    whole, other = tmp_path / "whole", other | {"fresh": values["fresh"] | {"lora_dropout": 0.3}}
+    run(settings(out=str(whole), **other), quietly)
 
     class Stop(Exception):
         pass
@@ -73,10 +74,10 @@ def test_a_stopped_run_goes_on_with_the_same_losses(settings, values, tmp_path):
         Trainer.step = step
         try:
             with pytest.raises(Stop):
-                run(settings(fresh=values["fresh"] | {"lora_dropout": 0.3}), quietly)
+                run(settings(**other), quietly)
         finally:
             Trainer.step = taken
-    run(settings(fresh=values["fresh"] | {"lora_dropout": 0.3}), quietly)
+    run(settings(**other), quietly)
     assert losses(values["out"]) == losses(whole)
     a, b = (load(Path(out) / "model").state_dict() for out in (values["out"], whole))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -162,6 +163,7 @@ def test_both_stages_and_their_merge(settings, values, tmp_path, capsys):
     halves = [str(tmp_path / name / "model") for name in ("mmu", "t2i")]
     assert main(["merge", *halves, str(tmp_path / "merged")]) == 0
     merged, begun = load(tmp_path / "merged").state_dict(), load(start).state_dict()
+    run(settings(out=str(tmp_path / "two"), **given | {"model": str(tmp_path / "merged"), "steps": 1}), quietly)
     mmu, t2i = (load(half).state_dict() for half in halves)
     for name, tensor in merged.items():
         source = mmu if trained_in("mmu", name) else t2i if trained_in("t2i", name) else begun
@@ -171,6 +173,14 @@ def test_both_stages_and_their_merge(settings, values, tmp_path, capsys):
     run(settings(out=str(tmp_path / "other"), steps=1, seed=9), quietly)
     assert main(["merge", halves[0], str(tmp_path / "other" / "model"), str(tmp_path / "x")]) == 2
     assert "what neither half trains" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_backbone_learns_from_plain_text_before_any_task(settings, values, data):
+    (data / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a cat", "the red house")))
+    text = {"files": [str(data / "text.jsonl")], "batch": 2, "length": 8}
+    run(settings(stage="base", text=text, mmu=None, steps=12, save_every=12), quietly)
+    found = losses(values["out"])
+    assert set(found[0]) >= {"loss text", "loss t2i"} and found[-1]["loss text"] < found[0]["loss text"] - 0.5
 
 
 def test_another_run_is_not_continued_by_mistake(settings, values, capsys):
