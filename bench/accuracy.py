@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from omnimamba_model.config import TASKS
-from omnimamba_model.demo.digits import split
-from omnimamba_model.demo.lessons import answer_table, caption_table
-from omnimamba_model.demo.words import CAPTIONS, QUESTIONS
+from omnimamba_model.demo.experiment import WORK
+from omnimamba_model.demo.score import EXAM, predictions
 from omnimamba_model.pipeline import Pipeline
 
 from .measure import relative_error
@@ -33,19 +32,10 @@ class Scored:
     loss: float
 
 
-@torch.inference_mode()
 def score(folder: Path, dtype: str | None) -> dict[str, Scored]:
-    """Both tasks over the held-out scans, captions and questions taking turns, with matrices cast to ``dtype``."""
+    """Both tasks over the demo's exam, captions and questions as they come, with matrices cast to ``dtype``."""
     made = Pipeline.load(folder, dtype=None if dtype is None else getattr(torch, dtype))
-    _, scans = split()
-    places = torch.arange(len(scans))
-    text, labels = answer_table(made.words)
-    about = (places % len(QUESTIONS), scans.labels)
-    asked = caption_table(made.words)[places % len(CAPTIONS), scans.labels]
-    found = {
-        "t2i": made.model.t2i(asked, made.pixels.encode(scans.images)),
-        "mmu": made.model.mmu(made.pixels.features(scans.images), text[about], labels[about]),
-    }
+    found = predictions(made, folder / WORK / EXAM)
     return {task: Scored(p.logits.float(), p.loss.item()) for task, p in found.items()}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..omnimamba import Prediction
 from ..pipeline import Pipeline
-from ..training.lessons import Drawing, Lesson, Understanding
+from ..training.lessons import Drawing, Understanding
 from ..training.records import open_records
 from .data import DRAWING, IMAGES, UNDERSTANDING, as_pictures
 from .digits import Scans
@@ -21,7 +22,7 @@ from .words import CAPTIONS, QUESTIONS, caption
 EXAM = "exam"
 """The folder of the scans to score."""
 MOST = 450
-"""Records that a loss is taken over."""
+"""Records that are predicted."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,22 @@ def answer_accuracy(said: dict[str, list[str]], digits: Tensor) -> dict[str, flo
 
 
 @torch.inference_mode()
-def losses(pipeline: Pipeline, folder: Path) -> dict[str, float]:
-    """Mean cross-entropy in nats over a folder's records, ``MOST`` at most: of an image token given a caption, of an
-    answer's token given picture and question."""
+def predictions(pipeline: Pipeline, folder: Path) -> dict[str, Prediction]:
+    """By task, over a folder's records, ``MOST`` at most: image tokens given a caption, an answer's given picture and
+    question."""
     config, words = pipeline.model.config, pipeline.words
-
-    def loss(lesson: Lesson) -> float:
-        task, batch = lesson(0)
-        return pipeline.model(task, **batch).loss.item()
-
     drawn, _ = open_records([folder / DRAWING])
     asked, _ = open_records([folder / UNDERSTANDING])
     few = [min(MOST, len(records)) for records in (drawn, asked)]
+    drawing = Drawing(drawn, few[0], config, words)
     looking = Understanding(asked, few[1], config, words, pipeline.pixels, images=folder / IMAGES, text_length=20)
-    return {"t2i": loss(Drawing(drawn, few[0], config, words)), "mmu": loss(looking)}
+    batches = [lesson(0) for lesson in (drawing, looking)]
+    return {task: pipeline.model(task, **batch) for task, batch in batches}
+
+
+def losses(pipeline: Pipeline, folder: Path) -> dict[str, float]:
+    """``predictions``' mean cross-entropy in nats a token."""
+    return {task: prediction.loss.item() for task, prediction in predictions(pipeline, folder).items()}
 
 
 def metrics(
