@@ -109,6 +109,22 @@ OM_DEVICE int64_t integer_at(const View& v, int64_t i, int64_t j = 0) {
   return v.dtype == DType::I64 ? *v.at<int64_t>(i, j) : static_cast<int64_t>(*v.at<int32_t>(i, j));
 }
 
+// Element (i, j, k) of a tensor of any float type, for operands so small that asking for the type costs nothing.
+OM_DEVICE float float_at(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
+  switch (v.dtype) {
+    case DType::BF16: return to_float(*v.at<bf16>(i, j, k));
+    case DType::F16: return to_float(*v.at<f16>(i, j, k));
+    default: return *v.at<float>(i, j, k);
+  }
+}
+OM_DEVICE void put_float(float value, const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
+  switch (v.dtype) {
+    case DType::BF16: *v.at<bf16>(i, j, k) = from_float<bf16>(value); break;
+    case DType::F16: *v.at<f16>(i, j, k) = from_float<f16>(value); break;
+    default: *v.at<float>(i, j, k) = value;
+  }
+}
+
 // For the host: whether packs of `bytes` can be read at every index of the first `dimensions` dimensions of v.
 inline bool packs(const View& v, int dimensions, int64_t element, int64_t bytes) {
   if (!v) return true;

@@ -24,9 +24,15 @@ constexpr int kInt8Group = 64;  // neighbouring int8 weights of a row that share
 
 struct LoraLinearParams {
   View x, weight, weight_scale, lora_A, lora_B, bias, task, y, workspace;
-  int64_t rows = 0, in = 0, out = 0, rank = 0;
+  View low;  // (rows, tasks r) float, contiguous; of the CUDA kernels: scale u A^T, 0 outside the row's own task
+  int64_t rows = 0, in = 0, out = 0, tasks = 0, rank = 0;
   float scale = 1;
-  int threads = 1;
+  bool project = false;  // of the CUDA kernels: low comes out too, where it is given; else it goes in
+  bool dropout = false;  // of lora_linear_low: as in LoraDropoutParams
+  uint32_t seed = 0, threshold = 0;
+  float keep = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 // workspace: rows * (in rounded up to a multiple of 32 + rank) floats.

@@ -12,7 +12,7 @@
 //          where there is enough of it; float32 between the three.
 // Traffic  2 h p n elements of ssm_state a row; the rest is small beside it.
 #pragma once
-#include "common/types.h"
+#include "../common/types.h"
 
 namespace omnimamba {
 
@@ -20,13 +20,18 @@ struct MambaMixerStepParams {
   View zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight;
   View state_batch_indices;  // (b,) int32 or int64; absent: row b has slot b
   View out;
-  View workspace;  // b (2 channels + h p + h) + channels (w + 1) + 2 (h + h p) floats, channels = h p + 2 g n
+  View
+      workspace;  // b (2 channels + h p + h) + channels (w + 1) + 2 (h + h p) floats, channels = h p + 2 g n; of the CUDA
+                  // kernel: mamba_mixer_step_workspace() floats
+  View tickets;  // (slots, h) int32, contiguous, 0 before and after; of the CUDA kernel
   int64_t batch = 0, heads = 0, headdim = 0, groups = 1, state = 0, extra = 0, width = 0, state_len = 0;
   float eps = 0;
   bool norm_before_gate = true, activation = true, headwise_D = true;  // headwise_D: D is (h,)
-  int threads = 1;
+  int threads = 1;                                                     // of the processor
+  uint64_t stream = 0;                                                 // of the GPU
 };
 
 void mamba_mixer_step(const MambaMixerStepParams& p);
+int64_t mamba_mixer_step_workspace(const MambaMixerStepParams& p);
 
 }  // namespace omnimamba

@@ -38,8 +38,10 @@ SMALL = (
     Case((50,), 33, 131, tasks=1, rank=2),
     Case((5, 11), 300, 61, tasks=3, rank=3, bias=True),
     Case((67,), 96, 290, tasks=2, rank=8),
+    Case((12,), 264, 72, rank=8),
+    Case((70,), 96, 264, tasks=3, rank=6, bias=True),
 )
-"""Few and many rows, primes, one of everything, more of each than one block of the matrix product."""
+"""Few and many rows, primes, one of everything, more of each than one block of a product, rows of whole packs."""
 
 
 def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:

@@ -15,14 +15,11 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import triton_launch
-from ..triton_launch import is_capturing, launch, settings, target_of
+from ..triton_launch import launch, settings, target_of
+from .tickets import tickets
 from .triton_step import step_kernel
-
-# Each state's tickets (slots, h), all 0 between steps. They belong to the state, which one step at a time may change.
-_TICKETS = WeakTensorKeyDictionary()
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -63,7 +60,7 @@ def forward(
     launch(
         step_kernel, (b * ngroups * members,),
         zxbcdt, conv_state, ssm_state, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, state_batch_indices,
-        out, u, squares, _tickets(ssm_state), h, ngroups, headdim, n, extra, rmsnorm_eps,
+        out, u, squares, tickets(ssm_state), h, ngroups, headdim, n, extra, rmsnorm_eps,
         *zxbcdt.stride(), *conv_state.stride(), *ssm_state.stride(), *conv1d_weight.stride(), _stride(conv1d_bias),
         _stride(dt_bias), _stride(A), _stride(D), D.stride(1) if D is not None and D.dim() == 2 else 0,
         _stride(rmsnorm_weight), _stride(state_batch_indices),
@@ -77,13 +74,3 @@ def forward(
 
 def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
-
-
-def _tickets(ssm_state: Tensor) -> Tensor:
-    shape = ssm_state.shape[:2]
-    tickets = _TICKETS.get(ssm_state)
-    if tickets is None or tickets.shape != shape:
-        tickets = torch.zeros(shape, dtype=torch.int32, device=ssm_state.device)
-        if not is_capturing(ssm_state):  # else they are zeroed by the graph's own runs, and by nothing else
-            _TICKETS[ssm_state] = tickets
-    return tickets

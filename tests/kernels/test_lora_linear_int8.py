@@ -49,7 +49,7 @@ def oracle(x, weight, weight_scale, lora_A, lora_B, bias, task):
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(request):
-    if "run" in request.fixturenames and request.getfixturevalue("run") == "triton":
+    if "run" in request.fixturenames and request.getfixturevalue("run").startswith(("triton", "cuda")):
         pytest.skip("int8 weights are a CPU's")
 
 

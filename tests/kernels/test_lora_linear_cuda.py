@@ -1,0 +1,112 @@
+"""The CUDA kernels of lora_linear where they differ from the others: tiles, layouts, numbers of rows and of ranks."""
+
+from __future__ import annotations
+
+import emulated
+import pytest
+import torch
+from common import check, placing, running, same_bits
+from test_lora_linear import FLOATS, layer, oracle
+
+from omnimamba_kernels import lora_linear
+from omnimamba_kernels.lora_linear.cases import Case, inputs
+
+pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+SHORT = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _emulated():
+    with running("cuda-emulated"), placing(torch.device("cpu")):
+        yield
+    emulated.configure()
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((30,), 72, 40, rank=8),  # one more tile of ranks, two and four of rows
+        Case((64,), 296, 40, rank=8, bias=True),
+        Case((3,), 64, 24, tasks=3, rank=7),  # too many ranks for one launch
+        Case((66,), 64, 24, tasks=5, rank=8),  # two blocks of ranks
+        Case((70,), 64, 24, tasks=1, rank=1),
+    ],
+    ids=str,
+)
+def test_rows_of_whole_packs(case, dtype):
+    check("cuda-emulated", layer, oracle, inputs(case, dtype, dtype), wanted=FLOATS)
+
+
+@pytest.mark.parametrize("case", [Case((8,), 40, 8456, tasks=1, rank=2), Case((9,), 40, 8456, tasks=0)], ids=str)
+def test_wide_blocks(case):
+    check("cuda-emulated", layer, oracle, inputs(case, torch.bfloat16, torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", [Case((5,), 64, 40, rank=8), Case((70,), 64, 40, rank=8)], ids=str)
+@pytest.mark.parametrize("adapters", [torch.float32, torch.float16], ids=str)
+def test_adapters_of_another_type(case, adapters):
+    tensors = inputs(case, torch.bfloat16, torch.bfloat16)
+    tensors |= {key: tensors[key].to(adapters) for key in ("lora_A", "lora_B")}
+    check("cuda-emulated", layer, oracle, tensors, wanted=FLOATS)
+
+
+def product(m, n, k, a_along, b_along, dtype=torch.bfloat16):
+    """c = a b of small whole numbers, exact in every order; which dimension of a and b is contiguous."""
+    make = torch.Generator().manual_seed(m + n + k)
+    a = torch.randint(-4, 5, (m, k), generator=make).to(dtype)
+    b = torch.randint(-4, 5, (k, n), generator=make).to(dtype)
+    a = a if a_along == "k" else a.t().contiguous().t()
+    b = b if b_along == "n" else b.t().contiguous().t()
+    c = torch.empty(m, n, dtype=torch.float32)
+    emulated.module().kernels["lora_matmul"](a=a, b=b, c=c, m=m, n=n, k=k)
+    return c, a.float() @ b.float()
+
+
+LAYOUTS = [("k", "k"), ("k", "n"), ("m", "n"), ("m", "k")]
+
+
+@pytest.mark.parametrize("a_along, b_along", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 8), (72, 136, 200), (130, 8264, 24)], ids=["one", "small tiles", "large tiles"]
+)
+def test_products_are_exact_in_every_layout(shape, a_along, b_along):
+    if shape[0] % 8 and a_along == "m":
+        shape = (136, *shape[1:])
+    c, want = product(*shape, a_along, b_along)
+    assert torch.equal(c, want)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("early", [False, True])
+def test_any_order_of_threads_and_copies(seed, early):
+    """Seven stages of the depth go round a ring of four, with copies that land at once or as late as they may."""
+    emulated.configure(seed, early)
+    for along in LAYOUTS[:3]:
+        c, want = product(64, 64, 224, *along)
+        assert torch.equal(c, want)
+
+
+@pytest.mark.parametrize("case", [Case((20,), 264, 40, rank=8), Case((70,), 96, 40, rank=8)], ids=str)
+def test_no_order_of_threads_changes_a_bit(case):
+    tensors = inputs(case, torch.bfloat16, torch.bfloat16)
+    want = layer(**tensors)
+    for seed in range(3):
+        emulated.configure(seed)
+        assert same_bits(layer(**tensors), want)
+
+
+@pytest.mark.parametrize("out", [40, 41], ids=["packs", "no packs"])
+@pytest.mark.parametrize("rows", [3, 17, 64])
+def test_a_row_is_the_same_among_any_others(out, rows):
+    t = inputs(Case((64,), 72, out, rank=8), torch.bfloat16, torch.bfloat16)
+    some = t | {"x": t["x"][:rows], "task": t["task"][:rows]}
+    assert same_bits(layer(**some), layer(**t)[:rows])
+
+
+def test_infinite_adapters_stay_infinite():
+    """low in two parts: what is left of an infinite one is no NaN."""
+    t = inputs(Case((65,), 8, 8, tasks=1, rank=1), torch.bfloat16, torch.bfloat16)
+    t["x"][3, 0] = float("inf")
+    t["lora_A"].fill_(1.0), t["weight"].fill_(1.0), t["lora_B"].fill_(1.0)
+    assert (lora_linear(**(t | {"task": 0}))[3] == float("inf")).all()
