@@ -7,6 +7,7 @@
 #include "gated_norm/gated_norm.h"
 #include "lora_linear/gpu.h"
 #include "mamba_mixer/mamba_mixer.h"
+#include "ssd_scan/ssd_scan.h"
 #include "state_update/state_update.h"
 #if defined(OMNIMAMBA_CUDA)
 #include "common/device.h"
@@ -15,7 +16,6 @@
 #include "common/isa.h"
 #include "common/simd.h"
 #include "lora_linear/matmul.h"
-#include "ssd_scan/ssd_scan.h"
 #endif
 
 using namespace omnimamba;
@@ -126,7 +126,6 @@ void bind_mamba_mixer(py::module_& m) {
 #endif
 }
 
-#if !defined(OMNIMAMBA_CUDA)
 void bind_ssd_scan(py::module_& m) {
   using Params = SsdScanParams;
   auto& fields = params<Params>() FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z) FIELD(dt_bias)
@@ -134,15 +133,21 @@ void bind_ssd_scan(py::module_& m) {
           FIELD(ungated) FIELD(states) FIELD(workspace) FIELD(dy) FIELD(dfinal_states) FIELD(dvarlen_states) FIELD(dx)
               FIELD(ddt) FIELD(dA) FIELD(dB) FIELD(dC) FIELD(dD) FIELD(dz) FIELD(ddt_bias) FIELD(dinitial_states)
                   FIELD(batch) FIELD(length) FIELD(heads) FIELD(headdim) FIELD(groups) FIELD(state) FIELD(max_chunks)
-                      FIELD(dt_softplus) FIELD(dt_low) FIELD(dt_high);
+                      FIELD(dt_softplus) FIELD(dt_low) FIELD(dt_high) FIELD(seq_idx) FIELD(cu_seqlens) FIELD(steps)
+                          FIELD(used) FIELD(ends) FIELD(decays) FIELD(dstates) FIELD(sums) FIELD(sequences)
+                              FIELD(segments) FIELD(multiprocessors) FIELD(shared_limit) FIELD(stream);
+  kernel(m, fields, "ssd_scan_forward", &ssd_scan_forward);
+  kernel(m, fields, "ssd_scan_backward", &ssd_scan_backward);
+#if defined(OMNIMAMBA_CUDA)
+  kernel(m, fields, "ssd_scan_segments", &ssd_scan_segments);
+  kernel(m, fields, "ssd_scan_parts", &ssd_scan_parts);
+#else
   kernel(m, fields, "ssd_scan_state_floats", &ssd_scan_state_floats);
   kernel(m, fields, "ssd_scan_forward_workspace", &ssd_scan_forward_workspace);
-  kernel(m, fields, "ssd_scan_forward", &ssd_scan_forward);
   kernel(m, fields, "ssd_scan_short", &ssd_scan_short);
   kernel(m, fields, "ssd_scan_backward_workspace", &ssd_scan_backward_workspace);
-  kernel(m, fields, "ssd_scan_backward", &ssd_scan_backward);
-}
 #endif
+}
 
 #undef FIELD
 
@@ -155,6 +160,7 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   bind_gated_norm(m);
   bind_lora_linear(m);
   bind_mamba_mixer(m);
+  bind_ssd_scan(m);
 #if defined(OMNIMAMBA_CUDA)
   m.def("why_no_device", &why_no_device);
 #if defined(OMNIMAMBA_ON_DEMAND)
@@ -180,6 +186,5 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
       .def(py::init())
       .def("add", &Program::add)
       .def("run", &Program::run);
-  bind_ssd_scan(m);
 #endif
 }

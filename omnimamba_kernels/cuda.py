@@ -97,6 +97,20 @@ def cannot_take(*tensors: Tensor | None) -> str | None:
     return _cannot_run_on(device.index) if device.type == "cuda" else None
 
 
+def limits(device: torch.device) -> tuple[int, int]:
+    """How many multiprocessors there are, and how many bytes of shared memory a block may ask for.
+
+    The emulator counts few, so that small shapes are cut as large ones are on a chip, and has what the least chip has.
+    """
+    return (16, 99 << 10) if device.type == "cpu" else _limits(device.index)
+
+
+@cache
+def _limits(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
 @contextmanager
 def emulated(module: ModuleType) -> Iterator[None]:
     """For tests: within the block the CUDA kernels are those of ``module``, compiled for the CPU, on CPU tensors."""

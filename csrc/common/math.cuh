@@ -8,6 +8,7 @@ namespace omnimamba {
 #if defined(OMNIMAMBA_EMULATED)
 OM_DEVICE float reciprocal(float x) { return 1.0f / x; }
 OM_DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+OM_DEVICE float power_of_two(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 #else
 OM_DEVICE float reciprocal(float x) {
   float out;
@@ -15,6 +16,12 @@ OM_DEVICE float reciprocal(float x) {
   return out;
 }
 OM_DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// 2^x; 0 where that is less than 2^-126.
+OM_DEVICE float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
 #endif
 
 OM_DEVICE float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }

@@ -41,7 +41,20 @@ struct SsdScanParams {
   int64_t max_chunks = 0;  // the most chunks of a batch row
   bool dt_softplus = false;
   float dt_low = 0, dt_high = 0;
-  int threads = 1;
+  int threads = 1;  // of the processor
+
+  // Only for the GPU, which cuts at multiples of a fixed chunk and marks where sequences begin (chunk.cuh): there x, B, C, z
+  // have rows of whole 16-byte pieces, zeros after the last channel or state; x, z, y, ungated share a type, dt has any.
+  View seq_idx;       // (b, l) integers; optional
+  View cu_seqlens;    // (sequences + 1) integers; present where varlen_states are wanted
+  View steps;         // (b, h, chunks, STEPS, chunk) float32
+  View used;          // (b, chunks) int64, a bit a position
+  View ends, decays;  // (b, h, segments - 1, p, n) and (b, h, segments - 1) float32
+  View dstates;       // as states
+  View sums;          // (b, chunks, h, 2 + p) float32: dA, ddt_bias, dD of each chunk
+  int64_t sequences = 0, segments = 1;
+  int64_t multiprocessors = 1, shared_limit = 0;  // of the GPU; bytes of shared memory that a block may ask for
+  uint64_t stream = 0;
 };
 
 int64_t ssd_scan_state_floats(const SsdScanParams&);  // one head's state between chunks, in its inner layout
@@ -49,6 +62,12 @@ int64_t ssd_scan_forward_workspace(const SsdScanParams&);
 int64_t ssd_scan_backward_workspace(const SsdScanParams&);
 void ssd_scan_forward(const SsdScanParams&);
 void ssd_scan_backward(const SsdScanParams&);
+
+// Of the GPU: into how many segments the sequence is cut, each walked by a block of its own.
+int64_t ssd_scan_segments(const SsdScanParams&);
+// And into how many parts a group's heads are dealt in the backward: its workspace is (parts, 2, b, l, g, n) float32, dB and
+// dC themselves where there is one part. dA is (h, 2 + p) there: dA, ddt_bias, dD.
+int64_t ssd_scan_parts(const SsdScanParams&);
 
 // The recurrence itself, position by position, for a few positions without seq_idx: no workspace, no chunks.
 void ssd_scan_short(const SsdScanParams&);

@@ -1,0 +1,163 @@
+"""The CUDA kernels of Mamba-2's scan (csrc/ssd_scan/cuda*.cu)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import cuda
+
+CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # CHUNK in csrc/ssd_scan/chunk.cuh
+STEPS = 5  # STEPS there
+WIDEST = 256  # the most states of for_instance in csrc/ssd_scan/schedule.cuh
+
+
+def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
+    if 0 in x.shape[2:] or 0 in B.shape[2:]:
+        return f"it needs at least one head, channel, group and state: x is {tuple(x.shape)}, B is {tuple(B.shape)}"
+    if B.shape[3] > WIDEST:
+        return f"it holds at most {WIDEST} states a channel, B has {B.shape[3]}"
+    return cuda.cannot_take(x, dt, A, B, *tensors)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    save: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple]:
+    b, l, h, p = x.shape
+    n = B.shape[3]
+
+    def floats(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    fields = _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit)
+    storage = fields["x"].dtype
+    chunks = -(-l // CHUNK[storage])
+    y, final = x.new_empty(b, l, h, p, dtype=storage), floats(b, h, p, n)
+    varlen = None if cu_seqlens is None else floats(cu_seqlens.shape[0] - 1, h, p, n)
+    states = floats(b, chunks, h, p * n) if save else None
+    ungated = torch.empty_like(y) if save and z is not None else None
+    steps, used = floats(b, h, chunks, STEPS * CHUNK[storage]), x.new_empty(b, chunks, dtype=torch.int64)
+    if l == 0:
+        final.copy_(initial_states) if initial_states is not None else final.zero_()
+        if varlen is not None:
+            varlen.zero_()[:1] = final[: len(varlen)]
+    elif b:
+        fields |= dict(seq_idx=seq_idx, cu_seqlens=cu_seqlens, steps=steps, used=used, y=y, final_states=final)
+        fields |= dict(varlen_states=varlen, states=states, ungated=ungated)
+        fields["sequences"] = 0 if varlen is None else varlen.shape[0]
+        segments = cuda.call("ssd_scan_segments", x.device, **fields)
+        ends, decays = floats(b, h, segments - 1, p * n), floats(b, h, segments - 1)
+        cuda.call("ssd_scan_forward", x.device, segments=segments, ends=ends, decays=decays, **fields)
+    saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, steps, used, states, ungated)
+    return (y.to(x.dtype), final, varlen), saved if save else ()
+
+
+def backward(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    *,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> tuple[Tensor | None, ...]:
+    *inputs, seq_idx, cu_seqlens, steps, used, states, ungated = saved
+    x, dt, A, B, C, D, z, dt_bias, initial_states = inputs
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+
+    def floats(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    fields = _fields(*inputs, dt_softplus, dt_limit)
+    storage = fields["x"].dtype
+    dy, dfinal, dvarlen = grads
+    dx, ddt, small = x.new_empty(x.shape, dtype=storage), floats(b, l, h), floats(h, 2 + p)
+    dz = None if z is None else torch.empty_like(dx)
+    dBC = floats(2, b, l, g * n)
+    dinitial = None if initial_states is None else floats(b, h, p, n)
+    if dx.numel():
+        fields |= dict(dy=_pieces(torch.zeros_like(dx) if dy is None else dy, storage), dx=dx, ddt=ddt, dA=small, dz=dz)
+        fields |= dict(dfinal_states=_floats(dfinal), dvarlen_states=_floats(dvarlen), dinitial_states=dinitial)
+        fields |= dict(seq_idx=seq_idx, used=used, steps=steps, states=states, ungated=ungated)
+        if dvarlen is not None:
+            fields |= dict(cu_seqlens=cu_seqlens, sequences=len(dvarlen))
+        parts = cuda.call("ssd_scan_parts", x.device, **fields)
+        workspace = dBC if parts == 1 else floats(parts, 2, b, l * g * n)
+        fields |= dict(dstates=torch.empty_like(states), sums=floats(b, states.shape[1], h, 2 + p))
+        cuda.call("ssd_scan_backward", x.device, workspace=workspace, dB=dBC[0], dC=dBC[1], **fields)
+    else:
+        small.zero_()
+        if dinitial is not None:
+            dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
+            if dvarlen is not None:
+                dinitial[: len(dvarlen)] += dvarlen[:1]
+    dB, dC = dBC.view(2, b, l, g, n)
+    dD = small[:, 2:] if D is None or D.dim() == 2 else small[:, 2:].sum(1)
+    found = (dx, ddt, small[:, 0], dB, dC, dD, dz, small[:, 1], dinitial)
+    cast = [
+        grad.to(t.dtype) if t is not None and need else None
+        for t, grad, need in zip(inputs, found, needs[: len(inputs)], strict=True)
+    ]
+    return (*cast, None, None)
+
+
+def _floats(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit) -> dict[str, Any]:
+    """What forward and backward both tell the kernels: bfloat16 where x, B, C and z all have it, float32 else."""
+    alike = all(t is None or t.dtype == torch.bfloat16 for t in (x, B, C, z))
+    storage = torch.bfloat16 if alike else torch.float32
+    if D is not None:
+        D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
+    small = dict(A=A, dt_bias=dt_bias, initial_states=initial_states)
+    multiprocessors, shared = cuda.limits(x.device)
+    return {
+        **{name: _pieces(t, storage) for name, t in dict(x=x, B=B, C=C, z=z).items()},
+        **{name: None if t is None else t.float() for name, t in small.items()},
+        "dt": dt,
+        "D": D,
+        "batch": x.shape[0],
+        "length": x.shape[1],
+        "heads": x.shape[2],
+        "headdim": x.shape[3],
+        "groups": B.shape[2],
+        "state": B.shape[3],
+        "dt_softplus": dt_softplus,
+        "dt_low": dt_limit[0],
+        "dt_high": dt_limit[1],
+        "multiprocessors": multiprocessors,
+        "shared_limit": shared,
+    }
+
+
+def _pieces(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``t`` in ``dtype``, its rows cut into whole pieces of 16 bytes; most often ``t`` itself."""
+    if t is None:
+        return None
+    t = t.to(dtype)
+    each = 16 // t.element_size()
+    whole = t.shape[-1] % each == 0 and t.stride(-1) == 1 and t.data_ptr() % 16 == 0
+    if whole and all(stride % each == 0 for stride in t.stride()[:-1]):
+        return t
+    return F.pad(t, (0, -t.shape[-1] % each)).contiguous()
