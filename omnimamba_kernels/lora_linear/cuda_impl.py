@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .. import cuda
 
+MATRIX = ("matmul16_kernel",)
+
 # Up to so many rows, a block holds all of them beside its strip of the weights.
 FEW_ROWS = 64
 

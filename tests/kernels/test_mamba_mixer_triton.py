@@ -16,7 +16,7 @@ from omnimamba_kernels.mamba_mixer.cases import SMALL, Case, rows
 from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting, recording
 
 pytest.importorskip("triton")
-from omnimamba_kernels.mamba_mixer import triton_impl
+from omnimamba_kernels.mamba_mixer import tickets
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
 WIDE = Case(2, 1, 4, 24, 5, g=2, extra=3)  # three programs a group in the interpreter
@@ -80,14 +80,14 @@ def test_tickets_stay_with_their_state_but_not_those_of_a_capture(monkeypatch):
     tensors, plain = arguments(WIDE)
     state = tensors["ssm_state"]
     with running("triton"):
-        monkeypatch.setattr(triton_impl, "is_capturing", lambda t: True)
+        monkeypatch.setattr(tickets, "is_capturing", lambda t: True)
         mamba_mixer_step(**tensors, **plain)
-        assert state not in triton_impl._TICKETS
+        assert state not in tickets._TICKETS
         monkeypatch.undo()
         mamba_mixer_step(**tensors, **plain)
-        kept = triton_impl._TICKETS[state]
+        kept = tickets._TICKETS[state]
         mamba_mixer_step(**tensors, **plain)
-    assert triton_impl._TICKETS[state] is kept and not kept.any()
+    assert tickets._TICKETS[state] is kept and not kept.any()
 
 
 @interpreted
