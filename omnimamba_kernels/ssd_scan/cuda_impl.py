@@ -13,14 +13,29 @@ from .. import cuda
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # CHUNK in csrc/ssd_scan/chunk.cuh
 STEPS = 5  # STEPS there
 WIDEST = 256  # the most states of for_instance in csrc/ssd_scan/schedule.cuh
+ROOM = 128 << 10  # bytes of shared memory that every backward fits into (BackLayout in csrc/ssd_scan/back_roles.cuh)
 
 
-def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
+def why_not(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    *tensors: Tensor | None, **_: Any,
+) -> str | None:  # fmt: skip
     if 0 in x.shape[2:] or 0 in B.shape[2:]:
         return f"it needs at least one head, channel, group and state: x is {tuple(x.shape)}, B is {tuple(B.shape)}"
     if B.shape[3] > WIDEST:
         return f"it holds at most {WIDEST} states a channel, B has {B.shape[3]}"
-    return cuda.cannot_take(x, dt, A, B, *tensors)
+    reason = cuda.cannot_take(x, dt, A, B, C, D, z, *tensors)
+    if reason or x.device.type != "cuda":
+        return reason
+    return too_large(B.shape[3], z is not None and x.dtype == torch.bfloat16, cuda.limits(x.device)[1])
+
+
+def too_large(states: int, gated: bool, shared: int) -> str | None:
+    """Why the backward's tiles do not fit beside one another; ``gated``: dy is held as three bfloat16 terms."""
+    most = WIDEST if shared >= ROOM else 64 if gated else 128
+    if states <= most:
+        return None
+    return f"it holds at most {most} states a channel in {shared} bytes of shared memory, B has {states}"
 
 
 def forward(

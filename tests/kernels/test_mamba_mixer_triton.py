@@ -11,13 +11,11 @@ from counting import counted
 from test_mamba_mixer_step import OPTIONS, arguments, stepper
 
 from omnimamba_kernels import mamba_mixer_step, use_backend
-from omnimamba_kernels.mamba_mixer import cost
+from omnimamba_kernels.mamba_mixer import cost, tickets
 from omnimamba_kernels.mamba_mixer.cases import SMALL, Case, rows
 from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting, recording
 
 pytest.importorskip("triton")
-from omnimamba_kernels.mamba_mixer import tickets
-
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
 WIDE = Case(2, 1, 4, 24, 5, g=2, extra=3)  # three programs a group in the interpreter
 
