@@ -14,6 +14,7 @@
 #pragma once
 #include "../common/launch.h"
 #include "../common/math.cuh"
+#include "../common/memory.cuh"
 #include "products.cuh"
 #include "ssd_scan.h"
 
@@ -28,15 +29,6 @@ OM_HOST_DEVICE constexpr int64_t chunks_of(int64_t length, int chunk) { return (
 
 // c a, and 0 where c is 0.
 OM_DEVICE float scaled(float a, float c) { return c == 0.0f ? 0.0f : a * c; }
-
-// An element of a tensor of any floating type.
-OM_DEVICE float float_at(const View& v, int64_t i, int64_t j, int64_t k) {
-  switch (v.dtype) {
-    case DType::BF16: return to_float(*v.at<bf16>(i, j, k));
-    case DType::F16: return to_float(*v.at<f16>(i, j, k));
-    default: return *v.at<float>(i, j, k);
-  }
-}
 
 // How a grid covers the heads. A warp has 16 channels of a head and at most 128 of their states: where there are more, two
 // neighbouring warps have a part each. A block has some heads of one group.
