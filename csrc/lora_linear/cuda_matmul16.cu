@@ -12,20 +12,23 @@
 #include "matmul.cuh"
 
 namespace omnimamba {
-namespace {
 
-constexpr int DEPTH = 32, STAGES = 4, RANKS = 16;
-
-// M x N of c by WARPS_M x WARPS_N warps.
+// M x N of c by WARPS_M x WARPS_N warps. It is part of the kernel's name, which NVRTC must find: no anonymous namespace.
 template <int M_, int N_, int WARPS_M_, int WARPS_N_>
-struct Tile {
-  static constexpr int M = M_, N = N_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, THREADS = WARPS_M * WARPS_N * WARP;
+struct Matmul16Tile {
+  static constexpr int DEPTH = 32, M = M_, N = N_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_,
+                       THREADS = WARPS_M * WARPS_N * WARP;
   static constexpr int MT = M / WARPS_M / 16, NT = N / WARPS_N / 8;  // products of a warp
   static constexpr int STAGE = (M + N) * DEPTH * 2;                  // bytes
   static_assert(NT % 2 == 0);
 };
-using Large = Tile<128, 128, 2, 4>;
-using Small = Tile<64, 64, 2, 2>;
+
+namespace {
+
+using Large = Matmul16Tile<128, 128, 2, 4>;
+using Small = Matmul16Tile<64, 64, 2, 2>;
+
+constexpr int DEPTH = Large::DEPTH, STAGES = 4, RANKS = 16;
 
 // Where 8 neighbours lie, in bytes: of row mn from depth k on, or MN_MAJOR of depth k from row mn on.
 template <bool MN_MAJOR, int EXTENT>

@@ -33,6 +33,13 @@ from .triton_backward_states import at_position, chunk_steps, sequences_before
 from .triton_common import decay_between
 from .triton_products import load_gradient, load_state, load_tile, product, product_exact_derived
 
+SPILLS = {
+    ("ssd_back_chunks", "sm_120"): (
+        28,
+        "of bf16 by the assembler of Triton 3.7, none by that of 3.6, at the same tiles",
+    ),
+}
+
 
 @triton.jit
 def _scores(
