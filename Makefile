@@ -18,7 +18,7 @@ test: $(READY) check  ## style, all tests, and the kernels once more under sanit
 # The Triton kernels on the CPU, in Triton's interpreter; where Triton does not exist there is nothing to do.
 test-interpreted: $(READY)
 	! $(BIN)/python -c "import triton" 2> /dev/null || \
-	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k triton
+	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/kernels -k triton
 
 # On a machine with a GPU, with the Python, torch and Triton that are there: nothing is installed or fetched.
 OUT ?= gpu-check-out
