@@ -31,6 +31,10 @@ class CannotBuild(Exception):
     """The native modules cannot be built here; the message says why and what to do."""
 
 
+class DidNotCompile(CannotBuild):
+    """All that a build needs is at hand, and the sources are at fault, or what compiles them."""
+
+
 class NativeBuild(build_ext):
     """`build_ext` through CMake and Ninja. Without `--strict` a failure leaves a package that runs on the reference."""
 
@@ -65,7 +69,7 @@ class NativeBuild(build_ext):
         write_build_info(target / "_build_info.py", info)
 
     def build_cuda(self, target, info, in_place):
-        """The CUDA kernels; what stops them leaves the others, unless they were asked for."""
+        """The CUDA kernels. Failing leaves the others, unless they were asked for or a strict build cannot compile."""
         cuda = info["cuda"]
         try:
             if info["reason"] is not None or self.sanitize:
@@ -78,6 +82,8 @@ class NativeBuild(build_ext):
         except CannotBuild as problem:
             if cuda["wanted"] == "on":
                 raise CompileError(f"OMNIMAMBA_CUDA=on, but {problem}") from None
+            if self.strict and isinstance(problem, DidNotCompile):
+                raise CompileError(str(problem)) from None
             cuda.update(reason=str(problem), architectures=[], on_demand=False)
             self.warn(f"installing without CUDA kernels: {problem}")
 
@@ -172,7 +178,7 @@ def run_cmake(folder, target, sanitize, part="native", architectures=()):
             raise CannotBuild(reason.read_text())
         raise CannotBuild(f"CMake could not configure the {part} kernels: {SEE_LOG}")
     if subprocess.run([cmake, "--build", str(folder)], check=False).returncode != 0:
-        raise CannotBuild(f"the {part} kernels did not compile: {SEE_LOG}")
+        raise DidNotCompile(f"the {part} kernels did not compile: {SEE_LOG}")
     return json.loads((folder / "built.json").read_text())
 
 

@@ -102,11 +102,6 @@ def is_recording() -> bool:
     return _recorded.get() is not None
 
 
-def is_capturing(t: Tensor) -> bool:
-    """Whether work on ``t`` is being captured into a CUDA graph, to run later, instead of running now."""
-    return t.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can take tensors of this device: a GPU's; a CPU's while interpreting; meta while recording."""
     if device.type == "meta":

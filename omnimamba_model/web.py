@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gradio as gr
 from PIL import Image
@@ -31,7 +32,7 @@ class Page:
         """Each drawing large enough to look at."""
         if not prompt.strip():
             raise gr.Error("Say what to draw.")
-        with self._told(), use_backend(self.backend):
+        with _told(), use_backend(self.backend):
             sampling = Sampling(temperature, int(top_k), top_p, int(seed))
             drawings = self.pipeline.draw([prompt.strip()], sampling, guidance, int(count))
         return [contact_sheet([drawing]) for drawing in drawings]
@@ -40,7 +41,7 @@ class Page:
         """A new picture begins a new dialogue."""
         if image is None:
             return None, []
-        with self._told(), use_backend(self.backend):
+        with _told(), use_backend(self.backend):
             return Chat(self.pipeline, image), []
 
     def ask(self, question: str, chat: Chat | None, said: list[dict]) -> Iterator[tuple[str, Chat | None, list[dict]]]:
@@ -55,26 +56,21 @@ class Page:
         pieces = chat.ask(question.strip())
         while True:
             # The back end is chosen within a step: between two, another thread may have the generator.
-            with self._told(), use_backend(self.backend):
+            with _told(), use_backend(self.backend):
                 piece = next(pieces, None)
             if piece is None:
                 return
             heard += piece
             yield "", chat, [*said[:-1], {"role": "assistant", "content": heard}]
 
-    @staticmethod
-    def _told() -> _Told:
-        return _Told()
 
-
-class _Told:
+@contextmanager
+def _told() -> Iterator[None]:
     """Errors of the library reach the reader of the page in their own words."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, RuntimeError)):
-            raise gr.Error(str(error)) from error
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise gr.Error(str(error)) from error
 
 
 def build(pipeline: Pipeline, backend: str | None = None) -> gr.Blocks:

@@ -122,6 +122,20 @@ def test_an_nvcc_that_does_not_work_leaves_the_native_kernels(checkout, tmp_path
     assert "nvcc does not work with" in info["cuda"]["reason"] and info["cuda"]["architectures"] == []
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_a_strict_build_fails_where_a_cuda_kernel_does_not_compile(checkout, tmp_path):
+    broken_nvcc(checkout, tmp_path)
+    for source in checkout.glob("csrc/*/*.cu"):
+        source.unlink()
+    (checkout / "csrc" / "gated_norm" / "cuda.cu").write_text("#error this kernel is too strange\n")
+    build = ("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib"))
+    built = run(*build, "--strict", cwd=checkout, OMNIMAMBA_CUDA="auto", OMNIMAMBA_CUDA_ARCHS="90a")
+    assert built.returncode != 0 and "the cuda kernels did not compile" in built.stderr
+    built = run(*build, cwd=checkout, OMNIMAMBA_CUDA="auto", OMNIMAMBA_CUDA_ARCHS="90a")
+    assert built.returncode == 0, built.stderr
+    assert "did not compile" in build_info(tmp_path / "lib" / "omnimamba_kernels")["cuda"]["reason"]
+
+
 def without_nvcc(checkout, tmp_path, cuda):
     """What a build says of CUDA on a PATH with a compiler alone, and the folder that it filled."""
     broken_nvcc(checkout, tmp_path)

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..triton_launch import is_capturing
-
 # Each state's tickets (slots, h), all 0 between steps. They belong to the state, which one step at a time may change.
 _TICKETS = WeakTensorKeyDictionary()
 
@@ -20,3 +18,8 @@ def tickets(ssm_state: Tensor) -> Tensor:
         if not is_capturing(ssm_state):  # else they are zeroed by the graph's own runs, and by nothing else
             _TICKETS[ssm_state] = found
     return found
+
+
+def is_capturing(t: Tensor) -> bool:
+    """Whether work on ``t`` is being captured into a CUDA graph, to run later, instead of running now."""
+    return t.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

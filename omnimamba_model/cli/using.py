@@ -27,7 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     web = commands.add_parser("web", help="a page in the browser on which to draw and ask")
     web.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
-    web.add_argument("--port", type=count, default=7860)
+    web.add_argument("--port", type=int, choices=range(1, 65536), metavar="1..65535", default=7860)
     web.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
     web.set_defaults(run=_web)
     add_place(web)

@@ -90,9 +90,9 @@ def test_web_serves_this_machine_alone_unless_told(calls, monkeypatch):
     module = type(sys)("omnimamba_model.web")
     module.serve = lambda pipeline, *place: seen.append(place)
     monkeypatch.setitem(sys.modules, "omnimamba_model.web", module)
-    assert cli.main(["web", "--checkpoint", "c", "--port", "8000", "--backend", "native"]) == 0
+    assert cli.main(["web", "--checkpoint", "c", "--port", "17860", "--backend", "native"]) == 0
     assert cli.main(["web", "--checkpoint", "c", "--host", "0.0.0.0", "--share"]) == 0
-    assert seen == [("127.0.0.1", 8000, "native", False), ("0.0.0.0", 7860, None, True)]
+    assert seen == [("127.0.0.1", 17860, "native", False), ("0.0.0.0", 7860, None, True)]
 
 
 def test_web_says_what_to_install(calls, monkeypatch, capsys):
@@ -173,6 +173,7 @@ def test_an_image_too_large_to_be_honest_is_one_line(calls, tmp_path, capsys, mo
         ["generate", "--count", "10001"],
         ["generate", "--count", "9" * 5000],
         ["ask", "--image"],
+        ["web", "--checkpoint", "c", "--port", "65536"],
     ],
 )
 def test_wrong_usage_is_status_2(arguments, capsys):
