@@ -62,6 +62,8 @@ def test_a_dialogue_grows_turn_by_turn(pipeline, folder):
     assert [turn["content"] for turn in said] == ["word1 word2", answers[0], "word5", answers[1]]
     assert [turn["role"] for turn in said] == ["user", "assistant"] * 2
     assert page.look(None) == (None, [])
+    with pytest.raises(gradio.Error, match="cuda"):  # the back end that was named, not another
+        Page(pipeline, "cuda").look(picture)
     for question, known in (("word1", None), ("  ", chat)):
         with pytest.raises(gradio.Error):
             next(page.ask(question, known, []))

@@ -21,7 +21,7 @@ def test_pope(tmp_path, images, by_heart):
             for i, label in enumerate(labels.split())
         ]
         (tmp_path / f"{name}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    answers = ["Yes, there is.", "No, there is not. Yes", "yes", "There is no cat"]
+    answers = ["Yes. It is no cat.", "That is not so. Yes", "yes", "There is no cat"]
     said = by_heart({f"coco_pope_{n} {i}": answers[i] for n in ("random", "popular") for i in range(4)})
     files = [tmp_path / "coco_pope_random.json", tmp_path / "coco_pope_popular.json"]
     found = scores("pope", said, tmp_path, files, folder)

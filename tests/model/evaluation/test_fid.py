@@ -78,6 +78,7 @@ def test_captions_are_drawn_once(tmp_path):
     assert [(prompts, guidance) for prompts, _, guidance in said] == [
         (["c0", "c1"], 2.0), (["c2", "c3"], 2.0), (["c4"], 2.0),
     ]  # fmt: skip
+    assert len({seed for _, seed, _ in said}) == 3  # batches are not drawn with the same dice
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(before) == [f"00000{i}.png" for i in range(5)]
     (out / "000003.png").unlink()
