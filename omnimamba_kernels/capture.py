@@ -16,6 +16,11 @@ _MEMORY = ("empty", "empty_like", "empty_strided", "new_empty", "full")
 
 
 class _OnlyMemory(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch.compile does not get here, and to keep it out torch would import it, a second and 130 MB."""
+        return False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name not in _MEMORY and not function.is_view:

@@ -55,6 +55,15 @@ sys.meta_path.insert(0, Blocked())
 importlib.import_module(sys.argv[1])
 """
 
+CAPTURE = """
+import contextlib, sys, torch
+from omnimamba_kernels import CannotCapture, capture, rmsnorm_fn
+
+with contextlib.suppress(CannotCapture):
+    capture(lambda x: rmsnorm_fn(x, torch.ones(8), None), torch.ones(2, 8))
+print("torch._dynamo" in sys.modules)
+"""
+
 
 def python(code, *arguments):
     done = subprocess.run(
@@ -76,6 +85,10 @@ def test_import_has_no_effect(package):
 def test_import_after_torch_is_quick():
     fastest = min(json.loads(python(OBSERVE, "omnimamba_kernels").stdout)["seconds"] for _ in range(3))
     assert fastest < 1.0, f"importing omnimamba_kernels took {fastest:.2f} s beyond torch's own import"
+
+
+def test_recording_a_step_does_not_bring_in_torchs_compiler():
+    assert python(CAPTURE).stdout == "False\n"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
