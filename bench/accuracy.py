@@ -19,7 +19,7 @@ from omnimamba_model.demo.score import EXAM, predictions
 from omnimamba_model.pipeline import Pipeline
 
 from .measure import relative_error
-from .report import table
+from .tables import table
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 

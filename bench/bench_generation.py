@@ -1,123 +1,83 @@
 """Claim: Mamba-2 generates at the same speed and in the same memory at any length; a Transformer's cache grows.
 
-The 130M Mamba-2 (768 wide, 24 layers, vocabulary 50288) against a Transformer of as many parameters with a static
-key-value cache, random weights, batch 1. A decode step at a context of so many tokens is timed: the cache is filled
-with noise up to there, since its contents do not change the time. Ours keeps bf16 weights, the
+The 130M Mamba-2 (768 wide, 24 layers, vocabulary 50288) against a Transformer of as many parameters, random weights,
+batch 1, in two protocols: the fair one, a static key-value cache, and that of the paper, whose Transformer
+has no cache and computes the whole sequence again for each token. ``test_decode`` times a decode step at a
+context of so many tokens; ``test_whole`` the generation of so many tokens, from three steps (bench.integrated).
+A cache is filled with noise, since its contents do not change the time. Ours keeps bf16 weights, the
 Transformer those it is faster with, bf16 or fp32: its row says which. Peak memory is a child process's:
-weights, cache or state, step.
+weights, cache or state, step; measured of the whole generation, at its last token.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable
-
 import pytest
-import torch
 
-from omnimamba_kernels import use_backend
-from omnimamba_model import MambaConfig, MambaLM, cast_matrices
-
-from . import inputs, memory
-from .baselines.transformer import Transformer
-from .measure import Contender, Work, relative_error
-from .rates import seconds
+from . import machine, memory
+from .generators import TOKENS, case, contender, dtype_of, generating, model, whole_case, work
+from .integrated import POSITIONS
+from .published import CACHED as PEER
+from .published import FIGURE_1, MEMORY_CASE, OURS, UNCACHED
 from .results import Row
 
-GROUP = "generation"
-OURS, PEER = "Mamba-2 130M", "Transformer 129M, KV cache"
+GROUP, WHOLE = "generation", "whole generation"
 CONTEXTS = (1024, 4096, 16384)
-TOKENS = 8
-"""Decode steps in one timed call."""
-PROMPT = 24
+LENGTHS = (1024, *FIGURE_1)
+LONGEST_UNCACHED = 16384
+MEMORY_AT = 23 * 1024
+"""Tokens at which the paper states its memory."""
 full = pytest.mark.full
-
-
-def case(context: int) -> str:
-    return f"{context} tokens of context"
-
-
-def ids(count: int) -> torch.Tensor:
-    return torch.randint(50288, (1, count), generator=torch.Generator().manual_seed(count))
-
-
-@functools.cache
-def model(who: str, dtype: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    if who == OURS:
-        return cast_matrices(MambaLM(MambaConfig.preset("130m")), getattr(torch, dtype)).eval()
-    return Transformer().to(getattr(torch, dtype)).eval()
-
-
-@torch.inference_mode()
-def decoder(who: str, dtype: str, context: int) -> Callable[[], torch.Tensor]:
-    """A function that takes one more token in at position ``context`` and returns its logits (1, vocabulary)."""
-    network, token = model(who, dtype), torch.tensor([7])
-    if who == PEER:
-        cache = network.new_cache(1, context + 1).normal_(generator=torch.Generator().manual_seed(0))
-        return lambda: network.step(token, cache, context)
-    state = network.backbone.new_state(1)
-    state.ssm.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    state.position = context
-    step = network.backbone.bind_step(state)
-    return torch.inference_mode()(lambda: network.head(step(network.backbone.embedding(token))))
-
-
-@torch.inference_mode()
-def step_error(who: str, dtype: str) -> float:
-    """A short prompt token by token, against the whole of it at once with the same weights in fp32."""
-    network = model(who, dtype)
-    with use_backend("reference"):
-        exact = copy.deepcopy(network).float()(ids(PROMPT))[:, -1]
-    if who == PEER:
-        cache = network.new_cache(1, PROMPT)
-        steps = [network.step(token, cache, i) for i, token in enumerate(ids(PROMPT)[0][:, None])]
-        return relative_error(steps[-1], exact)
-    step = network.backbone.bind_step(network.backbone.new_state(1))
-    steps = [network.head(step(network.backbone.embedding(token))) for token in ids(PROMPT)[0][:, None]]
-    return relative_error(steps[-1], exact)
-
-
-@functools.cache
-def peer_dtype() -> str:
-    """The weights with which the Transformer takes a step in less time: some processors crawl at 16 bits."""
-
-    def step_time(dtype: str) -> float:
-        decode = decoder(PEER, dtype, 256)
-        return min(seconds(decode) for _ in range(4))
-
-    return min(("bfloat16", "float32"), key=step_time)
-
-
-def contender(who: str, dtype: str, context: int) -> Contender:
-    decode = decoder(who, dtype, context)
-    bound = inputs.BOUND[torch.bfloat16 if who == PEER and dtype == "bfloat16" else torch.float32]
-    run = lambda: [decode() for _ in range(TOKENS)]  # noqa: E731
-    return Contender(who, run, lambda: step_error(who, dtype), 2 * bound, work=work(who, dtype, context))
-
-
-def work(who: str, dtype: str, context: int) -> Work:
-    """The weights, and the cache up to here or the state there and back, once a token."""
-    network = model(who, dtype)
-    held = 2 * network.backbone.new_state(1).nbytes if who == OURS else network.new_cache(1, context).nbytes
-    return Work("read", bytes=TOKENS * (weight_bytes(network) + held))
-
-
-def weight_bytes(network: torch.nn.Module) -> int:
-    """Every matrix is read once a token, the table as the head; int8 ones with their scales."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return sum(t.nbytes for t in tensors if t.ndim == 2)
 
 
 @pytest.mark.parametrize("context", [CONTEXTS[0], *(pytest.param(c, marks=full) for c in CONTEXTS[1:])])
 def test_decode(bench, benchmark, context):
-    dtypes = {OURS: "bfloat16", PEER: peer_dtype()}
-    contenders = [contender(who, dtype, context) for who, dtype in dtypes.items()]
-    rows = bench.compare(benchmark, GROUP, case(context), contenders, work(OURS, "bfloat16", context), tokens=TOKENS)
+    contenders = [contender(who, context) for who in (OURS, PEER)]
+    first = work(OURS, dtype_of(OURS), context, TOKENS)
+    rows = bench.compare(benchmark, GROUP, case(context), contenders, first, tokens=TOKENS)
     for row in rows:
-        row.note = f"{dtypes[row.who]} weights"
-        bench.peaks(benchmark, [row], "generation", context=context, steps=2, dtype=dtypes[row.who])
+        row.note = f"{dtype_of(row.who)} weights"
+
+
+@pytest.mark.parametrize("total", [LENGTHS[0], *(pytest.param(n, marks=full) for n in LENGTHS[1:])])
+def test_whole(bench, benchmark, total):
+    """Ours, with a cache, and as far as it ends in minutes without one."""
+    room = (machine.memory() or 2**34) / 2
+    needed = model(PEER, dtype_of(PEER)).new_cache(1, 1).nbytes * total
+    contenders = [generating(bench, OURS, total)]
+    if needed < room:
+        contenders.append(generating(bench, PEER, total))
+    else:
+        bench.absent(WHOLE, whole_case(total), PEER, f"a cache of {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB allowed")
+    first = work(OURS, dtype_of(OURS), total / 2, total)
+    if total <= LONGEST_UNCACHED:
+        contenders.append(generating(bench, UNCACHED, total))
+    rows = bench.compare(benchmark, WHOLE, whole_case(total), contenders, first, tokens=total)
+    for row in rows:
+        row.note = f"{dtype_of(row.who)} weights; {POSITIONS} steps measured, summed by Gauss and Legendre's rule"
+        if row.who == UNCACHED and row.seconds:
+            _held_against_products(bench, row, total)
+        else:
+            bench.peaks(benchmark, [row], "generation", context=total - 1, steps=2, dtype=dtype_of(row.who))
+
+
+def _held_against_products(bench, row: Row, total: int) -> None:
+    """Its floor is FLOPs, not the bytes that its rounds were held against; of fp32 alone, as the rate is."""
+    flops = work(UNCACHED, dtype_of(UNCACHED), 0, total).flops
+    row.floor = row.floor_share = row.gb_s = row.spread = None
+    row.gflop_s = flops / row.seconds / 1e9
+    if dtype_of(UNCACHED) == "float32":
+        row.floor, row.floor_share = "sgemm", flops / bench.rates.sample("sgemm") / row.seconds
+
+
+@full
+@pytest.mark.parametrize("who", [OURS, PEER, UNCACHED])
+def test_memory_of_generation(bench, who):
+    """Without a cache: of the one pass that gives the last token."""
+    row = Row("memory", MEMORY_CASE, who, reason="its memory alone counts")
+    row.note = f"{dtype_of(who)} weights"
+    bench.rows.append(row)
+    steps = 1 if who == UNCACHED else 2
+    row.peak_bytes = memory.peak("generation", who=who, context=MEMORY_AT - 1, steps=steps, dtype=dtype_of(who))
 
 
 @pytest.mark.parametrize("tokens", [1024, pytest.param(131072, marks=full)])

@@ -21,7 +21,7 @@ from omnimamba_model import MambaConfig, MambaLM, cast_matrices
 from omnimamba_model.gguf import save_gguf
 
 from . import llama_cpp, peers
-from .bench_generation import TOKENS, ids, weight_bytes
+from .generators import TOKENS, ids, weight_bytes
 from .inputs import scan_flops
 from .llama_cpp import LlamaCpp
 from .measure import Contender, Work, relative_error

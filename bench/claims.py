@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
+from . import published
 from .machine import ROOT
 from .results import FOLDER, Row
 
@@ -71,10 +72,8 @@ def exponents(rows: list[Row]) -> list[dict]:
 
 def judge(rows: list[Row], scores: dict[str, float]) -> list[dict]:
     """Every claim as plain data, in the order in which they are promised."""
-    return [
-        asdict(claim)
-        for claim in [*_demo(scores), *_scan(rows), *_small(rows), *_model(rows), _layer(rows), _flat(rows), _kills()]
-    ]
+    of_rows = [*_scan(rows), *_small(rows), *_model(rows), _layer(rows), *_generation(rows), _flat(rows)]
+    return [asdict(claim) for claim in [*_demo(scores), *of_rows, _kills()]]
 
 
 def _pick(rows: list[Row], group: str, case: str = "", who: str = "", ours: bool = False) -> list[Row]:
@@ -181,6 +180,25 @@ def _layer(rows: list[Row]) -> Claim:
         claim.passed = ratio > 1
         claim.measured = f"{ratio:.1f}x; exponents " + ", ".join(f"{who} {k:.2f}" for who, k in slopes.items())
     return claim
+
+
+def _generation(rows: list[Row]) -> list[Claim]:
+    """In the fair protocol, and in the paper's."""
+    found = []
+    for kind, peer, least in (("with", published.CACHED, 1), ("without", published.UNCACHED, 100)):
+        ratio = published.speed_ratio(rows, peer)
+        found.append(
+            Claim(
+                f"130M, generation of 16K tokens, against a Transformer {kind} a KV cache",
+                "faster" if least == 1 else f"over {least}x",
+                "not measured" if ratio is None else f"{ratio:.3g}x",
+                None if ratio is None else ratio > least,
+            )
+        )
+    share = published.memory_share(rows, published.CACHED)
+    text = "not measured" if share is None else f"{share:.3f}"
+    what = "130M, memory at 23K tokens, of that of a Transformer with a KV cache"
+    return [*found, Claim(what, "at most 0.37", text, None if share is None else share <= 0.37)]
 
 
 def _flat(rows: list[Row]) -> Claim:

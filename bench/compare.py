@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from . import results
-from .report import table
 from .results import Row
+from .tables import table
 
 THREE, FEWEST = 3.0, 0.05
 """Spreads, and the least change that counts."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import claims, machine, report, results
+from . import claims, machine, results, tables
 from .measure import Bench
 
 HERE = Path(__file__).resolve().parent
@@ -106,7 +106,7 @@ class _Progress:
 
 
 def _line(row: results.Row) -> str:
-    shown = report.time_of(row), report.floor_of(row), report.ratio_of(row)
+    shown = tables.time_of(row), tables.floor_of(row), tables.ratio_of(row)
     return f"{row.group}, {row.case}: {row.who}: " + ", ".join(filter(None, shown))
 
 
@@ -129,7 +129,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     path = session.folder / machine.slug(content["machine"]["device"]) / name
     results.save(path, content)
     content["rows"] = session.bench.rows
-    for title, text in report.sections(content).items():
+    for title, text in tables.sections(content).items():
         terminalreporter.section(title)
         terminalreporter.write_line(text)
     terminalreporter.write_line(f"\nkept in {path}")

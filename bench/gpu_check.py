@@ -28,7 +28,7 @@ from omnimamba_kernels.backends import NAMES, OPS
 
 from . import machine, results
 from .gpu_ops import NO_TIME
-from .report import duration, table
+from .tables import duration, table
 
 PEERS = ("transformers", "mamba_ssm", "causal_conv1d", "fla", "flashinfer")
 TESTS = "tests/kernels"

@@ -59,14 +59,15 @@ def describe() -> dict[str, Any]:
         "instruction_set": known["instruction_sets"]["chosen"],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache": last_level_cache(),
-        "memory": _memory(),
+        "memory": memory(),
         "versions": {name: version for name, version in known["versions"].items() if version},
         "backends": known["backends"],
         "commit": commit(),
     }
 
 
-def _memory() -> int | None:
+def memory() -> int | None:
+    """Bytes of memory; None where the system does not tell."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

@@ -59,7 +59,7 @@ def scan_training(b: int, l: int, h: int, who: str) -> Iterator[None]:
 
 def generation(context: int, steps: int, who: str, dtype: str) -> Iterator[None]:
     """Weights, state or cache for ``context`` tokens, and a few tokens after them."""
-    from .bench_generation import decoder
+    from .generators import decoder
 
     yield
     decode = decoder(who, dtype, context)

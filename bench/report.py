@@ -1,4 +1,4 @@
-"""Tables from results: for the terminal, and for the README between its markers.
+"""A run's results in the README, between its markers.
 
 ``python -m bench.report`` rewrites README.md from the latest whole run; ``--check`` only says whether that would
 change it.
@@ -12,112 +12,10 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from . import ablation, results
 from .machine import ROOT
-from .results import Row
-
-Content = dict[str, Any]
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:.0f} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def time_of(row: Row) -> str:
-    return duration(row.seconds) if row.seconds else f"not timed: {row.reason}"
-
-
-def floor_of(row: Row) -> str:
-    return f"{row.floor_share:.2f} of {row.floor}" if row.floor_share else ""
-
-
-def ratio_of(row: Row) -> str:
-    return f"{row.times_ours:.3g}x ours" if row.times_ours not in (None, 1.0) else ""
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table with aligned columns, which also reads well in a terminal."""
-    cells = [[cell.replace("|", "/") for cell in line] for line in [header, *lines]]
-    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(header))]
-    join = lambda line: "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"  # noqa: E731
-    return "\n".join([join(cells[0]), join(["-" * w for w in widths]), *map(join, cells[1:])])
-
-
-def must_show(content: Content) -> str:
-    verdict = {True: "yes", False: "no", None: "not judged"}
-    return table(
-        ["what", "required", "measured", "met"],
-        [[c["what"], c["required"], c["measured"], verdict[c["passed"]]] for c in content["claims"]],
-    )
-
-
-def ops(content: Content) -> str:
-    """Every operation and contender: time, throughput, share of the floor, ratio to ours, peak memory."""
-    lines = []
-    for row in content["rows"]:
-        if not row.group.startswith(("layer", "generation", "130M")):
-            peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
-            rate = f"{row.gflop_s:.0f} GFLOP/s" if row.floor == "sgemm" else f"{row.gb_s:.1f} GB/s" if row.gb_s else ""
-            lines.append([row.group, row.case, row.who, time_of(row), rate, floor_of(row), ratio_of(row), peak])
-    return table(["operation", "case", "by", "time", "rate", "floor", "against ours", "peak memory"], lines)
-
-
-def scaling(content: Content) -> str:
-    """Both layers at each length, forward and training, with the fitted exponents below."""
-    groups, kinds = ("layer forward", "layer forward + backward"), ("Mamba-2", "attention")
-    columns = [(group, who) for group in groups for who in kinds]
-    known = {(r.group, r.who, r.case): r for r in content["rows"] if r.group in groups}
-    cases = list(dict.fromkeys(case for _, _, case in known))
-    short = {"layer forward": "forward", "layer forward + backward": "forward + backward"}
-    lines = [
-        [case.split()[-1], *(time_of(known[(*c, case)]) if (*c, case) in known else "" for c in columns)]
-        for case in cases
-    ]
-    slopes = {(e["group"], e["who"]): e for e in content["exponents"]}
-    for label, key in (("exponent", "exponent"), ("exponent, longer half", "exponent_of_longer_half")):
-        lines.append([label, *(f"{slopes[c][key]:.2f}" if c in slopes else "" for c in columns)])
-    return table(["tokens", *(f"{who}, {short[group]}" for group, who in columns)], lines)
-
-
-def generation(content: Content) -> str:
-    lines = []
-    for row in content["rows"]:
-        if row.group.startswith(("generation", "130M")):
-            speed = f"{row.tokens_s:.1f}" if row.tokens_s else time_of(row)
-            peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
-            lines.append([row.group, row.case, row.who, speed, ratio_of(row), floor_of(row), peak, row.note])
-    return table(["what", "case", "by", "tokens/s", "against ours", "floor", "peak memory", "note"], lines)
-
-
-def machine(content: Content) -> str:
-    about, rates = content["machine"], content["rates"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    units = {
-        "sgemm": ("GFLOP/s fp32 matmul", 1e9),
-        "far copy": ("GB/s copied in DRAM", 1e9),
-        "read": ("GB/s read from DRAM", 1e9),
-    }
-    measured = ", ".join(f"{r['median'] / units[k][1]:.0f} {units[k][0]}" for k, r in rates.items() if k in units)
-    return (
-        f"{about['device']}, {about['threads']} threads, {about['instruction_set'] or 'no native'} kernels; "
-        f"{measured} (medians of the run); {versions}; commit {about['commit']}, {content['started'][:10]}, "
-        f"{content['seconds'] / 60:.0f} minutes."
-    )
-
-
-TABLES = {
-    "must show": must_show,
-    "generation, 130M parameters": generation,
-    "a layer against attention, tokens": scaling,
-    "operations": ops,
-    "machine": machine,
-}
+from .tables import TABLES, Content, table
 
 
 def bench(content: Content) -> str:
@@ -125,14 +23,18 @@ def bench(content: Content) -> str:
     titles = {
         "must show": "What is promised, and what one run measured:",
         "generation, 130M parameters": "The 130M shape, random weights, batch 1:",
+        "the paper's figures": "The paper's figures (1.3B on one RTX 4090, fp16) beside ours (130M on this machine):",
         "a layer against attention, tokens": "One layer of width 768, fp32, seconds by number of tokens:",
         "operations": "<details><summary>Every operation, backend and peer</summary>",
         "machine": "",
     }
     parts = []
     for name, title in titles.items():
+        text = TABLES[name](content)
+        if not text:
+            continue
         end = ["", "</details>"] if title.startswith("<details>") else []
-        parts.append("\n".join([*([title, ""] if title else []), TABLES[name](content), *end]))
+        parts.append("\n".join([*([title, ""] if title else []), text, *end]))
     return "\n\n".join(parts)
 
 
@@ -151,11 +53,6 @@ def ablations(content: Content) -> str:
 
 
 PARTS = {"bench": bench, "demo": demo, "ablation": ablations}
-
-
-def sections(content: Content) -> dict[str, str]:
-    """Each table under its title, for the terminal."""
-    return {f"benchmarks: {name}": make(content) for name, make in TABLES.items()}
 
 
 def filled(readme: str, content: Content) -> str:

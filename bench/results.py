@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,12 @@ class Row:
     peak_bytes: int | None = None
     note: str = ""
     reason: str | None = None
+
+
+def length_of(case: str) -> int:
+    """The tokens that a case names: the second number of 1 x 4096, the first of others."""
+    numbers = [int(number) for number in re.findall(r"\d+", case)]
+    return numbers[1] if " x " in case else numbers[0]
 
 
 def find(rows: list[Row], group: str, case: str, who: str) -> Row | None:

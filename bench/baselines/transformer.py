@@ -1,4 +1,4 @@
-"""A plain pre-norm Transformer decoder with a static key-value cache: what Mamba-2's constant state is compared with.
+"""A plain pre-norm Transformer decoder, with a static key-value cache or none: what a constant state is compared with.
 
 RMSNorm, rotary positions, torch's scaled_dot_product_attention, a GELU feed-forward, a head tied to the token table.
 """
@@ -48,10 +48,18 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (b, l) to logits (b, l, vocab)."""
+        return self.head(self.hidden(ids))
+
+    def hidden(self, ids: Tensor) -> Tensor:
         u = self.table(ids)
         for block in self.blocks:
             u = block(u)
-        return self.head(u)
+        return u
+
+    @torch.inference_mode()
+    def last(self, ids: Tensor) -> Tensor:
+        """The logits (b, vocab) after ids (b, l), all of them computed again: generation without a cache."""
+        return self.head(self.hidden(ids)[:, -1])
 
     def head(self, u: Tensor) -> Tensor:
         return F.linear(self.norm(u), self.table.weight)

@@ -1,0 +1,159 @@
+"""The models that generate, one step of each, and a whole generation from a few of them (bench.integrated)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+
+from omnimamba_kernels import use_backend
+from omnimamba_model import MambaConfig, MambaLM, cast_matrices
+
+from . import inputs
+from .baselines.transformer import Transformer
+from .integrated import Sampled, positions, sampled
+from .measure import Contender, Work, relative_error
+from .published import CACHED as PEER
+from .published import OURS, UNCACHED
+from .rates import seconds
+
+TOKENS, FEW = 8, 4
+"""Decode steps in one timed call; at each position of a whole generation, but one of those of LONG tokens."""
+LONG = 32768
+PROMPT = 24
+
+
+def case(context: int) -> str:
+    return f"{context} tokens of context"
+
+
+def whole_case(total: int) -> str:
+    return f"{total} tokens in all"
+
+
+def ids(count: int) -> torch.Tensor:
+    return torch.randint(50288, (1, count), generator=torch.Generator().manual_seed(count))
+
+
+@functools.cache
+def model(who: str, dtype: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if who == OURS:
+        return cast_matrices(MambaLM(MambaConfig.preset("130m")), getattr(torch, dtype)).eval()
+    return Transformer().to(getattr(torch, dtype)).eval()
+
+
+@torch.inference_mode()
+def decoder(who: str, dtype: str, context: int) -> Callable[[], torch.Tensor]:
+    """A function that takes one more token in at position ``context`` and returns its logits (1, vocabulary)."""
+    network, token = model(who, dtype), torch.tensor([7])
+    if who == UNCACHED:
+        return lambda: network.last(ids(context + 1))
+    if who == PEER:
+        cache = filled(network.new_cache(1, context + 1))
+        return lambda: network.step(token, cache, context)
+    state = network.backbone.new_state(1)
+    state.ssm.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    state.position = context
+    step = network.backbone.bind_step(state)
+    return torch.inference_mode()(lambda: network.head(step(network.backbone.embedding(token))))
+
+
+def filled(cache: torch.Tensor) -> torch.Tensor:
+    """The cache full of noise, which repeats: to draw gigabytes takes minutes."""
+    flat = cache.view(-1)
+    noise = torch.randn(min(2**20, len(flat)), generator=torch.Generator().manual_seed(0)).to(cache.dtype)
+    for piece in flat.split(len(noise)):
+        piece.copy_(noise[: len(piece)])
+    return cache
+
+
+@functools.cache
+@torch.inference_mode()
+def step_error(who: str, dtype: str) -> float:
+    """The last step of a short prompt against its definition with the same weights.
+
+    With a cache or a state: token by token against the whole of it at once in fp32. Without: against fp64 with the
+    whole matrix of scores."""
+    network, prompt = model(who, dtype), ids(PROMPT)
+    if who == UNCACHED:
+        exact = copy.deepcopy(network).double()
+        for block in exact.blocks:
+            block.attention.forward = block.attention.plain
+        return relative_error(network.last(prompt), exact.last(prompt))
+    with use_backend("reference"):
+        exact = copy.deepcopy(network).float()(prompt)[:, -1]
+    if who == PEER:
+        cache = network.new_cache(1, PROMPT)
+        steps = [network.step(token, cache, i) for i, token in enumerate(prompt[0][:, None])]
+        return relative_error(steps[-1], exact)
+    step = network.backbone.bind_step(network.backbone.new_state(1))
+    steps = [network.head(step(network.backbone.embedding(token))) for token in prompt[0][:, None]]
+    return relative_error(steps[-1], exact)
+
+
+@functools.cache
+def dtype_of(who: str) -> str:
+    """bf16 for ours; for the Transformer that in which a step takes it less time: some processors crawl at 16 bits."""
+    if who == OURS:
+        return "bfloat16"
+
+    def step_time(dtype: str) -> float:
+        decode = decoder(who, dtype, 256)
+        return min(seconds(decode) for _ in range(4))
+
+    return min(("bfloat16", "float32"), key=step_time)
+
+
+def bound(who: str, dtype: str) -> float:
+    return 2 * inputs.BOUND[torch.bfloat16 if who != OURS and dtype == "bfloat16" else torch.float32]
+
+
+def contender(who: str, context: int) -> Contender:
+    dtype = dtype_of(who)
+    decode = decoder(who, dtype, context)
+    run = lambda: [decode() for _ in range(TOKENS)]  # noqa: E731
+    check = functools.partial(step_error, who, dtype)
+    return Contender(who, run, check, bound(who, dtype), work=work(who, dtype, context, TOKENS))
+
+
+def work(who: str, dtype: str, context: float, tokens: int) -> Work:
+    """The weights, and the cache up to here or the state there and back, once a token. Without a cache: FLOPs."""
+    network = model(who, dtype)
+    if who == UNCACHED:
+        return Work("sgemm", flops=sum(steps * pass_flops(at + 1) for at, steps in positions(tokens)))
+    held = 2 * network.backbone.new_state(1).nbytes if who == OURS else network.new_cache(1, 1).nbytes * context
+    return Work("read", bytes=tokens * (weight_bytes(network) + held))
+
+
+def pass_flops(length: int) -> float:
+    """Of the Transformer's whole pass over ``length`` tokens, with scores below the diagonal, and one row of logits."""
+    network = model(UNCACHED, dtype_of(UNCACHED))
+    table = network.table.weight.numel()
+    matrices = sum(p.numel() for p in network.parameters() if p.ndim == 2) - table
+    return 2.0 * length * matrices + 2.0 * length**2 * network.width * len(network.blocks) + 2.0 * table
+
+
+def weight_bytes(network: torch.nn.Module) -> int:
+    """Every matrix is read once a token, the table as the head; int8 ones with their scales."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(t.nbytes for t in tensors if t.ndim == 2)
+
+
+def generating(bench, who: str, total: int) -> Sampled:
+    """The generation of ``total`` tokens; one cache of all positions serves every sampled step."""
+    dtype = dtype_of(who)
+    network, token = model(who, dtype), torch.tensor([7])
+    cache = filled(network.new_cache(1, total)) if who == PEER else None
+    steps, each, expected = [], FEW if total < LONG else 1, 0.0
+    for at, stands_for in positions(total):
+        step = decoder(who, dtype, at) if who != PEER else functools.partial(network.step, token, cache, at)
+        steps.append((stands_for, step))
+    if who == UNCACHED:
+        each, speed = 1, 0.6 * bench.rates.sample("sgemm")
+        expected = sum(pass_flops(at + 1) for at, _ in positions(total)) / speed
+    check = functools.partial(step_error, who, dtype)
+    mine = work(who, dtype, total / 2, total)
+    return sampled(who, steps, check, bound(who, dtype), work=mine, each=each, expected=expected)

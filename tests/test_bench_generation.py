@@ -1,0 +1,95 @@
+"""Generation in two protocols: sums over sampled steps, no cache, the paper's figures beside ours."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import claims, generators, integrated, published, tables  # noqa: E402
+from bench.baselines.transformer import Transformer  # noqa: E402
+from bench.results import Row  # noqa: E402
+
+
+@pytest.mark.parametrize("total", [1024, 131072])
+def test_three_steps_give_the_time_of_all(total):
+    cost = lambda s: 3.0 + 2e-3 * s + 5e-6 * s * s  # noqa: E731
+    summed = sum(steps * cost(at) for at, steps in integrated.positions(total))
+    assert summed == pytest.approx(sum(map(cost, range(total))), rel=2e-3)
+    assert all(0 <= at < total for at, _ in integrated.positions(total))
+
+
+def test_a_round_weighs_each_sampled_step(monkeypatch):
+    clock, calls = [0.0], []
+    step = lambda took: lambda: (calls.append(took), clock.__setitem__(0, clock[0] + took))  # noqa: E731
+
+    def seconds(function):
+        before = clock[0]
+        function()
+        return clock[0] - before
+
+    monkeypatch.setattr(integrated, "seconds", seconds)
+    found = integrated.sampled("who", [(10.0, step(2.0)), (30.0, step(0.5))], lambda: 0.0, 1.0, each=4)
+    found.take()
+    assert found.times == [10 * 2.0 + 30 * 0.5] and calls == 4 * [2.0] + 4 * [0.5]
+    found.run()
+    assert len(calls) == 16
+
+
+@torch.inference_mode()
+def test_without_a_cache_the_transformer_says_the_same():
+    torch.manual_seed(0)
+    model = Transformer(width=128, layers=2, hidden=64, vocab=50).double()
+    ids = torch.randint(50, (2, 9))
+    cache = model.new_cache(2, 9)
+    steps = [model.step(ids[:, i], cache, i) for i in range(9)]
+    assert torch.allclose(model.last(ids), steps[-1], atol=1e-10)
+    assert torch.allclose(model.last(ids), model(ids)[:, -1], atol=1e-10)
+
+
+def rows(cached: float, uncached: float, peaks: tuple[int, int, int]) -> list[Row]:
+    who = (published.OURS, published.CACHED, published.UNCACHED)
+    times = [
+        Row("whole generation", generators.whole_case(16384), name, 100.0 * ratio, times_ours=ratio)
+        for name, ratio in zip(who, (1.0, cached, uncached), strict=True)
+    ]
+    memory = [
+        Row("memory", published.MEMORY_CASE, name, peak_bytes=peak, reason="its memory alone counts")
+        for name, peak in zip(who, peaks, strict=True)
+    ]
+    return times + memory
+
+
+@pytest.mark.parametrize(
+    ("found", "verdicts"),
+    [
+        (rows(5.0, 120.0, (30, 100, 60)), [True, True, True]),
+        (rows(0.9, 99.0, (38, 100, 60)), [False, False, False]),
+        (rows(5.0, 120.0, (30, 100, 60))[:2], [True, None, None]),
+        ([], [None, None, None]),
+    ],
+)
+def test_the_generation_claims(found, verdicts):
+    judged = [c for c in claims.judge(found, {}) if c["what"].startswith(("130M, generation", "130M, memory"))]
+    assert [c["passed"] for c in judged] == verdicts
+
+
+def test_the_papers_figures_stand_beside_ours():
+    speed, memory = published.beside(rows(5.0, 120.0, (30, 100, 60)))
+    assert (speed.claimed, speed.without_cache, speed.with_cache) == ("119.2x", "120x", "5x")
+    assert (memory.claimed, memory.without_cache, memory.with_cache) == ("63.0% less", "50.0% less", "70.0% less")
+    shown = tables.paper({"rows": rows(5.0, 120.0, (30, 100, 60))})
+    assert "1.2e+04 s" in shown and "| 16K " in shown and "8000 s, 11.86 GB" in shown
+    assert tables.paper({"rows": []}) == ""
+
+
+def test_a_cache_is_filled_to_its_end():
+    cache = generators.filled(torch.zeros(3, 2, 1, 2, 2**17, 1, dtype=torch.bfloat16))
+    assert (cache != 0).float().mean() > 0.99 and (cache[-1, -1, 0, -1, -9:] != 0).all()
