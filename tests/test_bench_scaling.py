@@ -1,0 +1,140 @@
+"""The scaling model: counts held against real models, its check against rows it must and must not explain."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import counts, inputs, results, scaling  # noqa: E402
+from bench.baselines.transformer import Transformer  # noqa: E402
+from bench.published import CACHED, OURS, UNCACHED  # noqa: E402
+from bench.results import Row  # noqa: E402
+from omnimamba_model import MambaConfig, MambaLM  # noqa: E402
+
+TINY = MambaConfig(d_model=64, n_layer=3, vocab_size=96, d_state=16, headdim=32)
+SMALL = counts.Decoder(width=128, layers=2, hidden=192, vocab=50)
+
+
+def test_counts_are_those_of_the_models():
+    model = MambaLM(TINY)
+    assert counts.weight_count(TINY) == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert counts.state_bytes(TINY) == model.backbone.new_state(1).nbytes
+    peer = Transformer(SMALL.width, SMALL.layers, SMALL.hidden, SMALL.vocab).bfloat16()
+    assert counts.cache_bytes(SMALL, 37, 2) == peer.new_cache(1, 37).nbytes
+    matrices = sum(p.nbytes for p in peer.parameters() if p.ndim == 2)
+    assert counts.decoder_step(SMALL, 1, 0, 2)[0].bytes == matrices
+
+
+def test_products_are_those_that_torch_counts():
+    peer, ids = Transformer(SMALL.width, SMALL.layers, SMALL.hidden, SMALL.vocab), torch.zeros(1, 37, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        peer.last(ids)
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    parts = counts.decoder_pass(SMALL, 1, 37)
+    assert sum(p.flops for p in parts if p.kind != "scores") == products
+
+
+def test_the_scan_is_counted_as_where_it_is_timed():
+    config = MambaConfig.preset("130m")
+    assert counts.scan_flops(config, 4096) == inputs.scan_flops(1, 4096, config.nheads)
+
+
+def whole_run(slower: float = 1.0) -> dict:
+    """A run on a machine that computes as the model says, or, beyond what rates are taken from, ``slower``."""
+    product, scan, stream, weights, cache, scores = 2e11, 1e11, 1e10, 2e10, 5e9, 1.5e11
+    ours = scaling.Rates({"*": 3e11, "product": product, "scan": scan}, {"*": stream, "weights": weights})
+    torchs = scaling.Rates({"*": scores}, ours.bytes | {"cache": cache, "weights": weights / 2})
+    config, rows = scaling.SMALL, []
+    own = dict(times_ours=1.0, seconds=1.0)
+    rows += [
+        Row("lora_linear", "512 x 2048 to 8512, fp32 weights", "native", gflop_s=product / 1e9, **own),
+        Row("lora_linear", "1 x 2048 to 8512, bf16 weights", "native", gb_s=weights / 1e9, **own),
+        Row("causal_conv1d forward", "1 x 4096 x 1792", "native", gb_s=stream / 1e9, **own),
+        Row("gated_norm forward", "1 x 4096 x 1536", "native", gb_s=stream / 1e9, **own),
+        Row("ssd_scan forward", "1 x 1024, 24 heads", "native", gflop_s=scan / 1e9, **own),
+    ]
+    for l in (1024, 8192):
+        seconds = slower * ours.seconds(counts.mamba_layer(config, 1, l))
+        rows.append(Row("layer forward", f"1 x {l}", "Mamba-2", seconds, times_ours=1.0))
+        seconds = (slower if l > 4096 else 1) * torchs.seconds(counts.attention_layer(config.d_model, 1, l))
+        rows.append(Row("layer forward", f"1 x {l}", "attention", seconds))
+    for c in (1024, 4096, 16384):
+        step = torchs.seconds(counts.decoder_step(scaling.PEER, 1, c, 2)) * (slower if c > 4096 else 1)
+        rows.append(Row("generation", f"{c} tokens of context", CACHED, 8 * step, tokens_s=1 / step, note="bfloat16"))
+    for l in (1024, 8192):
+        step = slower * ours.seconds(counts.mamba_step(config, 1, 2))
+        rows.append(Row("whole generation", f"{l} tokens in all", OURS, l * step, times_ours=1.0, note="bfloat16"))
+        passes = [(n, counts.decoder_pass(scaling.PEER, 1, at + 1, 2)) for at, n in scaling.positions(l)]
+        alone = scaling.Rates({"*": scores}, ours.bytes)
+        seconds = sum(n * alone.seconds(parts) for n, parts in passes)
+        reached = sum(n * p.flops for n, parts in passes for p in parts) / seconds
+        seconds *= slower if l > 1024 else 1
+        rows.append(
+            Row("whole generation", f"{l} tokens in all", UNCACHED, seconds, gflop_s=reached / 1e9, note="bfloat16")
+        )
+    return {"rows": rows, "rates": {k: {"median": r} for k, r in (("sgemm", 3e11), ("far copy", stream))}}
+
+
+def test_a_machine_that_follows_the_model_is_explained():
+    found = scaling.checked(whole_run())
+    assert {(c.row.group, c.row.who) for c in found} == {
+        ("layer forward", "Mamba-2"), ("layer forward", "attention"), ("generation", CACHED),
+        ("whole generation", OURS), ("whole generation", UNCACHED),
+    }  # fmt: skip
+    assert max(c.error for c in found) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("slower", "status", "shown"), [(1.1, 0, "time 9."), (1.5, 1, "time 33."), (0.5, 1, "time 100")]
+)
+def test_the_median_error_decides(slower, status, shown, tmp_path, capsys):
+    content = whole_run(slower)
+    results.save(tmp_path / "run.json", content | {"rows": results.as_json(content["rows"])})
+    assert scaling.main([str(tmp_path / "run.json")]) == status
+    printed = capsys.readouterr().out
+    assert f"Median error of {shown}" in printed and "PREDICTION, not measured" in printed
+
+
+def test_rates_come_from_rows_that_are_not_checked():
+    assert not {c.row.group for c in scaling.checked(whole_run())} & {"lora_linear", "ssd_scan forward"}
+    lengths = {
+        results.length_of(c.row.case) for c in scaling.checked(whole_run()) if c.row.who in ("attention", CACHED)
+    }
+    assert min(lengths) > scaling.SHORTEST
+
+
+def test_memory_is_weights_and_what_grows():
+    held = 2 * counts.weight_count(scaling.SMALL) + counts.state_bytes(scaling.SMALL)
+    rows = [Row("generation", "1024 tokens of context", OURS, peak_bytes=2 * held, note="bfloat16 weights")]
+    (found,) = scaling.checked_memory({"rows": rows})
+    assert found.error == pytest.approx(0.5)
+
+
+def test_what_is_extrapolated_grows_as_it_should():
+    on, model = scaling.Cluster(latency=0.0), scaling.LARGE
+    time = lambda l, gpus=1, split="sequence", on=on: scaling.prefill(model, l, gpus, split, on)[0]  # noqa: E731
+    assert time(2**24) == pytest.approx(16 * time(2**20), rel=1e-2)
+    assert time(2**24, 8) == pytest.approx(time(2**24) / 8, rel=1e-2)
+    assert (
+        scaling.attention_prefill(scaling.LARGE_PEER, 2**24, 1, on)[0]
+        > 200 * scaling.attention_prefill(scaling.LARGE_PEER, 2**20, 1, on)[0]
+    )
+    slow = scaling.Cluster(latency=0.0, link=on.link / 10)
+    moved = 2 * 7 / 8 * 2 * 2**20 * model.d_model * model.n_layer
+    assert time(2**20, 8, "tensor", slow) - time(2**20, 8, "tensor") == pytest.approx(9 * moved / on.link, rel=1e-6)
+    waits = time(2**20, 8, on=scaling.Cluster(latency=1.0)) - time(2**20, 8)
+    assert waits == pytest.approx(8 * model.n_layer, rel=1e-6)
+    one, eight = (scaling.prefill(model, 2**24, gpus, "sequence", on)[1] for gpus in (1, 8))
+    assert one / 8 < eight < one / 7
+    for bad in ((7, "tensor"), (8, "pipeline"), (0, "sequence")):
+        with pytest.raises(ValueError):
+            time(2**20, *bad)
