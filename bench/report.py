@@ -1,7 +1,7 @@
-"""A run's results in the README, between its markers.
+"""A run's results for readers: the README's tables, a Markdown page with plots, one HTML page that needs no other file.
 
-``python -m bench.report`` rewrites README.md from the latest whole run; ``--check`` only says whether that would
-change it.
+``python -m bench.report`` rewrites README.md from the latest whole run and puts the two pages beside the result file
+(bench.pages); ``--check`` writes nothing and only says whether the README would change.
 
 A README holds a part where it has ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; NAME is a key of ``PARTS``.
 """
@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import ablation, results
+from . import ablation, pages, results
 from .machine import ROOT
 from .tables import TABLES, Content, table
 
@@ -83,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(after != before)
     options.readme.write_text(after)
     print(f"{options.readme} shows {path}")
+    for page in pages.write(path, results.load(path)):
+        print(page)
     return 0
 
 
