@@ -13,7 +13,7 @@ target_compile_features(_native_cuda PRIVATE cxx_std_17)
 target_include_directories(_native_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
 # The emulator's headers let a C++ compiler read the kernels; what it makes of them is dropped.
 target_compile_definitions(_native_cuda PRIVATE
-  OMNIMAMBA_MODULE=_native_cuda OMNIMAMBA_CUDA OMNIMAMBA_EMULATED OMNIMAMBA_ON_DEMAND)
+  OMNIMAMBA_MODULE=_native_cuda OMNIMAMBA_CUDA OMNIMAMBA_SM90 OMNIMAMBA_EMULATED OMNIMAMBA_ON_DEMAND)
 target_compile_options(_native_cuda PRIVATE -fvisibility=hidden -ffunction-sections -fdata-sections -Wno-unknown-pragmas
   -Wno-psabi)
 target_link_options(_native_cuda PRIVATE "LINKER:--gc-sections")

@@ -18,6 +18,7 @@ from . import native, nvrtc
 
 _OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 matrix instructions
 _emulator: ContextVar[ModuleType | None] = ContextVar("omnimamba_cuda_emulator", default=None)
+_emulated_shared: ContextVar[int] = ContextVar("omnimamba_cuda_emulated_shared", default=99 << 10)
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
 
 
@@ -100,9 +101,9 @@ def cannot_take(*tensors: Tensor | None) -> str | None:
 def limits(device: torch.device) -> tuple[int, int]:
     """How many multiprocessors there are, and how many bytes of shared memory a block may ask for.
 
-    The emulator counts few, so that small shapes are cut as large ones are on a chip, and has what the least chip has.
+    The emulator counts few, so that small shapes are cut as large ones are on a chip.
     """
-    return (16, 99 << 10) if device.type == "cpu" else _limits(device.index)
+    return (16, _emulated_shared.get()) if device.type == "cpu" else _limits(device.index)
 
 
 @cache
@@ -112,13 +113,17 @@ def _limits(index: int) -> tuple[int, int]:
 
 
 @contextmanager
-def emulated(module: ModuleType) -> Iterator[None]:
-    """For tests: within the block the CUDA kernels are those of ``module``, compiled for the CPU, on CPU tensors."""
-    token = _emulator.set(module)
+def emulated(module: ModuleType, shared_bytes: int = 99 << 10) -> Iterator[None]:
+    """For tests: within the block the CUDA kernels are those of ``module``, compiled for the CPU, on CPU tensors.
+
+    A block may then ask for ``shared_bytes``: what the least chip has, or a certain one.
+    """
+    token, shared = _emulator.set(module), _emulated_shared.set(shared_bytes)
     try:
         yield
     finally:
         _emulator.reset(token)
+        _emulated_shared.reset(shared)
 
 
 def call(kernel: str, device: torch.device, **fields: Any) -> Any:

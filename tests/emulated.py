@@ -70,8 +70,17 @@ def configure(seed: int = 1, early_copies: bool = False) -> None:
     change(ctypes.c_uint64(seed), ctypes.c_int(early_copies))
 
 
+SHARED = {80: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory a block, by the compute capability that the emulator shows; 80 stands for all but Hopper."""
+
+
 @contextmanager
-def emulated() -> Iterator[None]:
-    """Within the block back end "cuda" takes CPU tensors and runs on the emulator."""
-    with cuda.emulated(module()):
-        yield
+def emulated(capability: int = 80) -> Iterator[None]:
+    """Within the block back end "cuda" takes CPU tensors and runs on the emulator, as on such a chip."""
+    change = ctypes.CDLL(module().__file__).omnimamba_emulator_chip
+    change(capability)
+    try:
+        with cuda.emulated(module(), SHARED[capability]):
+            yield
+    finally:
+        change(80)

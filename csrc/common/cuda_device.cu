@@ -17,4 +17,20 @@ std::string why_no_device() {
 #endif
 }
 
+bool runs_sm90() {
+#if !defined(OMNIMAMBA_SM90)
+  return false;
+#elif defined(OMNIMAMBA_ON_DEMAND)
+  return on_demand::capability() == 90;
+#elif defined(OMNIMAMBA_EMULATED)
+  return host_gpu::settings().capability == 90;
+#else
+  int device = 0, major = 0, minor = 0;
+  check_cuda(cudaGetDevice(&device), "the current device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  return major == 9 && minor == 0;
+#endif
+}
+
 }  // namespace omnimamba

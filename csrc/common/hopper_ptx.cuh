@@ -1,8 +1,5 @@
 // The instructions behind hopper.cuh.
 #pragma once
-#if !defined(__CUDACC_RTC__)
-#include <cuda.h>
-#endif
 
 namespace omnimamba {
 
@@ -228,32 +225,14 @@ OM_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 
 // The map of a tensor, made by the driver.
 inline TensorMap tensor_map(const TensorLayout& t) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
+  static const EncodeTiled encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
     check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
                "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("CUDA: this driver has no tensor maps");
-    return reinterpret_cast<Encode>(function);
+    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function) : nullptr;
   }();
-  const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                       CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_INT32,
-                                       CU_TENSOR_MAP_DATA_TYPE_INT64};
-  const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                         CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  CUtensorMap map;
-  static_assert(sizeof map == sizeof(TensorMap));
-  const CUresult status =
-      encode(&map, types[static_cast<int>(t.dtype)], static_cast<cuuint32_t>(t.rank), t.data, t.size, t.stride, t.box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(t.swizzle)],
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    throw std::runtime_error("CUDA: a tensor map was refused with error " + std::to_string(static_cast<int>(status)));
-  TensorMap out;
-  std::memcpy(&out, &map, sizeof out);
-  return out;
+  return encoded(encode, t);
 }
 
 #endif

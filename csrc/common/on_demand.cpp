@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "tensor_map.h"
+
 namespace omnimamba::on_demand {
 namespace {
 
@@ -26,14 +28,18 @@ struct Config {
   unsigned count;
 };
 constexpr int CLUSTER = 4, MOST_SHARED = 8;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC...
+constexpr int MAJOR = 75, MINOR = 76;        // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 
 struct Driver {
   int (*error)(int status, const char** text) = nullptr;
   int (*context)(void** context) = nullptr;
+  int (*device)(int* device) = nullptr;
+  int (*attribute)(int* value, int attribute, int device) = nullptr;
   int (*load)(void** module, const void* image) = nullptr;
   int (*find)(void** function, void* module, const char* name) = nullptr;
   int (*set)(void* function, int attribute, int value) = nullptr;
   int (*launch)(const Config* config, void* function, void** parameters, void** extra) = nullptr;
+  EncodeTiled encode = nullptr;  // drivers before 12.0 have none
   std::string missing;
 
   Driver() {
@@ -44,10 +50,13 @@ struct Driver {
     }
     take(library, error, "cuGetErrorString");
     take(library, context, "cuCtxGetCurrent");
+    take(library, device, "cuCtxGetDevice");
+    take(library, attribute, "cuDeviceGetAttribute");
     take(library, load, "cuModuleLoadData");
     take(library, find, "cuModuleGetFunction");
     take(library, set, "cuFuncSetAttribute");
     take(library, launch, "cuLaunchKernelEx");
+    encode = reinterpret_cast<EncodeTiled>(dlsym(library, "cuTensorMapEncodeTiled"));
   }
 
   void check(int status, const std::string& what) const {
@@ -68,6 +77,11 @@ struct Driver {
 const Driver& driver() {
   static const Driver one;
   return one;
+}
+
+const Driver& ready() {
+  if (!driver().missing.empty()) throw std::runtime_error("CUDA: " + driver().missing);
+  return driver();
 }
 
 std::vector<const Kernel*>& all() {
@@ -113,6 +127,15 @@ const std::vector<const Kernel*>& kernels() { return all(); }
 
 std::string why_no_driver() { return driver().missing; }
 
+int capability() {
+  const Driver& cuda = ready();
+  int device = 0, major = 0, minor = 0;
+  cuda.check(cuda.device(&device), "the current device");
+  cuda.check(cuda.attribute(&major, MAJOR, device), "compute capability");
+  cuda.check(cuda.attribute(&minor, MINOR, device), "compute capability");
+  return 10 * major + minor;
+}
+
 // GCC: "... [with auto KERNEL = omnimamba::{anonymous}::norm_kernel<float, 4>]"; clang: "[KERNEL = &omnimamba::(anonymous
 // namespace)::...]". What stands in an unnamed namespace is found without it.
 std::string expression_in(const std::string& pretty) {
@@ -133,8 +156,7 @@ Kernel::Kernel(const char* source, const std::string& pretty) : source(source), 
 }
 
 void Kernel::start(const Grid& grid, void** parameters) const {
-  const Driver& cuda = driver();
-  if (!cuda.missing.empty()) throw std::runtime_error("CUDA: " + cuda.missing);
+  const Driver& cuda = ready();
   void* function = loaded(*this);
   if (grid.shared > (48u << 10))
     cuda.check(cuda.set(function, MOST_SHARED, static_cast<int>(grid.shared)), "shared memory");
@@ -149,3 +171,10 @@ void Kernel::start(const Grid& grid, void** parameters) const {
 }
 
 }  // namespace omnimamba::on_demand
+
+namespace omnimamba {
+
+// Declared with the emulator's functions, whose headers the kernels are read with.
+TensorMap tensor_map(const TensorLayout& t) { return encoded(on_demand::ready().encode, t); }
+
+}  // namespace omnimamba

@@ -7,7 +7,7 @@ set_source_files_properties(${kernels} ${trials} PROPERTIES LANGUAGE CXX COMPILE
 
 add_library(host_gpu STATIC ${machine})
 pybind11_add_module(_native_emulated MODULE NO_EXTRAS "${CMAKE_SOURCE_DIR}/csrc/bindings.cpp" ${kernels})
-target_compile_definitions(_native_emulated PRIVATE OMNIMAMBA_MODULE=_native_emulated OMNIMAMBA_CUDA)
+target_compile_definitions(_native_emulated PRIVATE OMNIMAMBA_MODULE=_native_emulated OMNIMAMBA_CUDA OMNIMAMBA_SM90)
 add_library(emulator_kernels MODULE ${trials})
 set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g1")
 foreach(target host_gpu _native_emulated emulator_kernels)

@@ -22,6 +22,7 @@ namespace omnimamba::host_gpu {
 struct Settings {
   uint64_t seed = 1;
   bool early_copies = false;  // cp.async lands when it is issued, not when it is waited for
+  int capability = 80;        // of the chip that the host's code sees: 90 for 9.0
 };
 Settings& settings();
 

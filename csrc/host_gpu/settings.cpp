@@ -15,3 +15,8 @@ extern "C" __attribute__((visibility("default"), used)) void omnimamba_emulator_
   omnimamba::host_gpu::settings().seed = seed;
   omnimamba::host_gpu::settings().early_copies = early_copies != 0;
 }
+
+// As whose chip the machine shows itself to the host's code: its compute capability, 90 for 9.0.
+extern "C" __attribute__((visibility("default"), used)) void omnimamba_emulator_chip(int capability) {
+  omnimamba::host_gpu::settings().capability = capability;
+}

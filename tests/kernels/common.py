@@ -26,8 +26,11 @@ from omnimamba_kernels import backends, native, triton_launch, use_backend
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def runs() -> list[str]:
-    """Every back end that can run here, the native one once for each instruction set of this processor."""
+def runs(op: str | None = None) -> list[str]:
+    """Every back end that can run here, the native one once for each instruction set of this processor.
+
+    The emulator runs the kernels for any chip and, for an operation that has its own for Hopper, those once more.
+    """
     found = []
     for name, reason in backends().items():
         if reason is not None:
@@ -36,7 +39,10 @@ def runs() -> list[str]:
             found += [f"native-{isa}" for isa, why in native.instruction_sets().items() if why is None]
         else:
             found.append(name)
-    return found if emulated.why_not() else [*found, "cuda-emulated"]
+    if emulated.why_not():
+        return found
+    hopper = op is not None and any((emulated.ROOT / "csrc" / op).glob("cuda_sm90*.cu"))
+    return [*found, "cuda-emulated", *["cuda-emulated90"] * hopper]
 
 
 def device_of(run: str) -> torch.device:
@@ -99,8 +105,8 @@ def running(run: str) -> Iterator[None]:
     name, _, isa = run.partition("-")
     with ExitStack() as stack:
         stack.enter_context(use_backend(name))
-        if isa == "emulated":
-            stack.enter_context(emulated.emulated())
+        if isa.startswith("emulated"):
+            stack.enter_context(emulated.emulated(int(isa.removeprefix("emulated") or 80)))
         elif isa:
             stack.enter_context(native.use_instruction_set(isa))
         try:

@@ -27,7 +27,13 @@ def _hostile_memory() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=runs())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test file is named after its operation."""
+    if "run" in metafunc.fixturenames:
+        metafunc.parametrize("run", runs(metafunc.module.__name__.removeprefix("test_")), indirect=True)
+
+
+@pytest.fixture
 def run(request: pytest.FixtureRequest) -> Iterator[str]:
     """A back end, and for the native one an instruction set: in use, on its own device, while the test runs."""
     with running(request.param), placing(device_of(request.param)):

@@ -25,6 +25,8 @@ int tell(const char* format, Values... values) {
 extern "C" {
 int cuGetErrorString(int, const char** text) { return *text = "no such thing", 0; }
 int cuCtxGetCurrent(void** context) { return *context = context, *context = reinterpret_cast<void*>(1), 0; }
+int cuCtxGetDevice(int* device) { return *device = 0, 0; }
+int cuDeviceGetAttribute(int* value, int, int) { return *value = 8, 0; }
 int cuModuleLoadData(void** module, const void* image) {
   *module = reinterpret_cast<void*>(2);
   return tell("load %s\n", static_cast<const char*>(image));
