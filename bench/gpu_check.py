@@ -26,7 +26,7 @@ import torch
 from omnimamba_kernels import backends
 from omnimamba_kernels.backends import NAMES, OPS
 
-from . import machine, results
+from . import gpu_claims, machine, results
 from .gpu_ops import NO_TIME
 from .tables import duration, table
 
@@ -115,7 +115,7 @@ def is_fault(row: dict[str, Any]) -> bool:
 
 
 def text(content: dict[str, Any]) -> str:
-    """The report: machine, parts, one line a contender."""
+    """The report: machine, parts, what must be shown, one line a contender."""
     about, parts = content["machine"], content["parts"]
     peers = ", ".join(f"{name} {'present' if there else 'absent'}" for name, there in content["peers"].items())
     rates = next((r for r in content["rates"].values() if r), {})
@@ -125,8 +125,11 @@ def text(content: dict[str, Any]) -> str:
     said += [f"{name}: {reason}" for name, reason in about["backends"].items() if reason]
     lines = [[p["name"], p["status"], duration(p["seconds"] or 1e-6), p["detail"]] for p in parts]
     failures = [f"- {p['name']}: {failure}" for p in parts for failure in p["failures"]]
+    met = {True: "yes", False: "no", None: "not judged"}
+    shown = [[c["what"], c["required"], c["by"], c["measured"], met[c["met"]]] for c in content["claims"]]
     return "\n\n".join([
         "# GPU check", *said, table(["part", "status", "time", "detail"], lines), *failures,
+        table(["to be shown on an H200", "at least", "by", "measured", "met"], shown),
         table(["operation", "case", "by", "time", "against ours", "of the floor", "first call"], rows(content["rows"])),
     ]) + "\n"  # fmt: skip
 
@@ -158,6 +161,7 @@ def check(out: Path, seconds: float, tests: str = TESTS, ops: tuple[str, ...] = 
 
     def done(part: Part) -> None:
         content["parts"].append(vars(part))
+        content["claims"] = [c for name in ("cuda", "triton") for c in gpu_claims.judge(content["rows"], name)]
         results.save(out / "results.json", content)
         (out / "report.md").write_text(text(content))
         print(f"[{time.monotonic() - start:4.0f} s] {part.name}: {part.status}. {part.detail}", flush=True)

@@ -15,15 +15,26 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_check, gpu_ops, tune  # noqa: E402
+from bench import gpu_check, gpu_claims, gpu_ops, tune  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
-from bench.gpu_problems import Problem  # noqa: E402
+from bench.gpu_problems import OPERATIONS, Problem  # noqa: E402
 from omnimamba_kernels import backends, triton_launch  # noqa: E402
 from omnimamba_kernels.backends import OPS  # noqa: E402
+from omnimamba_kernels.lora_linear import cases as lora_cases  # noqa: E402
 from omnimamba_kernels.report.calls import calls  # noqa: E402
+from omnimamba_kernels.ssd_scan import cases as scan_cases  # noqa: E402
+from omnimamba_kernels.state_update import cases as update_cases  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 RATES = {"copy": 1e9, "matmul": 1e9}
+GROUPS = {
+    "ssd_scan": {"ssd_scan forward", "ssd_scan backward"},
+    "gated_norm": {"gated_norm forward", "gated_norm backward"},
+    "causal_conv1d": {"causal_conv1d forward", "causal_conv1d backward", "causal_conv1d update"},
+    "state_update": {"state_update"},
+    "lora_linear": {"lora_linear", "lora_linear backward"},
+    "mamba_mixer": {"mamba_mixer sequence", "mamba_mixer sequence backward", "mamba_mixer step"},
+}
 
 
 @no_gpu
@@ -42,6 +53,48 @@ def test_every_part_runs_or_says_why_not(tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     assert "need a GPU" in report and "| gated_norm forward" in report
     assert set(gpu_check.ORDER) == set(OPS)
+
+
+@pytest.mark.skipif(backends()["native"] is not None, reason="no native kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_every_problem_has_a_check_that_ours_and_the_peers_at_hand_pass(op):
+    """As a GPU has them, but small: one that needs a package which is not there may not run, nobody may be wrong."""
+    groups, clock = set(), Clock(torch.device("cpu"), 0.0)
+    for problem in OPERATIONS[op](torch.device("cpu")):
+        groups.add(problem.group)
+        rows = {row["who"]: row for row in gpu_ops.measure(problem, clock, RATES, float("inf"))}
+        assert {"native", "reference"} <= {who for who, row in rows.items() if "seconds" in row}, rows
+        assert all("ModuleNotFoundError" in row["reason"] for row in rows.values() if "seconds" not in row), rows
+        assert all("seconds" in row for who, row in rows.items() if who.startswith("torch")), rows
+    assert groups == GROUPS[op]
+
+
+def test_a_claim_is_judged_on_what_was_measured_and_says_what_was_not():
+    case, base = gpu_claims.LORA, {"floor_share": 0.9, "first_call": 1.0}
+    rows = [
+        {"group": "ssd_scan forward", "case": "8 x 2048, 64 heads", "who": "triton", "seconds": 1.0, **base},
+        {"group": "ssd_scan forward", "case": "8 x 2048, 64 heads", "who": "mamba_ssm", "seconds": 3.0},
+        {"group": "causal_conv1d forward", "case": "a", "who": "triton", "seconds": 1.0, **base},
+        {"group": "causal_conv1d forward", "case": "b", "who": "triton", "seconds": 1.0, "floor_share": 0.8},
+        {"group": "lora_linear", "case": case, "who": "triton", "seconds": 1.05, **base, "first_call": 3.5},
+        {"group": "lora_linear", "case": case, "who": gpu_claims.BASE, "seconds": 1.0},
+    ]
+    found = {claim["what"]: claim for claim in gpu_claims.judge(rows, "triton")}
+    forward = found["ssd_scan forward 8 x 2048, 64 heads, against mamba_ssm"]
+    assert (forward["measured"], forward["met"]) == ("3.00x", False)
+    assert found["causal_conv1d forward, share of the copy speed"]["measured"] == "0.80"
+    assert found["causal_conv1d forward in all cases, against causal_conv1d"]["measured"] == "no time of causal_conv1d"
+    assert found["causal_conv1d backward, share of the copy speed"]["met"] is None
+    assert [c["met"] for what, c in found.items() if what.startswith("lora_linear")] == [True]
+    assert found["first call with a cold cache, the slowest"]["met"] is False
+    assert all(claim["met"] is None for claim in gpu_claims.judge(rows, "cuda"))
+
+
+def test_claims_name_cases_that_a_gpu_is_measured_at():
+    asked = " ".join(claim["what"] for claim in gpu_claims.judge([], "triton"))
+    assert all(case.name in asked for case in scan_cases.GPU[:3])
+    assert f"{update_cases.GPU[2].name}, state float32" == gpu_claims.STEP
+    assert str(lora_cases.GPU[3]) == gpu_claims.LORA
 
 
 def test_failures_and_lost_time_are_told(tmp_path):

@@ -1,0 +1,83 @@
+"""What must be shown on an H200, in bfloat16 and with a cold cache, judged for each of our back ends on one run's rows.
+
+A ratio counts only beside a peer of the same run. What a run has not measured is not judged, and says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Rows = list[dict[str, Any]]
+Verdict = tuple[str, bool | None]
+COPY, NOT_SLOWER, LORA_LONGER, FIRST_CALL = 0.85, 1.0, 1.08, 3.0
+BASE = "torch, the base alone"
+STEP, LORA = "1.3B, b 64, state float32", "8192-2048-8512-tasks2-r8"
+"""Cases of the decode step and of the LoRA linear layer."""
+
+
+def judge(rows: Rows, who: str) -> list[dict[str, Any]]:
+    """Every claim about one of our back ends: what, required, measured, and whether it is met (None: not judged)."""
+    found = []
+    for what, required, verdict in _claims():
+        measured, met = verdict(rows, who)
+        found.append({"what": what, "required": required, "by": who, "measured": measured, "met": met})
+    return found
+
+
+def _claims() -> list[tuple[str, str, Callable[[Rows, str], Verdict]]]:
+    def faster(group: str, case: str, least: float, peer: str = "mamba_ssm") -> tuple[str, str, Callable]:
+        return (f"{group} {case or 'in all cases'}, against {peer}", f"{least:g}x",
+                lambda rows, who: _ratio(rows, who, group, case, peer, least))  # fmt: skip
+
+    shapes = {"8 x 2048, 64 heads": (4.0, 2.5), "1 x 2048, 64 heads": (2.5, 2.5), "4 x 32768, 64 heads": (7.0, 2.5)}
+    claims = [faster("ssd_scan forward", case, least) for case, (least, _) in shapes.items()]
+    claims += [faster("ssd_scan backward", case, least) for case, (_, least) in shapes.items()]
+    for group in ("causal_conv1d forward", "causal_conv1d backward"):
+        claims.append((f"{group}, share of the copy speed", f"{COPY:g}", _share(group, "")))
+        claims.append(faster(group, "", NOT_SLOWER, "causal_conv1d"))
+    what = "state_update, 64 sequences x 64 heads, fp32 state, share of the copy speed"
+    claims.append((what, f"{COPY:g}", _share("state_update", STEP)))
+    claims.append(("lora_linear, 8192 tokens, 2048 to 8512, two tasks mixed, over the bare product",
+                   f"at most {LORA_LONGER:g}x", _lora))  # fmt: skip
+    claims.append(("first call with a cold cache, the slowest", f"under {FIRST_CALL:g} s", _first_call))
+    return claims
+
+
+def _pick(rows: Rows, group: str, case: str, who: str) -> dict[str, dict[str, Any]]:
+    """The timed rows of a group and contender by case, all of them where ``case`` is empty."""
+    mine = [r for r in rows if (r["group"], r["who"]) == (group, who) and "seconds" in r]
+    return {r["case"]: r for r in mine if case in ("", r["case"])}
+
+
+def _ratio(rows: Rows, who: str, group: str, case: str, peer: str, least: float) -> Verdict:
+    own, others = _pick(rows, group, case, who), _pick(rows, group, case, peer)
+    both = own.keys() & others.keys()
+    if not both:
+        return f"no time of {peer if own else who}", None
+    ratio = min(others[name]["seconds"] / own[name]["seconds"] for name in both)
+    return f"{ratio:.2f}x", ratio >= least
+
+
+def _share(group: str, case: str) -> Callable[[Rows, str], Verdict]:
+    def verdict(rows: Rows, who: str) -> Verdict:
+        shares = [row["floor_share"] for row in _pick(rows, group, case, who).values()]
+        return (f"{min(shares):.2f}", min(shares) >= COPY) if shares else (f"no time of {who}", None)
+
+    return verdict
+
+
+def _lora(rows: Rows, who: str) -> Verdict:
+    own, bare = _pick(rows, "lora_linear", LORA, who), _pick(rows, "lora_linear", LORA, BASE)
+    if not own or not bare:
+        return f"no time of {BASE if own else who}", None
+    ratio = own[LORA]["seconds"] / bare[LORA]["seconds"]
+    return f"{ratio:.3f}x", ratio <= LORA_LONGER
+
+
+def _first_call(rows: Rows, who: str) -> Verdict:
+    first = {f"{r['group']} {r['case']}": r["first_call"] for r in rows if r["who"] == who and "first_call" in r}
+    if not first:
+        return f"no call of {who}", None
+    slowest = max(first, key=first.get)
+    return f"{first[slowest]:.2f} s: {slowest}", first[slowest] < FIRST_CALL

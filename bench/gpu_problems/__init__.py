@@ -1,0 +1,21 @@
+"""What the operations are timed on, and by whom: ours first, then torch, transformers' fallback and other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import conv, lora, mixer, norm, scan, update
+from .common import Problem
+
+__all__ = ["OPERATIONS", "Problem"]
+
+OPERATIONS: dict[str, Callable[[torch.device], Iterator[Problem]]] = {
+    "causal_conv1d": conv.problems,
+    "ssd_scan": scan.problems,
+    "state_update": update.problems,
+    "gated_norm": norm.problems,
+    "lora_linear": lora.problems,
+    "mamba_mixer": mixer.problems,
+}

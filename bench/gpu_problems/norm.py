@@ -1,0 +1,51 @@
+"""The gated RMSNorm, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+import omnimamba_kernels as kernels
+from omnimamba_kernels.gated_norm import cases
+
+from .. import inputs, peers
+from ..measure import worst_error
+from .common import Problem, Values, backends, backward, dtype_of, forward, leaves, made, nbytes, sizes
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    bound = inputs.BOUND[dtype_of(device)]
+    for case in sizes(device, cases.GPU, cases.CASES[5:6]):
+        values = made(device, lambda case=case: case.tensors(dtype_of(device)))
+        values = {k: values[k] for k in ("x", "weight", "z")}
+        upstream, options = torch.randn_like(values["x"]), case.options
+        group = options["group_size"]
+
+        def ours(v: Values, name: str = "", options=options) -> Tensor:
+            return kernels.rmsnorm_fn(v["x"], v["weight"], None, v["z"], **options, backend=name)
+
+        def theirs(v: Values, options=options) -> Tensor:
+            function = import_module("mamba_ssm.ops.triton.layernorm_gated").rmsnorm_fn
+            return function(v["x"], v["weight"], None, v["z"], **options)
+
+        def plain(v: Values, group=group) -> Tensor:
+            layer = peers.fallback("MambaRMSNormGated")(v["x"].shape[-1], group_size=group, eps=1e-5)
+            return torch.func.functional_call(layer, {"weight": v["weight"]}, (v["x"], v["z"])).to(v["x"].dtype)
+
+        functions = {name: (lambda v, name=name, ours=ours: ours(v, name)) for name in backends(device)}
+        functions |= {"mamba_ssm": theirs, peers.label(): plain}
+
+        def error(y: Tensor, values=values, ours=ours) -> float:
+            return worst_error((y,), (ours(inputs.double(values), "reference"),))
+
+        def gradient_error(found: tuple, values=values, ours=ours, upstream=upstream) -> float:
+            exact = inputs.gradients(lambda **v: ours(v, "reference"), leaves(inputs.double(values)), upstream.double())
+            return worst_error(found, exact[1:])
+
+        rows = nbytes(values["x"])
+        yield Problem("gated_norm forward", case.name, 3 * rows, 0.0, forward(functions, values), error, bound)
+        yield Problem("gated_norm backward", case.name, 5 * rows, 0.0, backward(functions, values, upstream),
+                      gradient_error, bound)  # fmt: skip
