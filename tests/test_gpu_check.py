@@ -40,7 +40,7 @@ GROUPS = {
 @no_gpu
 @pytest.mark.skipif(backends()["native"] is not None, reason="no native kernels")
 def test_every_part_runs_or_says_why_not(tmp_path, capsys):
-    only = "tests/kernels/test_gated_norm.py::test_groups_of_one"
+    only = "tests/kernels/test_gated_norm.py::test_matches_the_definition"
     content = gpu_check.check(tmp_path, 300, only, ops=("gated_norm",))
     parts = {part["name"]: part for part in content["parts"]}
     assert parts["tests, triton"]["status"] == parts["tests, cuda"]["status"] == "skipped"
