@@ -94,6 +94,15 @@ def test_load_matrices_fills_registers_as_printed(count, transposed):
     assert (halves == cute(LAYOUTS["ldmatrix"][f"{count} transposed" if transposed else str(count)])).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_store_matrices_takes_registers_as_printed(transposed):
+    """The PTX ISA gives stmatrix the fragments of ldmatrix."""
+    halves = np.arange(1, 257, dtype=np.uint32).reshape(32, 4, 2)
+    registers, matrices = np.ascontiguousarray(halves[..., 0] | halves[..., 1] << 16), np.zeros(256, np.uint16)
+    emulated.library().layout_store(int(transposed), pointer(registers), pointer(matrices))
+    assert (matrices[cute(LAYOUTS["ldmatrix"]["4 transposed" if transposed else "4"])] == halves.reshape(32, 8)).all()
+
+
 def swizzle(offset, bits):
     """S<bits, 4, 3> on byte offsets."""
     return offset ^ ((offset >> 7 & (1 << bits) - 1) << 4)

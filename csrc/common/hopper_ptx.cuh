@@ -106,6 +106,19 @@ OM_DEVICE void bulk_wait_read() {
 // What this thread wrote to shared memory is there for bulk copies and wgmma.
 OM_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// load_matrices the other way: four matrices of 8 x 8 16-bit elements from the warp's registers to shared memory.
+template <bool TRANSPOSED>
+OM_DEVICE void store_matrices(void* row, const uint32_t (&from)[4]) {
+  if constexpr (TRANSPOSED)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+                 : "memory");
+}
+
 // ---- clusters, registers ----
 
 OM_DEVICE int cluster_rank() {

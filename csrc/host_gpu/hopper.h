@@ -74,6 +74,11 @@ void bulk_wait_read() {
 }
 inline void async_fence() {}
 
+template <bool TRANSPOSED>
+void store_matrices(void* row, const uint32_t (&from)[4]) {
+  host_gpu::store_matrices(row, TRANSPOSED, from);
+}
+
 inline int cluster_rank() { return static_cast<int>(host_gpu::self().block->rank); }
 inline void cluster_sync() { host_gpu::cluster_sync(); }
 template <int N>

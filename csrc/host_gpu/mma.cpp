@@ -27,6 +27,24 @@ void load_matrices(uint32_t* out, int count, bool transposed, const void* row) {
   });
 }
 
+void store_matrices(void* row, bool transposed, const uint32_t (&from)[4]) {
+  struct Argument {
+    uint16_t* row;
+    const uint32_t* from;
+  } mine{static_cast<uint16_t*>(row), from};
+  check_aligned(row, 16, "store_matrices");
+  check_shared(row, 16, "store_matrices");
+  together(transposed ? "store_matrices, transposed" : "store_matrices", 0xffffffffu, mine, [=](Argument** all) {
+    for (int j = 0; j < 4; j++)
+      for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 2; i++) {
+          Place at = fragment::loaded(lane, i);
+          if (transposed) at = {at.column, at.row};
+          all[8 * j + at.row]->row[at.column] = static_cast<uint16_t>(all[lane]->from[j] >> 16 * i);
+        }
+  });
+}
+
 void multiply(const char* name, const Multiply& mine, int k) {
   Multiply argument = mine;
   together(name, 0xffffffffu, argument, [=](Multiply** all) {

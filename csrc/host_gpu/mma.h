@@ -6,6 +6,7 @@ namespace omnimamba {
 namespace host_gpu {
 
 void load_matrices(uint32_t* out, int count, bool transposed, const void* row);
+void store_matrices(void* row, bool transposed, const uint32_t (&from)[4]);
 // c (16 x 8) += a (16 x k) b (k x 8).
 struct Multiply {
   float* c;

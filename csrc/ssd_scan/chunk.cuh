@@ -47,8 +47,8 @@ struct Seat {
   bool live;  // it has a head and channels of it
 };
 
-// blockIdx.x counts blocks of a head's channels, then blocks of heads, groups, segments, batch rows.
-OM_DEVICE Seat seat_of(const SsdScanParams& q, const Cover& cover, int segments) {
+// blockIdx.x counts blocks of a head's channels, then blocks of heads, groups, segments, batch rows. `column`: of `head`.
+OM_DEVICE Seat seat_at(const SsdScanParams& q, const Cover& cover, int segments, int head, int column, int part) {
   uint32_t i = blockIdx.x;
   auto next = [&i](int64_t count) {
     const auto n = static_cast<uint32_t>(count);
@@ -63,14 +63,18 @@ OM_DEVICE Seat seat_of(const SsdScanParams& q, const Cover& cover, int segments)
   at.b = i;
   const int per_group = static_cast<int>(q.heads / q.groups), left = per_group - head_block * cover.heads;
   at.first_head = at.group * per_group + head_block * cover.heads;
-  at.part = warp_id() % cover.parts;
-  at.column = warp_id() / cover.parts;
-  at.head = at.column / cover.columns;
+  at.part = part;
+  at.column = head * cover.columns + column;
+  at.head = head;
   at.h = at.first_head + at.head;
   at.live_heads = left < cover.heads ? left : cover.heads;
-  at.p0 = (p_block * cover.columns + at.column % cover.columns) * 16;
+  at.p0 = (p_block * cover.columns + column) * 16;
   at.live = at.head < at.live_heads && at.p0 < q.headdim;
   return at;
+}
+OM_DEVICE Seat seat_of(const SsdScanParams& q, const Cover& cover, int segments) {
+  const int column = warp_id() / cover.parts;
+  return seat_at(q, cover, segments, column / cover.columns, column % cover.columns, warp_id() % cover.parts);
 }
 
 // The positions of a chunk that are neither padding nor past the end, a bit each.
@@ -112,22 +116,32 @@ using States = float[OWN<N> / 8][4];
 OM_DEVICE int state_row(int i) { return fragment::c(lane_id(), i).row; }
 OM_DEVICE int state_column(int i) { return fragment::c(lane_id(), i).column; }
 
+// S[j], also where all are in one array, as a warpgroup's accumulators are.
+template <int J>
+OM_DEVICE float* four_of(float (&S)[J][4], int j) {
+  return S[j];
+}
+template <int COUNT>
+OM_DEVICE float* four_of(float (&S)[COUNT], int j) {
+  return S + 4 * j;
+}
+
 // each(pair, row, column, count) for the neighbours S[j][2 k], S[j][2 k + 1] that exist: `count` of them.
-template <int N, class Each>
-OM_DEVICE void each_pair(States<N>& S, const SsdScanParams& q, const Seat& at, Each&& each) {
+template <int N, class Held, class Each>
+OM_DEVICE void each_pair(Held& S, const SsdScanParams& q, const Seat& at, Each&& each) {
 #pragma unroll
   for (int j = 0; j < OWN<N> / 8; j++)
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const int row = at.p0 + state_row(2 * k), column = at.part * OWN<N> + 8 * j + state_column(2 * k);
       const int left = static_cast<int>(q.state) - column;
-      if (row < q.headdim && left > 0) each(S[j] + 2 * k, row, column, left < 2 ? 1 : 2);
+      if (row < q.headdim && left > 0) each(four_of(S, j) + 2 * k, row, column, left < 2 ? 1 : 2);
     }
 }
 
 // S to a contiguous (p, n).
-template <int N>
-OM_DEVICE void store_state(States<N>& S, const SsdScanParams& q, const Seat& at, float* to) {
+template <int N, class Held>
+OM_DEVICE void store_state(Held& S, const SsdScanParams& q, const Seat& at, float* to) {
   const bool even = q.state % 2 == 0;
   each_pair<N>(S, q, at, [&](float* pair, int row, int column, int count) {
     float* out = to + row * q.state + column;
@@ -139,8 +153,8 @@ OM_DEVICE void store_state(States<N>& S, const SsdScanParams& q, const Seat& at,
 }
 
 // S <- decay S + a contiguous (p, n).
-template <int N>
-OM_DEVICE void join_state(States<N>& S, const SsdScanParams& q, const Seat& at, const float* from, float decay) {
+template <int N, class Held>
+OM_DEVICE void join_state(Held& S, const SsdScanParams& q, const Seat& at, const float* from, float decay) {
   each_pair<N>(S, q, at, [&](float* pair, int row, int column, int count) {
     const float* in = from + row * q.state + column;
     for (int i = 0; i < count; i++) pair[i] = scaled(pair[i], decay) + in[i];
@@ -148,11 +162,21 @@ OM_DEVICE void join_state(States<N>& S, const SsdScanParams& q, const Seat& at, 
 }
 
 // S <- S + decay times the caller's state.
-template <int N>
-OM_DEVICE void join_initial(States<N>& S, const SsdScanParams& q, const Seat& at, float decay) {
+template <int N, class Held>
+OM_DEVICE void join_initial(Held& S, const SsdScanParams& q, const Seat& at, float decay) {
   each_pair<N>(S, q, at, [&](float* pair, int row, int column, int count) {
     for (int i = 0; i < count; i++) pair[i] += scaled(*q.initial_states.at<float>(at.b, at.h, row, column + i), decay);
   });
+}
+
+// The state before a segment, S being 0: what the earlier ones left of themselves and of the initial state.
+template <int N, class Held>
+OM_DEVICE void begin_segment(Held& S, const SsdScanParams& q, const Seat& at) {
+  if (q.initial_states) join_initial<N>(S, q, at, 1.0f);
+  const int64_t first = (at.b * q.heads + at.h) * (q.segments - 1);
+#pragma unroll 1
+  for (int64_t i = first; i < first + at.segment; i++)
+    join_state<N>(S, q, at, q.ends.at<float>() + i * q.headdim * q.state, q.decays.at<float>()[i]);
 }
 
 // S += v B, v a block of 16 channels by 16 positions, from position k on. What enters a state keeps float32's digits: states

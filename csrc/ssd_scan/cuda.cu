@@ -22,20 +22,6 @@ namespace omnimamba {
 namespace ssd {
 namespace {
 
-// The state before a segment: what the earlier ones left of themselves and of the initial state.
-template <int N>
-OM_DEVICE void begin_segment(States<N>& S, const SsdScanParams& q, const Seat& at) {
-#pragma unroll
-  for (int j = 0; j < OWN<N> / 8; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) S[j][i] = 0.0f;
-  if (q.initial_states) join_initial<N>(S, q, at, 1.0f);
-  const int64_t first = (at.b * q.heads + at.h) * (q.segments - 1);
-#pragma unroll 1
-  for (int64_t i = first; i < first + at.segment; i++)
-    join_state<N>(S, q, at, q.ends.at<float>() + i * q.headdim * q.state, q.decays.at<float>()[i]);
-}
-
 // The 16 x 16 tile of C B^T on or below the diagonal that has number i, and from it M of each head.
 template <class T, int N>
 OM_DEVICE void score_tile(const typename Layout<T, N>::Stage& stage, const Layout<T, N>& layout, unsigned char* memory,
@@ -188,7 +174,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
   };
 
   fetch(first);
-  States<N> S;
+  States<N> S = {};
   begin_segment<N>(S, q, at);
 #pragma unroll 1
   for (int chunk = first; chunk < last; chunk++) {
@@ -272,7 +258,8 @@ int best_segments(int64_t blocks, int64_t chunks, int64_t slots) {
       least = waves + ends;
     }
   }
-  return best;
+  const int64_t each = ceil_div(chunks, best);  // as many as come first; no segment is left without any
+  return static_cast<int>(ceil_div(chunks, each));
 }
 
 }  // namespace
@@ -285,6 +272,10 @@ int best_segments(int64_t blocks, int64_t chunks, int64_t slots) {
 
 int64_t ssd_scan_segments(const SsdScanParams& q) {
   using namespace ssd;
+#if defined(OMNIMAMBA_SM90)
+  if (suits_hopper(q))
+    return best_segments(q.batch * hopper_blocks(q), chunks_of(q.length, chunk_of(q)), q.multiprocessors);
+#endif
   int64_t segments = 1;
   for_instance(q, [&](auto type, auto states) {
     using T = decltype(type);
@@ -301,6 +292,9 @@ void ssd_scan_forward(const SsdScanParams& q) {
         "x: the CUDA scan takes fewer than 2^31 chunks of heads; split the batch");
   launch_steps(q);
   launch_ends(q);
+#if defined(OMNIMAMBA_SM90)
+  if (suits_hopper(q)) return launch_hopper_walk(q);
+#endif
   for_instance(q, [&](auto type, auto states) {
     using T = decltype(type);
     constexpr int N = states.value;

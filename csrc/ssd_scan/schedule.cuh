@@ -103,6 +103,11 @@ void launch_steps(const SsdScanParams& q);
 void launch_ends(const SsdScanParams& q);
 void launch_back_walk(const SsdScanParams& q);
 
+// cuda_sm90.cu: whether its walk takes this call, into how many blocks it cuts a batch row, and the walk itself.
+bool suits_hopper(const SsdScanParams& q);
+int64_t hopper_blocks(const SsdScanParams& q);
+void launch_hopper_walk(const SsdScanParams& q);
+
 #endif
 
 }  // namespace omnimamba::ssd

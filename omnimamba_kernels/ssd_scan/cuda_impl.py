@@ -15,6 +15,11 @@ STEPS = 5  # STEPS there
 WIDEST = 256  # the most states of for_instance in csrc/ssd_scan/schedule.cuh
 ROOM = 128 << 10  # bytes of shared memory that every backward fits into (BackLayout in csrc/ssd_scan/back_roles.cuh)
 
+# What the report holds to the matrix units: all kernels but the one of the steps.
+MATRIX = (
+    "ssd_walk_kernel", "ssd_ends_kernel", "ssd_hopper_walk_kernel", "ssd_back_walk_kernel", "ssd_back_chunk_kernel",
+)  # fmt: skip
+
 
 def why_not(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,

@@ -39,6 +39,17 @@ __global__ void load_kernel(const uint16_t* matrices, uint32_t* out) {
   for (int j = 0; j < N; j++) out[lane_id() * N + j] = registers[j];
 }
 
+// The bytes of four matrices, one after another, that stmatrix writes from registers[lane, register].
+template <bool TRANSPOSED>
+__global__ void store_kernel(const uint32_t* registers, uint16_t* matrices) {
+  OM_SHARED(uint16_t, tile, 64 * 4);
+  const uint32_t* mine = registers + lane_id() * 4;
+  const uint32_t from[4] = {mine[0], mine[1], mine[2], mine[3]};
+  store_matrices<TRANSPOSED>(tile + lane_id() * 8, from);
+  sync_warp();
+  for (int i = lane_id(); i < 64 * 4; i += WARP) matrices[i] = tile[i];
+}
+
 // d[thread, i] of one wgmma on an image of shared memory; a_offset < 0: A from registers, by mma's layout.
 template <int N, bool A_MN, bool B_MN>
 __global__ void wgmma_kernel(const unsigned char* image, int bytes, const float* a, const int* table_a, float* out,
@@ -106,6 +117,12 @@ ENTRY layout_load(int transposed, int n, const uint16_t* matrices, uint32_t* out
     transposed ? launch<load_kernel<true, 2>>(one, matrices, out) : launch<load_kernel<false, 2>>(one, matrices, out);
   if (n == 4)
     transposed ? launch<load_kernel<true, 4>>(one, matrices, out) : launch<load_kernel<false, 4>>(one, matrices, out);
+}
+
+ENTRY layout_store(int transposed, const uint32_t* registers, uint16_t* matrices) {
+  const Shape one{dim3(1), 32};
+  transposed ? launch<store_kernel<true>>(one, registers, matrices)
+             : launch<store_kernel<false>>(one, registers, matrices);
 }
 
 template <int N>

@@ -28,9 +28,10 @@ def _hostile_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test file is named after its operation."""
+    """A test file is named after its operation, or says in RUNS what to run."""
     if "run" in metafunc.fixturenames:
-        metafunc.parametrize("run", runs(metafunc.module.__name__.removeprefix("test_")), indirect=True)
+        named = getattr(metafunc.module, "RUNS", None)
+        metafunc.parametrize("run", named or runs(metafunc.module.__name__.removeprefix("test_")), indirect=True)
 
 
 @pytest.fixture

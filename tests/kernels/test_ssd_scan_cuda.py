@@ -1,8 +1,95 @@
-"""What the CUDA scan leaves to another back end: shapes whose backward would not fit a small chip's shared memory."""
+"""The CUDA scan beyond what every back end is asked: its schedules, its kernel for Hopper, what it leaves to others."""
 
+import emulated
 import pytest
+import torch
+from common import check, evaluate, running, same_bits
+from test_ssd_scan import GRADS, exact, scan
 
+from omnimamba_kernels import cuda
+from omnimamba_kernels.ssd_scan.cases import Case
 from omnimamba_kernels.ssd_scan.cuda_impl import too_large
+
+needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+HOPPER = (
+    Case("two heads", 1, 150, 2, 64, n=128, skip=1, gate=True, initial_states=True),
+    Case("three heads a group, packed with padding", 2, 130, 6, 64, g=2, n=64, skip=2, gate=True, initial_states=True,
+         sequences="seq_idx"),
+    Case("two halves of a head", 1, 100, 1, 128, n=128, skip=2),
+    Case("a half that is half empty", 2, 67, 3, 96, n=72, skip=1, initial_states=True),
+    Case("two parts of the states", 1, 260, 2, 64, n=256, skip=1, gate=True, initial_states=True),
+    Case("packed by offsets", 1, 170, 3, 40, n=34, skip=1, initial_states=True, sequences="cu_seqlens"),
+    Case("eight chunks", 1, 500, 2, 64, n=64, softplus=False, bias=False, limit=(0.05, 0.4)),
+    Case("segments", 1, 700, 1, 32, n=64, skip=1, initial_states=True),
+)  # fmt: skip
+PACKED, EIGHT = HOPPER[1], HOPPER[6]
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", HOPPER, ids=lambda c: c.name)
+def test_hoppers_kernel_matches_the_recurrence(case, monkeypatch):
+    if case is EIGHT:  # for one block: stages and buffers of scores come round again and again
+        monkeypatch.setattr(cuda, "limits", lambda _: (1, emulated.SHARED[90]))
+    wanted = GRADS if case in HOPPER[:2] else ()  # what a backward needs is saved
+    check("cuda-emulated90", scan(case.options), exact(case.options), case.tensors(torch.bfloat16), wanted)
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", [HOPPER[1], HOPPER[4]], ids=lambda c: c.name)
+def test_hoppers_kernel_gives_the_same_bits_in_any_order_of_threads(case):
+    tensors, found = case.tensors(torch.bfloat16), []
+    for seed in (2, 3, 1):
+        emulated.configure(seed)
+        with running("cuda-emulated90"):
+            found.append(evaluate(scan(case.options), tensors))
+    assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)
+
+
+@needs_emulator
+def test_hoppers_kernel_leaves_garbage_in_the_padding():
+    tensors = PACKED.tensors(torch.bfloat16)
+    dirty, padded = dict(tensors), tensors["seq_idx"] < 0
+    for name in ("x", "dt", "B", "C", "z"):
+        dirty[name] = tensors[name].clone()
+        dirty[name][padded] = float("nan")
+    with running("cuda-emulated90"):
+        got, plain = evaluate(scan(PACKED.options), dirty), evaluate(scan(PACKED.options), tensors)
+    assert padded.any() and not got["out 0"][padded].any()
+    assert all(same_bits(got[name], plain[name]) for name in plain)
+
+
+@needs_emulator
+def test_saving_for_a_backward_changes_no_bit_on_hopper():
+    tensors = PACKED.tensors(torch.bfloat16)
+    with running("cuda-emulated90"):
+        plain, recorded = evaluate(scan(PACKED.options), tensors), evaluate(scan(PACKED.options), tensors, GRADS)
+    assert all(same_bits(plain[name], recorded[name]) for name in plain)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_segment_is_empty(dtype):
+    """Eleven chunks for five segments: four take them all."""
+    case = Case("segments", 1, 11 * (32 if dtype == torch.float32 else 64) - 4, 1, 16, n=16)
+    check("cuda-emulated", scan(case.options), exact(case.options), case.tensors(dtype))
+
+
+def segments(chip, p):
+    """Of 20 batch rows of two heads, on 16 multiprocessors."""
+    x, B = torch.empty(20, 512, 2, p, dtype=torch.bfloat16), torch.empty(20, 512, 1, 64, dtype=torch.bfloat16)
+    fields = dict(x=x, y=x, B=B, C=B, batch=20, length=512, heads=2, headdim=p, groups=1, state=64)
+    with emulated.emulated(chip):
+        multiprocessors, shared = cuda.limits(x.device)
+        fields |= dict(multiprocessors=multiprocessors, shared_limit=shared)
+        return cuda.call("ssd_scan_segments", x.device, **fields)
+
+
+@needs_emulator
+def test_what_suits_hopper_is_cut_for_its_kernel():
+    """One block of it fills a multiprocessor, of the other kernel two do."""
+    assert segments(90, 32) > segments(80, 32)
+    assert segments(90, 24) == segments(80, 24)  # too narrow
+
 
 SMALL, LARGE = 99 << 10, 227 << 10
 
