@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,17 @@ def their_prefill(prompt: torch.Tensor):
 
 
 @torch.inference_mode()
-def our_decode(dtype: torch.dtype, state, count: int) -> torch.Tensor:
+def our_step(dtype: torch.dtype, state) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One token (1,) in, its logits out; weights and states are looked up here, once a generation."""
     model = ours(dtype)
     step = model.backbone.bind_step(state)
+    return lambda token: model.head(step(model.backbone.embedding(token)))
+
+
+@torch.inference_mode()
+def our_decode(step: Callable[[torch.Tensor], torch.Tensor], count: int) -> torch.Tensor:
     for token in ids(count)[0]:
-        logits = model.head(step(model.backbone.embedding(token[None])))
+        logits = step(token[None])
     return logits
 
 
@@ -104,24 +111,21 @@ def whole(prompt: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Ten
 
 @functools.cache
 def llama(kind: str, longest: int) -> LlamaCpp:
-    """llama.cpp on our weights in ``kind``, one of GGUF's; RuntimeError with the reason where it is not installed."""
-    llama_cpp.module()
+    """llama.cpp on our weights in ``kind``, one of GGUF's; RuntimeError with the reason where it does not run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "130m.gguf"
         save_gguf(ours(torch.float32), path, kind)
         return LlamaCpp(path, longest)  # it maps the file, which lives until it is unmapped
 
 
-def llama_prefill(prompt: torch.Tensor) -> torch.Tensor:
+def llama_prefill(prompt: torch.Tensor) -> None:
     engine = llama("float32", LENGTH)
     engine.reset()
-    return engine.take(prompt[0].tolist())
+    engine.take(prompt[0].tolist())
 
 
-def llama_decode(kind: str, count: int) -> torch.Tensor:
-    for token in ids(count)[0].tolist():
-        logits = llama(kind, PROMPT).take([token])
-    return logits
+def llama_decode(kind: str, count: int) -> None:
+    llama(kind, PROMPT).take(ids(count)[0].tolist(), together=False)
 
 
 def llama_contender(kind: str) -> Contender:
@@ -131,7 +135,8 @@ def llama_contender(kind: str) -> Contender:
         engine = llama(kind, PROMPT)
         engine.reset()
         engine.take(ids(PROMPT)[0].tolist())
-        return relative_error(llama_decode(kind, TOKENS), whole(after_prompt()))
+        llama_decode(kind, TOKENS)
+        return relative_error(engine.logits(), whole(after_prompt()))
 
     return Contender(llama_cpp.label(GGUF[kind]), lambda: llama_decode(kind, TOKENS), check, LLAMA_BOUND[kind])
 
@@ -146,6 +151,11 @@ def test_prefill(bench, benchmark):
     matrices = sum(p.numel() for p in ours(torch.float32).backbone.layers.parameters() if p.ndim == 2)
     flops = 2.0 * prompt.shape[1] * matrices + size.n_layer * scan_flops(1, prompt.shape[1], size.nheads)
     exact = functools.cache(lambda: whole(prompt))
+
+    def llama_checked() -> float:
+        llama_prefill(prompt)
+        return relative_error(llama("float32", LENGTH).logits(), exact())
+
     contenders = [
         Contender(
             "Mamba-2 130M, fp32",
@@ -162,7 +172,7 @@ def test_prefill(bench, benchmark):
         Contender(
             llama_cpp.label("F32"),
             lambda: llama_prefill(prompt),
-            lambda: relative_error(llama_prefill(prompt), exact()),
+            llama_checked,
             BOUND,
         ),
     ]
@@ -176,18 +186,19 @@ def test_prefill(bench, benchmark):
     ids=["bf16", "int8", "fp32"],
 )
 def test_decode(bench, benchmark, dtype):
+    def after(prompt: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return our_step(dtype, our_prefill(dtype, prompt)[1])
+
     def ours_checked() -> float:
-        return relative_error(
-            our_decode(dtype, our_prefill(dtype, ids(PROMPT))[1], TOKENS), whole(after_prompt(), dtype)
-        )
+        return relative_error(our_decode(after(ids(PROMPT)), TOKENS), whole(after_prompt(), dtype))
 
     def theirs_checked() -> float:
         return relative_error(their_decode(their_prefill(ids(PROMPT))[1], TOKENS), whole(after_prompt()))
 
     kind = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float32: "fp32"}[dtype]
-    state = our_prefill(dtype, ids(PROMPT))[1]
+    step = after(ids(PROMPT))
     name = f"Mamba-2 130M, {kind} weights"
-    contenders = [Contender(name, lambda: our_decode(dtype, state, TOKENS), ours_checked, BOUND)]
+    contenders = [Contender(name, lambda: our_decode(step, TOKENS), ours_checked, BOUND)]
     theirs_run = functools.cache(lambda: their_prefill(ids(PROMPT))[1])
     floors = [Work("read", bytes=TOKENS * weight_bytes(ours(kept))) for kept in (dtype, torch.float32)]
     contenders.append(

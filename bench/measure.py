@@ -63,6 +63,17 @@ class Contender:
     """Seconds of a run, where known beforehand or from the check, which is at least one run."""
     times: list[float] = field(default_factory=list)
     """Seconds a call, one entry a round."""
+    refused: str | None = None
+    """Why it stopped running after it had passed its check."""
+
+    def attempt(self, what: Callable[[], float | None]) -> float | None:
+        """``what()``, or None where the contender has refused or does so now; any other error is one."""
+        if self.refused is None:
+            try:
+                return what()
+            except RuntimeError as refusal:
+                self.refused = _reason(refusal)
+        return None
 
     def take(self) -> None:
         self.times.append(seconds(self.repeat) / self.calls)
@@ -112,14 +123,17 @@ class Bench:
         passed = [c for c in contenders if _admit(c, rows[c.name])]
         if not passed:
             return list(rows.values())
-        alone = {c.name: _settle(c) for c in passed}
-        wanted = {name: self._rounds_for(taken) for name, taken in alone.items()}
+        alone = {c.name: c.attempt(lambda c=c: _settle(c)) for c in passed}
+        wanted = {name: self._rounds_for(taken) if taken else 0 for name, taken in alone.items()}
         subject, peers = passed[0], passed[1:]
         before, after = self._rounds(benchmark, subject, peers, wanted, work)
         kept = quiet_rounds(before, after)
         rate = [(b + a) / 2 for b, a in zip(before, after, strict=True)]
         for contender in passed:
-            _fill(rows[contender.name], contender, subject, kept, rate, work, tokens)
+            if contender.refused:
+                rows[contender.name].reason = contender.refused
+            else:
+                _fill(rows[contender.name], contender, subject, kept, rate, work, tokens)
         _publish(benchmark, list(rows.values()))
         return list(rows.values())
 
@@ -151,7 +165,7 @@ class Bench:
         def setup() -> None:
             for peer in peers:
                 if len(before) < wanted[peer.name]:
-                    peer.take()
+                    peer.attempt(peer.take)
             before.append(self.rates.sample(work.against, work.footprint or work.bytes))
 
         benchmark.pedantic(
@@ -170,15 +184,20 @@ def _publish(benchmark: Any, rows: list[Row]) -> None:
         benchmark.extra_info[row.who] = {k: v for k, v in vars(row).items() if v not in (None, "")}
 
 
+def _reason(refusal: RuntimeError) -> str:
+    """What a refusal says; an error that is none is raised again."""
+    if _REFUSAL not in str(refusal):
+        raise refusal
+    return str(refusal).splitlines()[0].split(_REFUSAL)[-1]
+
+
 def _admit(contender: Contender, row: Row) -> bool:
     """Whether the contender can run and is right; fills in the error or the reason."""
     start = time.perf_counter()
     try:
         row.error, row.error_bound = contender.check(), contender.bound
     except RuntimeError as refusal:
-        if _REFUSAL not in str(refusal):
-            raise
-        row.reason = str(refusal).splitlines()[0].split(_REFUSAL)[-1]
+        row.reason = _reason(refusal)
         return False
     if not row.error <= contender.bound:
         row.reason = f"failed its check: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
