@@ -86,8 +86,16 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     assert not wrong, "; ".join(f"{row.group}, {row.case}, {row.who}: {row.reason}" for row in wrong)
 
 
+def bar(done: int, total: int, seconds: float, width: int = 30) -> str:
+    """How far a run is, and how long the rest takes if a benchmark takes as long as those that are done."""
+    full = width * done // max(total, 1)
+    left = seconds / done * (total - done) if done else 0.0
+    clock = lambda s: f"{int(s) // 60}:{int(s) % 60:02}"  # noqa: E731
+    return f"[{'#' * full}{'.' * (width - full)}] {done}/{total}, {clock(seconds)} gone, about {clock(left)} left"
+
+
 class _Progress:
-    """Prints each row as soon as it is there."""
+    """Prints each row as soon as it is there, then how far the run is."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.session = config.stash[_SESSION]
@@ -101,8 +109,9 @@ class _Progress:
         session.done += 1
         self.out.write("\n")
         for row in session.bench.rows[session.shown :]:
-            self.out.write_line(f"[{session.done:2}/{session.total}] {_line(row)}")
+            self.out.write_line(_line(row))
         session.shown = len(session.bench.rows)
+        self.out.write_line(bar(session.done, session.total, time.perf_counter() - session.clock))
 
 
 def _line(row: results.Row) -> str:

@@ -266,3 +266,11 @@ def test_spread_is_half_the_quartiles_distance():
     assert measure.spread([1.0, 2.0]) is None
     assert measure.spread([3.0, 3.0, 3.0]) == 0
     assert measure.spread([8.0, 9.0, 10.0, 11.0, 12.0]) == pytest.approx(0.1)
+
+
+def test_the_bar_fills_and_tells_the_rest():
+    from bench.conftest import bar
+
+    assert bar(0, 4, 0.0, 4) == "[....] 0/4, 0:00 gone, about 0:00 left"
+    assert bar(1, 4, 61.0, 4) == "[#...] 1/4, 1:01 gone, about 3:03 left"
+    assert bar(4, 4, 200.0, 4) == "[####] 4/4, 3:20 gone, about 0:00 left"
