@@ -2,33 +2,58 @@
 
 #include "common/parallel.h"
 #include "common/tile.h"
+#include "common/transpose.h"
 #include "lora_linear/matmul.h"
 
 namespace omnimamba {
 namespace {
 
+constexpr int AHEAD = 64;  // elements from one in use to the one prefetched
+
 static_assert(kTileRows <= 12, "the workspace pads m by 12");
 static_assert(kMatmulColumns % kTileColumns == 0, "a chunk is made of whole tiles");
 
-// to[i][lane] = from[lane * lane_step + i * k_step] for `width` lanes, of which the first `lanes` exist; zeros beyond.
+// to[i][lane] = from[lane * lane_step + i] for `Width` lanes and W elements of k, in vectors.
+template <int Width, class T>
+OM_INLINE void transpose_block(const T* from, int64_t lane_step, float* to) {
+  for (int first = 0; first < Width; first += W) {
+    vf block[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      const T* row = from + (first + i) * lane_step;
+      __builtin_prefetch(row + AHEAD);  // rows far apart: the hardware does not foresee it
+      block[i] = load(row);
+    }
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) store(to + i * Width + first, block[i]);
+  }
+}
+
+// to[i][lane] = from[lane * lane_step + i * k_step] for `Width` lanes, of which the first `lanes` exist; zeros beyond.
 template <int Width, class T>
 void unpack(const T* from, int64_t lane_step, int64_t k_step, int64_t lanes, int64_t k, float* to) {
-  constexpr int STRIP = 64;
   if (lane_step == 1 && lanes == Width && Width % W == 0) {
     for (int64_t i = 0; i < k; i++)
       for (int c = 0; c < Width; c += W) store(to + i * Width + c, load(from + i * k_step + c));
     return;
   }
   if (lanes < Width) std::fill(to, to + k * Width, 0.0f);
-  for (int64_t begin = 0; begin < k; begin += STRIP, from += STRIP * k_step, to += STRIP * Width) {
-    const int64_t count = std::min<int64_t>(STRIP, k - begin);
+  int64_t begin = 0;
+  if constexpr (Width % W == 0) {
+    if (k_step == 1 && lanes == Width)
+      for (; begin + W <= k; begin += W) transpose_block<Width>(from + begin, lane_step, to + begin * Width);
+  }
+  for (from += begin * k_step, to += begin * Width; begin < k;
+       begin += AHEAD, from += AHEAD * k_step, to += AHEAD * Width) {
+    const int64_t count = std::min<int64_t>(AHEAD, k - begin);
     for (int64_t lane = 0; lane < lanes; lane++) {
       const T* row = from + lane * lane_step;
-      float strip[STRIP];
+      float strip[AHEAD];
       int64_t i = 0;
       if (k_step == 1) {
-        for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64)  // rows far apart: the hardware does not foresee it
-          __builtin_prefetch(reinterpret_cast<const char*>(row + STRIP) + byte);
+        for (size_t byte = 0; byte < AHEAD * sizeof(T); byte += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(row + AHEAD) + byte);
         for (; i + W <= count; i += W) store(strip + i, load(row + i));
       }
       for (; i < count; i++) strip[i] = to_float(row[i * k_step]);
