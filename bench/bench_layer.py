@@ -102,7 +102,7 @@ def work(name: str, length: int, training: bool) -> Work:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("length", [*LENGTHS[:4], *(pytest.param(n, marks=full) for n in LENGTHS[4:])])
+@pytest.mark.parametrize("length", [*LENGTHS[:3], *(pytest.param(n, marks=full) for n in LENGTHS[3:])])
 def test_layer(bench, benchmark, length, training):
     group = TRAINING if training else FORWARD
     u = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(length))

@@ -1,8 +1,9 @@
 """OmniMamba at its published size on this machine: a checkpoint with the official names and shapes, random values.
 
 1.61 B stored numbers in bf16: it is written as the official pickle, converted, loaded, and must come back bit for bit.
-Then one image of 256 tokens is drawn and a question about an image answered in 32, batch 1. The floor is
-the matrices that a token needs, read once at the DRAM rate; peak memory is a child process's, over the weights' bytes.
+Then one image of 256 tokens is drawn and a question about an image answered in 32, batch 1; and 16 images at once, as
+in the paper's Table 3. The floor is the matrices that a token needs, read once at the DRAM rate, and beyond one image
+the states there and back; peak memory is a child process's, over the weights' bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from omnimamba_model.cli import main
 
 from . import inputs
 from .measure import Contender, Work, relative_error
+from .published import AT_ONCE, TABLE_3, at_once_case
 
 GROUP, OURS = "OmniMamba", "OmniMamba, bf16 weights"
 QUESTION, ANSWER = 16, 32
@@ -82,8 +84,8 @@ def token_bytes(size: str, head: Tensor) -> int:
     return head.nbytes + sum(p.nbytes for name, p in layers if p.ndim == 2 and "_lora_" not in name)
 
 
-def caption() -> Tensor:
-    return torch.randint(1, 50000, (1, 68), generator=torch.Generator().manual_seed(0))
+def caption(count: int = 1) -> Tensor:
+    return torch.randint(1, 50000, (count, 68), generator=torch.Generator().manual_seed(0))
 
 
 def sight() -> tuple[Tensor, Tensor]:
@@ -145,3 +147,38 @@ def test_official_names(bench, benchmark, size, task):
     for row in rows:
         if row.peak_bytes:
             row.note = f"peak {row.peak_bytes / weights:.2f} of the weights"
+
+
+@pytest.mark.parametrize("size", [pytest.param(FULL, marks=full)])
+def test_images_at_once(bench, benchmark, size):
+    network, captions = model(size), caption(AT_ONCE)
+    found: dict[str, Tensor] = {}
+
+    def run() -> None:
+        found["images"] = draw(network, captions)
+
+    expected = 60.0 if size == FULL else 1.0
+    check = lambda: first_tokens_error(size, captions)  # noqa: E731
+    contender = Contender(OURS, run, check, 2 * inputs.BOUND[torch.float32], expected=expected)
+    head = network.backbone.img_embeddings.word_embeddings.weight
+    states = 2 * network.backbone.new_state(AT_ONCE).nbytes
+    work = Work("read", bytes=256 * (token_bytes(size, head) + states))
+    (row,) = bench.compare(benchmark, GROUP, at_once_case(size), [contender], work, tokens=256 * AT_ONCE)
+    assert found["images"].shape == (AT_ONCE, 256)
+    if row.seconds:
+        theirs = ", ".join(f"{who} {rate}" for who, rate in TABLE_3.items())
+        row.note = f"{AT_ONCE / row.seconds:.3g} images/s; the paper's, on one RTX 4090: {theirs}"
+
+
+@torch.inference_mode()
+def first_tokens_error(size: str, captions: Tensor) -> float:
+    """The first token's logits of all captions at once, against plain PyTorch on the first and the last alone."""
+    network = model(size)
+
+    def logits(some: Tensor) -> Tensor:
+        state = network.backbone.new_state(len(some))
+        return network.image_head(network.backbone.prefill(network.t2i_opening(some), state, 1))
+
+    together = logits(captions)[[0, -1]]
+    with use_backend("reference"):
+        return relative_error(together, torch.cat([logits(captions[:1]), logits(captions[-1:])]))

@@ -22,8 +22,15 @@ FIGURE_1 = {
 """Seconds and GB by tokens generated, batch 1. JanusFlow keeps a key-value cache, Show-o's text decoding does not."""
 FASTER, LEANER = 119.2, 0.630
 """Against Show-o: times as fast at 16K tokens; less memory at 23K."""
+AT_ONCE = 16
+TABLE_3 = {"OmniMamba": 5.68, "JanusFlow": 1.02, "Show-o": 0.81}
+"""Images a second, so many at once."""
 OURS, CACHED, UNCACHED = "Mamba-2 130M", "Transformer 129M, KV cache", "Transformer 129M, no cache"
 SPEED_CASE, MEMORY_CASE = "16384 tokens in all", f"generation at {23 * 1024} tokens"
+
+
+def at_once_case(size: str) -> str:
+    return f"{size}: draws {AT_ONCE} images of 256 tokens at once"
 
 
 @dataclass
@@ -59,3 +66,9 @@ def beside(rows: list[Row]) -> list[Published]:
         Published("memory at 23K tokens, against a Transformer", f"{LEANER:.1%} less", *memory),
     ]
     return found if any(p.without_cache or p.with_cache for p in found) else []
+
+
+def images_a_second(rows: list[Row]) -> float | None:
+    """Of the 1.3B shape, AT_ONCE of them at once."""
+    row = next((r for r in rows if r.case == at_once_case("1.3B") and r.seconds), None)
+    return AT_ONCE / row.seconds if row else None

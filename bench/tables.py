@@ -92,7 +92,14 @@ def paper(content: Content) -> str:
         return ""
     header = ["the paper's", "claimed", "ours, its protocol: no cache", "ours, fair: static KV cache"]
     claims = table(header, [[p.what, p.claimed, p.without_cache or "", p.with_cache or ""] for p in found])
-    return f"{claims}\n\n{figure_1(content)}"
+    images = published.images_a_second(content["rows"])
+    theirs = ", ".join(f"{who} {rate}" for who, rate in published.TABLE_3.items())
+    drawn = (
+        f"Images a second, {published.AT_ONCE} at once, 1.3B: {images:.3g} here; the paper's: {theirs}."
+        if images
+        else ""
+    )
+    return "\n\n".join(filter(None, [claims, figure_1(content), drawn]))
 
 
 def figure_1(content: Content) -> str:
