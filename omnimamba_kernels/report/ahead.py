@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .calls import Call
 from .resources import Resources, read
 
 FOLDER = Path("build") / "triton-report"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,14 @@ class Job:
 
     def budget(self) -> tuple[int, str]:
         """How many bytes a thread may spill and why: what the kernel's file says in ``SPILLS``, else none."""
-        return getattr(importlib.import_module(self.module), "SPILLS", {}).get((self.kernel, self.arch), (0, ""))
+        return self._exception("SPILLS")
+
+    def narrower(self) -> tuple[int, str]:
+        """How many products may stay below wgmma on sm_90 and why: ``NARROWER`` of the kernel's file, else none."""
+        return self._exception("NARROWER")
+
+    def _exception(self, table: str) -> tuple[int, str]:
+        return getattr(importlib.import_module(self.module), table, {}).get((self.kernel, self.arch), (0, ""))
 
 
 def jobs(calls: Iterable[Call], archs: Iterable[str]) -> list[Job]:
@@ -136,7 +143,10 @@ def _versions() -> str:
 
 def _load(folder: Path, key: str) -> Resources | None:
     path = folder / f"{key}.json"
-    return Resources(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    found = Resources(**json.loads(path.read_text()))
+    return replace(found, narrower=tuple(found.narrower))
 
 
 def _keep(folder: Path, key: str, found: Resources) -> None:

@@ -11,6 +11,7 @@ from ..triton_launch import Target
 _MATRIX = {
     "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync", "mfma": r"\bv_mfma_",
 }  # fmt: skip
+_LAYOUTS = {"#ttg.nvidia_mma": "mma", "#ttg.amd_mfma": "mfma"}
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,18 @@ class Resources:
     shared: int
     matrix: dict[str, int]
     dots: int  # products in the source that matrix units can take
+    products: dict[str, int]  # those of the compiler's last form, each by the kind that it became; "none" if by none
+    narrower: tuple[str, ...]  # tiles that wgmma would take and that became mma
     serialized: bool  # the assembler could not let wgmma run asynchronously
     programs: int  # that fit a multiprocessor together
     occupancy: float  # their share of the warps that a multiprocessor can hold
 
     def uses(self) -> str:
         return ", ".join(f"{count} {name}" for name, count in self.matrix.items()) or "-"
+
+    def reached(self) -> str:
+        """Which kind the products became."""
+        return ", ".join(f"{count} {name}" for name, count in self.products.items()) or "-"
 
 
 def read(compiled: Any, log: str, target: Target) -> Resources:
@@ -70,10 +77,11 @@ def read(compiled: Any, log: str, target: Target) -> Resources:
             spilled += 4 * _amd(assembly, "sgpr_spill_count")
     programs, occupancy = resident(_CHIPS[target.arch], target.warp, metadata.num_warps, registers, metadata.shared)
     found = {name: len(re.findall(pattern, assembly)) for name, pattern in _MATRIX.items()}
+    kinds, narrower = products(compiled.asm["ttgir"], target.arch, metadata.num_warps)
     return Resources(
         metadata.num_warps, metadata.num_stages, registers, spilled, stack, metadata.shared,
-        {name: count for name, count in found.items() if count}, _dots(compiled.asm["ttir"]), "serialized" in log,
-        programs, occupancy,
+        {name: count for name, count in found.items() if count}, _dots(compiled.asm["ttir"]), kinds, narrower,
+        "serialized" in log, programs, occupancy,
     )  # fmt: skip
 
 
@@ -92,8 +100,30 @@ def _amd(assembly: str, name: str) -> int:
 
 def _dots(ttir: str) -> int:
     """tl.dot calls whose operands are not plain float32: those are computed by the ordinary units, by request."""
-    dots = re.findall(r"^.*\btt\.dot\b.*$", ttir, re.M)
-    return sum(not re.search(r"xf32[^*]*\*[^*]*xf32", dot) or "tf32" in dot for dot in dots)
+    return sum(not _plain(dot) for dot in re.findall(r"^.*\btt\.dot\b.*$", ttir, re.M))
+
+
+def _plain(dot: str) -> bool:
+    return re.search(r"xf32[^*]*\*[^*]*xf32", dot) is not None and "tf32" not in dot
+
+
+def products(ttgir: str, arch: str, warps: int) -> tuple[dict[str, int], tuple[str, ...]]:
+    """By what each product is computed, from the compiler's last form before instructions, in which a product that was
+    left to the ordinary units has a layout of theirs; and on sm_90 the tiles for which wgmma was passed over."""
+    layouts = dict(re.findall(r"^(#\w+) = (#[\w.]+)<", ttgir, re.M))
+    kinds, narrower = {}, []
+    for line in re.findall(r"^.*\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.*$", ttgir, re.M):
+        kind, tile = "tcgen05", ()
+        if "tc_gen5_mma" not in line:
+            rows, columns, layout = re.search(r"tensor<(\d+)x(\d+)x\w+, (#\w+)>\s*(?:loc\(.*)?$", line).groups()
+            kind = "wgmma" if "warp_group_dot" in line else _LAYOUTS.get(layouts[layout], "none")
+            tile = (int(rows), int(columns))
+        if kind == "none" and _plain(line):
+            continue
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if arch == "sm_90" and kind == "mma" and warps % 4 == 0 and tile[0] % 64 == 0 and tile[1] % 8 == 0:
+            narrower.append(f"{tile[0]} x {tile[1]}")
+    return kinds, tuple(narrower)
 
 
 def resident(chip: Chip, warp: int, warps: int, registers: int, shared: int) -> tuple[int, float]:

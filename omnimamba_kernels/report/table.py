@@ -6,7 +6,7 @@ from ..triton_launch import TARGETS
 from .ahead import Job
 from .resources import Resources
 
-_HEADER = ("op", "kernel", "chip", "warps", "stages", "registers", "spilled", "shared", "matrix instructions",
+_HEADER = ("op", "kernel", "chip", "warps", "stages", "registers", "spilled", "shared", "products", "instructions",
            "programs", "occupancy", "first call", "fault")  # fmt: skip
 
 
@@ -21,10 +21,29 @@ def faults(job: Job, found: Resources | str) -> list[str]:
         broken.append(f"spills {found.spilled} bytes a thread, {allowed} allowed")
     if found.shared > target.shared_bytes:
         broken.append(f"needs {found.shared} bytes of shared memory, the chip has {target.shared_bytes}")
-    if found.dots and not found.matrix:
-        broken.append("has products, and none reaches the matrix units")
+    broken += _products(job, found)
     if not found.programs:
         broken.append("does not fit a multiprocessor")
+    return broken
+
+
+def _products(job: Job, found: Resources) -> list[str]:
+    """Whether each product reaches the matrix units, as the compiler says and as the instructions show."""
+    missed, total = found.products.get("none", 0), sum(found.products.values())
+    broken = []
+    if missed:
+        broken.append(f"{missed} of {total} products miss the matrix units")
+    if found.dots and not total:
+        broken.append(f"{found.dots} products are lost")
+    for kind, count in found.products.items():
+        if kind != "none" and found.matrix.get(kind, 0) < count:
+            broken.append(f"{count} products, {found.matrix.get(kind, 0)} {kind} instructions")
+    allowed, _ = job.narrower()
+    if len(found.narrower) > allowed:
+        tiles = ", ".join(sorted(set(found.narrower)))
+        broken.append(
+            f"{len(found.narrower)} products of {tiles} became mma, {allowed} allowed: wgmma takes such tiles"
+        )
     return broken
 
 
@@ -37,9 +56,9 @@ def text(rows: list[tuple[Job, Resources | str]]) -> str:
 
 def _line(job: Job, found: Resources | str) -> tuple[str, ...]:
     if isinstance(found, str):
-        return job.op, job.kernel, job.arch, *["-"] * 8, job.call, "; ".join(faults(job, found))
+        return job.op, job.kernel, job.arch, *["-"] * 9, job.call, "; ".join(faults(job, found))
     return (
         job.op, job.kernel, job.arch, str(found.warps), str(found.stages), str(found.registers), str(found.spilled),
-        str(found.shared), found.uses() + " (serialized)" * found.serialized, str(found.programs),
+        str(found.shared), found.reached(), found.uses() + " (serialized)" * found.serialized, str(found.programs),
         f"{found.occupancy:.0%}", job.call, "; ".join(faults(job, found)),
     )  # fmt: skip

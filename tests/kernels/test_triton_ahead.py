@@ -27,7 +27,7 @@ import triton.language as tl
 
 from omnimamba_kernels.report import ahead, table
 from omnimamba_kernels.report.calls import calls
-from omnimamba_kernels.report.resources import _CHIPS, resident
+from omnimamba_kernels.report.resources import _CHIPS, products, resident
 
 KERNELS = Path(ahead.__file__).resolve().parents[1]
 WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
@@ -53,10 +53,10 @@ def test_kernels_fit_every_chip(op):
 
 
 @pytest.mark.parametrize("op", WRITTEN)
-def test_a_spill_budget_names_its_reason(op):
+def test_an_exception_names_its_reason(op):
     for job in representative(op):
-        spilled, reason = job.budget()
-        assert spilled == 0 or len(reason) > 20, f"SPILLS[{job.kernel}, {job.arch}] needs a reason"
+        for allowed, reason in (job.budget(), job.narrower()):
+            assert allowed == 0 or len(reason) > 20, f"{job.kernel}, {job.arch}: an exception needs a reason"
 
 
 @triton.jit
@@ -87,7 +87,33 @@ def test_a_product_of_halves_reaches_the_matrix_units(arch):
     job, found = compiled(product, arch, kinds, PRECISION="tf32", N=64)
     wanted = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
     assert found.dots == 1 and set(found.matrix) == {wanted[arch]} and found.registers and not table.faults(job, found)
-    assert "none reaches the matrix units" in table.faults(job, dataclasses.replace(found, matrix={}))[0]
+    assert found.products == {wanted[arch]: 1} and not found.narrower
+    broken = {
+        "1 of 2 products miss": {"products": {wanted[arch]: 1, "none": 1}},
+        "1 products, 0": {"matrix": {}},
+        "products are lost": {"products": {}},
+        "wgmma takes such tiles": {"narrower": ("64 x 64",)},
+    }
+    for words, change in broken.items():
+        assert words in table.faults(job, dataclasses.replace(found, **change))[0]
+
+
+def test_a_product_is_known_by_its_layout():
+    """In the compiler's own words: one for each unit, plain float32 asked for as such, a tile that wgmma would take."""
+    pair = "tensor<64x16xf16, #ttg.dot_op<{{opIdx = 0, parent = {0}}}>> * tensor<16x32xf16, #ttg.dot_op<{{}}>>"
+    lines = [
+        "#mine = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0}>",
+        "#plain = #ttg.blocked<{order = [1, 0]}>",
+        f"%1 = tt.dot %a, %b, %c : {pair.format('#mine')} -> tensor<64x32xf32, #mine> loc(#loc1)",
+        f"%2 = tt.dot %a, %b, %c : {pair.format('#mine')} -> tensor<32x64xf32, #mine>",
+        f"%3 = tt.dot %a, %b, %c : {pair.format('#plain')} -> tensor<64x32xf32, #plain>",
+        "%4 = tt.dot %a, %b, %c : tensor<64x16xf32, #plain> * tensor<16x32xf32, #plain> -> tensor<64x32xf32, #plain>",
+        "%5 = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x16xf16> * !x -> tensor<64x32xf32, #mine>",
+        "%6 = ttng.tc_gen5_mma %a, %b, %c, %true, %true : !ttg.memdesc<64x16xf16>",
+    ]
+    kinds, narrower = products("\n".join(lines), "sm_90", 4)
+    assert kinds == {"mma": 2, "none": 1, "wgmma": 1, "tcgen05": 1} and narrower == ("64 x 32",)
+    assert products("\n".join(lines), "sm_80", 4)[1] == products("\n".join(lines), "sm_90", 2)[1] == ()
 
 
 def test_a_product_asked_for_in_plain_float32_need_not():
