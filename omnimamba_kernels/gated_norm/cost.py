@@ -35,7 +35,7 @@ def backward(
     target: Target, group_size: int, norm_before_gate: bool, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
     """Rows and weights twice, the bias once where the gate comes after it. The sums of a part stay in registers, or, of
-    a long group, go to memory after each block of rows. Torch's addition of the parts is not in it."""
+    a long group, go to memory after each block of rows; then the parts are added."""
     use = settings("gated_norm", "backward", target, group_size=group_size)
     d = x.shape[-1]
     steps = blocks(x.numel() // d, use["BLOCK_M"])
@@ -45,6 +45,7 @@ def backward(
     offsets = nbytes(bias) if z is not None and norm_before_gate else 0
     loaded = 2 * nbytes(x, x, z) + steps * (2 * nbytes(weight) + offsets)
     stored = nbytes(x, z)
+    total = Cost(parts * sums, nbytes(weight, bias))
     if group_size <= use["longest"]:
-        return {"_backward": Cost(loaded, stored + parts * sums)}
-    return {"_backward": Cost(loaded + (steps - parts) * sums, stored + steps * sums)}
+        return {"_backward": Cost(loaded, stored + parts * sums), "_total": total}
+    return {"_backward": Cost(loaded + (steps - parts) * sums, stored + steps * sums), "_total": total}
