@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from omnimamba_kernels import CannotCapture, add_rmsnorm, capture, quantize_int8, rmsnorm_fn
 
 from .config import BASE, MambaConfig
+from .graphs import Step, StepGraphs
 from .hub import Pretrained
 from .layers import Linear, MambaMixer, Packing, RMSNorm, RoutedLinear, Table, Task, wide
 from .state import MambaState
@@ -67,6 +68,7 @@ class MambaBackbone(nn.Module):
             for _ in range(config.n_layer)
         )  # fmt: skip
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.graphs = StepGraphs()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,12 +115,19 @@ class MambaBackbone(nn.Module):
         state.position = int(lengths.max())
         return state, self.norm_f(residual[0, offsets[1:] - 1]).to(self.dtype)
 
-    def bind_step(self, state: MambaState, task: Task = BASE) -> Callable[[Tensor], Tensor]:
+    def bind_step(self, state: MambaState, task: Task = BASE) -> Step:
         """A function that takes one token in: (b, d_model) to its hidden state (b, d_model).
 
         Weights and states are looked up here, once: bind again after replacing one of them. On a CPU a step
-        is one call of the native kernels. It keeps no gradients; call it in inference mode.
+        is one call of the native kernels. On a GPU it is a CUDA graph, in whose memory the state lives until
+        ``release`` gives the graph back for the next. It keeps no gradients; call it in inference mode.
         """
+        if state.ssm.device.type in self.graphs.devices:
+            return self.graphs.bind(self, state, task)
+        return Step(self.record_step(state, task), state, wide(self.dtype))
+
+    def record_step(self, state: MambaState, task: Task = BASE) -> Callable[[Tensor], Tensor]:
+        """A step as one sequence of kernels, which changes the tensors that ``state`` has now."""
         dtype, eps = self.dtype, self.config.norm_eps
         mixers = [layer.mixer.bind_step(task, state.conv[i], state.ssm[i]) for i, layer in enumerate(self.layers)]
         norms = [*(layer.norm.weight for layer in self.layers), self.norm_f.weight]
@@ -131,16 +140,9 @@ class MambaBackbone(nn.Module):
 
         example = state.ssm.new_empty(state.ssm.shape[1], self.config.d_model, dtype=wide(dtype))
         try:
-            advance = capture(advance, example)
+            return capture(advance, example, changes=(state.conv, state.ssm))
         except CannotCapture:
-            pass  # another back end, a GPU, fp64: kernel by kernel
-
-        def step(embedding: Tensor) -> Tensor:
-            hidden = advance(embedding.to(wide(dtype), copy=True))
-            state.position += 1
-            return hidden
-
-        return step
+            return advance  # another back end, fp64: kernel by kernel
 
 
 class MambaLM(Pretrained, nn.Module):

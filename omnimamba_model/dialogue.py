@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -53,14 +54,17 @@ class Dialogue:
             row = Row(MMU, self._embed(question), steps, stops)
             last = None
             try:
-                for _, tokens in stream(self.model, [row], sampling, self.state):
-                    last = tokens
-                    if int(tokens) in stops:
-                        return
-                    yield int(tokens)
+                with closing(stream(self.model, [row], sampling, self.state)) as spoken:
+                    for _, tokens in spoken:
+                        last = tokens
+                        if int(tokens) in stops:
+                            return
+                        yield int(tokens)
             finally:
                 if last is not None:  # the stream takes a token in when it is asked for the next
-                    self.model.backbone.bind_step(self.state, MMU)(self._embed(last))
+                    step = self.model.backbone.bind_step(self.state, MMU)
+                    step(self._embed(last))
+                    step.release()
 
     def save(self, path: str | Path) -> None:
         """Write the state, from which ``load`` goes on."""

@@ -64,10 +64,13 @@ def stream(
     if not rows:
         return
     batch = _Batch(model, rows, sampling, state)
-    while batch.alive:
-        tokens = batch.draw()
-        yield list(batch.alive), tokens
-        batch.advance(tokens)
+    try:
+        while batch.alive:
+            tokens = batch.draw()
+            yield list(batch.alive), tokens
+            batch.advance(tokens)
+    finally:
+        batch.step.release(keep=state is not None)
 
 
 class _Batch:
@@ -145,6 +148,7 @@ class _Batch:
         twin = {k: len(self.rows) + i for i, k in enumerate(self.twins)}
         pick = keep + [twin[k] for k in keep if k in twin]
         self.state, self.at = self.state.take(pick), self.at[pick]
+        self.step.release(keep=False)
         self.tasks = [self.tasks[i] for i in pick]
         self.rows, self.alive, self.drawn = ([v[k] for k in keep] for v in (self.rows, self.alive, self.drawn))
         self._bind()

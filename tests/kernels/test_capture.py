@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from common import same_bits, threads
+from common import device_of, same_bits, threads
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from omnimamba_kernels import CannotCapture, add_rmsnorm, capture, lora_linear, mamba_mixer_step, rmsnorm_fn
+from omnimamba_kernels import (
+    CannotCapture,
+    add_rmsnorm,
+    capture,
+    lora_linear,
+    mamba_mixer_step,
+    rmsnorm_fn,
+    use_backend,
+)
+from omnimamba_kernels.capture import _cuda_graph
 from omnimamba_kernels.mamba_mixer.cases import SMALL, weights
 
 CASE = SMALL[3]
@@ -31,6 +45,9 @@ class Layer:
         self.own = {k: v.to(dtype) if k in ("into", "down", "up", "back") else v for k, v in draw.items()}
         self.mixer = {k: v.float() for k, v in weights(CASE, torch.float32).items()}
 
+    def states(self) -> list[Tensor]:
+        return [self.own[name] for name in STATES]
+
     def __call__(self, residual: Tensor) -> Tensor:
         t = self.own
         row = rmsnorm_fn(residual, t["norm"], None)
@@ -46,26 +63,31 @@ def tokens(count: int) -> list[Tensor]:
 
 def native_only(run: str) -> None:
     if not run.startswith("native"):
-        pytest.skip("only native kernels are recorded")
+        pytest.skip("only native kernels are recorded on a CPU")
+
+
+def recorded_only(run: str) -> None:
+    if device_of(run).type != "cuda":
+        native_only(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_replays_give_the_bits_of_the_calls(run, dtype, mode):
-    native_only(run)
+    recorded_only(run)
     with mode():
         plain, recorded = Layer(dtype), Layer(dtype)
-        replay = capture(recorded, tokens(1)[0])
+        replay = capture(recorded, tokens(1)[0], changes=recorded.states())
         for token in tokens(4):
             assert same_bits(replay(token), plain(token.clone()))
             assert all(same_bits(recorded.own[name], plain.own[name]) for name in STATES)
 
 
 def test_capture_itself_computes_nothing(run):
-    native_only(run)
+    recorded_only(run)
     layer, before = Layer(), Layer()
     token = tokens(1)[0]
-    replay = capture(layer, token)
+    replay = capture(layer, token, changes=layer.states())
     assert all(same_bits(layer.own[name], before.own[name]) for name in layer.own)
     assert same_bits(token, tokens(1)[0])
     replay(token)
@@ -74,7 +96,7 @@ def test_capture_itself_computes_nothing(run):
 
 
 def test_outputs_are_not_overwritten_and_values_may_change(run):
-    native_only(run)
+    recorded_only(run)
     x, weight = torch.randn(2, 7), torch.randn(5, 7)
     replay = capture(lambda x: lora_linear(x, weight), x)
     first = replay(x)
@@ -86,9 +108,9 @@ def test_outputs_are_not_overwritten_and_values_may_change(run):
 
 
 def test_a_replay_keeps_its_memory_alive(run):
-    native_only(run)
+    recorded_only(run)
     layer, plain = Layer(), Layer()
-    replay = capture(layer, tokens(1)[0])
+    replay = capture(layer, tokens(1)[0], changes=layer.states())
     del layer
     gc.collect()
     noise = [torch.full((n,), float("nan")) for n in range(1, 400)]
@@ -124,8 +146,8 @@ def test_other_operations_are_refused_by_name(run, function, named):
 
 
 def test_another_back_end_cannot_be_captured(run):
-    if run.startswith("native"):
-        pytest.skip("native kernels can")
+    if run.startswith("native") or device_of(run).type == "cuda":
+        pytest.skip("these kernels can")
     layer, before, weight = Layer(), Layer(), torch.ones(7)
     # A GPU's kernels are no torch operations: they must be refused where they start.
     named = {
@@ -141,8 +163,92 @@ def test_another_back_end_cannot_be_captured(run):
 
 @pytest.mark.parametrize("wrong", [torch.randn(3, 7), torch.randn(2, 7).double()], ids=["shape", "dtype"])
 def test_a_replay_wants_the_inputs_it_was_made_for(run, wrong):
-    native_only(run)
+    recorded_only(run)
     weight = torch.randn(5, 7)
     replay = capture(lambda x: lora_linear(x, weight), torch.randn(2, 7))
     with pytest.raises(ValueError, match="input 0: got .* as at capture"):
         replay(wrong)
+
+
+class Graph(TorchDispatchMode):
+    """In place of a CUDA graph, on a CPU: the same operations on the same memory, and no Python between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, found))
+        return found
+
+    def replay(self) -> None:
+        for function, args, kwargs, found in self.calls:
+            for old, new in zip(tree_leaves(found), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Graph]:
+    """The graphs that were made while CPU tensors take the path of a GPU's."""
+    made: list[Graph] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    places = {
+        "CUDAGraph": lambda: made.append(Graph()) or made[-1],
+        "graph": lambda graph, stream: graph,
+        "device": lambda device: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+    }
+    for name, place in places.items():
+        monkeypatch.setattr(torch.cuda, name, place)
+    return made
+
+
+@torch.no_grad()
+def test_a_graph_replays_the_calls_and_making_it_moves_no_state(graphs):
+    with use_backend("reference"):
+        plain, recorded, before = Layer(), Layer(), Layer()
+        place = torch.empty_like(tokens(1)[0])
+        run, output = _cuda_graph(recorded, [place], recorded.states())
+        assert all(same_bits(recorded.own[name], before.own[name]) for name in recorded.own)
+        for token in tokens(4):
+            place.copy_(token)
+            run()
+            assert same_bits(output, plain(token.clone()))
+            assert all(same_bits(recorded.own[name], plain.own[name]) for name in STATES)
+    assert len(graphs) == 1
+
+
+def test_a_graph_keeps_its_memory_alive(graphs):
+    def make():
+        weight = torch.ones(3, 7)
+        return weakref.ref(weight), _cuda_graph(lambda x: x @ weight.t(), [torch.ones(2, 7)], [])[0]
+
+    weight, run = make()
+    graphs.clear()
+    run.__self__.graph.calls.clear()  # which a CUDA graph has not
+    gc.collect()
+    assert weight() is not None
+    del run
+    gc.collect()
+    assert weight() is None
+
+
+@torch.no_grad()
+def test_what_cannot_become_a_graph_is_refused_and_moves_no_state(graphs):
+    state, recording = torch.zeros(3), []
+
+    def waits(x):
+        state.add_(1)
+        recording.append(bool(graphs[-1].calls))
+        if recording[-1]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return state + x
+
+    with pytest.raises(CannotCapture, match="cannot be made: operation not permitted"):
+        _cuda_graph(waits, [torch.ones(3)], [state])
+    assert recording == [False, True], "it runs once, so that all is compiled and loaded, and then is recorded"
+    assert not state.any()
