@@ -88,6 +88,7 @@ CASES = (
     Case("limits", 2, 70, 6, 16, skip=2, limit=(0.1, 1.0), initial_states=True),
     Case("packed with padding", 2, 150, 4, 16, g=2, skip=2, gate=True, initial_states=True, sequences="seq_idx"),
     Case("packed by offsets", 1, 170, 2, 24, skip=1, initial_states=True, sequences="cu_seqlens"),
+    Case("slow decay", 1, 140, 4, 16, g=2, skip=1, limit=(0.05, 0.2), initial_states=True),
 )
 
 BENCHMARKS = tuple(
