@@ -156,7 +156,7 @@ def slots(name: str, tensor: Tensor | None, count: int) -> None:
 
 
 def offsets(name: str, tensor: Tensor, total: int) -> None:
-    """Cumulative lengths: one dimension, from 0 to ``total``, never falling."""
+    """Cumulative lengths: one dimension, from 0, never falling, to ``total`` at most; what is left is padding."""
     rank(name, tensor, 1, letters="(sequences + 1,)")
     integer(**{name: tensor})
     if tensor.numel() < 1:
@@ -164,5 +164,7 @@ def offsets(name: str, tensor: Tensor, total: int) -> None:
     if tensor.device.type != "cpu":
         return
     values = tensor.tolist()
-    if values[0] != 0 or values[-1] != total or any(b < a for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(f"{name}: got {values[:8]}..., expected rising offsets from 0 to the total length {total}")
+    if values[0] != 0 or values[-1] > total or any(b < a for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"{name}: got {values[:8]}..., expected rising offsets from 0 to at most the total length {total}"
+        )

@@ -27,9 +27,10 @@ struct Sequences {
   // Whether the input j steps back counts for the newest position; padding has none.
   OM_DEVICE bool live(int j) const { return id[0] >= 0 && id[j] == id[0]; }
 
-  // What comes before the first position belongs to sequence 0.
+  // What comes before the first position belongs to its sequence.
   OM_DEVICE static int64_t at(const CausalConv1dParams& p, int64_t b, int64_t t) {
-    return p.seq_idx && t >= 0 && t < p.length ? integer_at(p.seq_idx, b, t) : 0;
+    if (t < 0) t = 0;
+    return p.seq_idx && t < p.length ? integer_at(p.seq_idx, b, t) : 0;
   }
 };
 

@@ -65,7 +65,8 @@ def causal_conv1d_fn(
         bias: (d,).
         seq_idx: (b, l) integers naming the sequence of each position; taps never cross from one into another and the
             output of a negative index (padding) is 0.
-        initial_states: (b, d, w - 1), the inputs before the first; with ``seq_idx`` they belong to sequence 0.
+        initial_states: (b, d, w - 1), the inputs before the first; with ``seq_idx`` they belong to the sequence of the
+            first position, whatever its index.
         return_final_states: also return the last w - 1 inputs (b, d, w - 1), to continue from.
         final_states_out: a tensor that receives the final states in place.
         activation: None, "silu" or "swish".
@@ -188,7 +189,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int, *
 
     Args:
         x: (total, d), the sequences one after another.
-        cu_seqlens: (sequences + 1,), rising offsets from 0 to total.
+        cu_seqlens: (sequences + 1,), rising offsets from 0; what comes after the last is padding.
         state_len: how many inputs a state keeps.
         backend: one of ``backends()``; None chooses.
 

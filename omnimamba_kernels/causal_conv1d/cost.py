@@ -55,7 +55,7 @@ def forward(
         if initial_states is not None:
             loaded += b * d * (w - 1 - kept) * initial_states.element_size()
         if seq_idx is not None:
-            loaded += b * tiles_d * (kept + (w - 1) * min(l, 1)) * seq_idx.element_size()
+            loaded += b * tiles_d * 2 * (w - 1) * min(l, 1) * seq_idx.element_size()
         stored += _state(x, weight) * x.element_size()
     return {"forward_kernel": Cost(loaded, stored)}
 
@@ -133,8 +133,13 @@ def _links(seq_idx: Tensor | None, starts: range | list[int], l: int, w: int) ->
     """The bytes of ids that one program of a row looks at, were it the row's only one."""
     if seq_idx is None:
         return 0
-    ids = sum(_inside(t, LINKS, l) + sum(_inside(t - j, LINKS, l) for j in range(w)) for t in starts)
+    ids = sum(_reached(t, l) + sum(_reached(t - j, l) for j in range(w)) for t in starts)
     return seq_idx.element_size() * ids
+
+
+def _reached(first: int, l: int) -> int:
+    """How many of LINKS times from ``first`` on have an id, those before time 0 that of time 0."""
+    return max(0, min(first + LINKS, l) - first) if l else 0
 
 
 def _inside(first: int, count: int, l: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,8 +50,10 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def padded_ids(seq_idx: Tensor, w: int) -> Tensor:
-    """What comes before the first position belongs to sequence 0."""
-    return F.pad(seq_idx, (w - 1, 0))
+    """What comes before the first position belongs to the first position's sequence."""
+    b, l = seq_idx.shape
+    before = seq_idx[:, :1].expand(b, w - 1) if l else seq_idx.new_zeros(b, w - 1)
+    return torch.cat([before, seq_idx], dim=1)
 
 
 def _final_mask(seq_idx: Tensor, w: int) -> Tensor:

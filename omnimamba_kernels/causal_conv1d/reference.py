@@ -3,7 +3,8 @@
     y[b, d, t] = act(bias[d] + sum_k weight[d, k] x[b, d, t - (w - 1) + k])
 
 x before t = 0 is ``initial_states`` (b, d, w - 1), or zero. With ``seq_idx`` (b, l) a tap reaches only elements of
-its own sequence, the initial states belong to sequence 0, and a negative index is padding, whose output is 0.
+its own sequence, the initial states belong to that of the first position, and a negative index is padding, whose
+output is 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import empty_like
+from .layout import empty_like, padded_ids
 
 
 def forward(
@@ -34,7 +35,7 @@ def forward(
     y = torch.zeros(b, d, l, dtype=compute, device=x.device)
     if bias is not None:
         y = y + bias.to(compute)[:, None]
-    ids = None if seq_idx is None else F.pad(seq_idx, (w - 1, 0))
+    ids = None if seq_idx is None else padded_ids(seq_idx, w)
     for k in range(w):
         tap = padded[..., k : k + l].to(compute)
         if ids is not None:

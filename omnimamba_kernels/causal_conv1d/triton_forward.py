@@ -3,7 +3,7 @@
     y[b, c, t] = act(bias[c] + sum_k weight[c, k] x[b, c, t - (w - 1) + k])
 
 x before t = 0 is ``initial``, or zero. With ``seq_idx`` a tap reaches only times of its own sequence, ``initial`` is
-of sequence 0, and a negative index is padding, whose y is 0. ``final`` is the last w - 1 inputs, of the last time's
+of time 0's, and a negative index is padding, whose y is 0. ``final`` is the last w - 1 inputs, of the last time's
 sequence.
 
 Shapes: x, y (b, d, l) of any strides; weight (d, w); bias (d,); initial, final (b, d, w - 1); seq_idx (b, l).

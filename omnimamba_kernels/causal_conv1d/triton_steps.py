@@ -99,8 +99,9 @@ def store_steps(at, step, t, length, inside, rows, TIME_LAST: tl.constexpr):
 
 @triton.jit
 def load_id(seq_idx, s_l, t, length):
-    """The sequence of time t: 0 before the first time, none (-1) after the last."""
-    found = tl.load(seq_idx + t * s_l, mask=(t >= 0) & (t < length), other=0)
+    """The sequence of time t: that of time 0 before it, none (-1) after the last."""
+    at = tl.maximum(t, 0)
+    found = tl.load(seq_idx + at * s_l, mask=at < length, other=0)
     return tl.where(t < length, found, -1)
 
 

@@ -88,7 +88,8 @@ def mamba_chunk_scan_combined(
         dt_bias: (h,).
         initial_states: (b, h, p, n), the state before the first position; with ``seq_idx`` it belongs to sequence 0.
         seq_idx: (b, l) integers; the state restarts wherever the index changes; -1 is padding: output and state 0.
-        cu_seqlens: (sequences + 1,) rising offsets from 0 to l of sequences packed into a batch of 1.
+        cu_seqlens: (sequences + 1,) rising offsets from 0 of sequences packed into a batch of 1; positions after the
+            last are padding.
         dt_softplus: apply softplus (identity above 20) to dt + dt_bias.
         dt_limit: bounds of dt after softplus.
         return_final_states: also return the state after the last position.
@@ -133,6 +134,7 @@ def mamba_chunk_scan_combined(
 
 
 def _sequence_of(cu_seqlens: Tensor, l: int) -> Tensor:
-    """(1, l): the number of each position's sequence."""
+    """(1, l): the number of each position's sequence, -1 after the last."""
     positions = torch.arange(l, device=cu_seqlens.device)
-    return (torch.searchsorted(cu_seqlens.long().contiguous(), positions, right=True) - 1).int()[None]
+    number = torch.searchsorted(cu_seqlens.long().contiguous(), positions, right=True) - 1
+    return number.masked_fill(number == cu_seqlens.shape[0] - 1, -1).int()[None]

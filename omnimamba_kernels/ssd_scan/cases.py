@@ -27,6 +27,7 @@ class Case:
     limit: tuple[float, float] = (0.0, float("inf"))
     initial_states: bool = False
     sequences: str | None = None  # or "seq_idx", "cu_seqlens"
+    padding: int = 0  # positions after the last of "cu_seqlens"
 
     def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor | None]:
         """The tensor arguments by name. x, B and C are slices of one wider row, as a mixer cuts them; steps, decays and
@@ -50,7 +51,7 @@ class Case:
             "dt_bias": normal(h) - 1 if self.bias else None,
             "initial_states": normal(b, h, p, n) if self.initial_states else None,
             "seq_idx": packed_ids(b, l, generator) if self.sequences == "seq_idx" else None,
-            "cu_seqlens": packed_offsets(l, generator) if self.sequences == "cu_seqlens" else None,
+            "cu_seqlens": packed_offsets(l - self.padding, generator) if self.sequences == "cu_seqlens" else None,
         }
 
     @property
@@ -89,6 +90,7 @@ CASES = (
     Case("packed with padding", 2, 150, 4, 16, g=2, skip=2, gate=True, initial_states=True, sequences="seq_idx"),
     Case("packed by offsets", 1, 170, 2, 24, skip=1, initial_states=True, sequences="cu_seqlens"),
     Case("slow decay", 1, 140, 4, 16, g=2, skip=1, limit=(0.05, 0.2), initial_states=True),
+    Case("packed by offsets, then padding", 1, 90, 2, 8, skip=1, gate=True, sequences="cu_seqlens", padding=11),
 )
 
 BENCHMARKS = tuple(

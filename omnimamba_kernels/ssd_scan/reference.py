@@ -18,7 +18,7 @@ from torch import Tensor
 
 def _pieces(l: int, chunk_size: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
     """Chunks [start, end), broken where a packed sequence ends."""
-    ends = [l] if cu_seqlens is None else cu_seqlens.tolist()[1:]
+    ends = [l] if cu_seqlens is None else [*cu_seqlens.tolist()[1:], l]
     pieces, start = [], 0
     for end in ends:
         pieces += [(s, min(s + chunk_size, end)) for s in range(start, end, chunk_size)]

@@ -19,7 +19,7 @@ def oracle(x, weight, bias=None, seq_idx=None, initial_states=None, activation=N
     past = x.new_zeros(b, d, w - 1) if initial_states is None else initial_states
     inputs = torch.cat([past, x], -1)
     ids = torch.zeros(b, l, dtype=torch.long) if seq_idx is None else seq_idx.long()
-    ids = torch.cat([torch.zeros(b, w - 1, dtype=torch.long), ids], -1)
+    ids = torch.cat([ids[:, :1].expand(b, w - 1), ids], -1) if l else ids.new_zeros(b, w - 1)
     rows = []
     for i in range(b):
         columns = []
@@ -203,6 +203,20 @@ def test_final_states_out_receives_them_in_place(run):
     assert same_bits(causal_conv1d_fn(x, weight, final_states_out=out), y) and same_bits(out, x[..., 4:])
 
 
+@pytest.mark.parametrize("first", [0, 3, -1])
+def test_initial_states_belong_to_the_first_positions_sequence(run, first):
+    """Whatever its index, and to no other: a row that starts with padding has no use for them."""
+    w, lengths = 4, (2, 3, 4)
+    x = torch.randn(1, sum(lengths), 16).transpose(1, 2)
+    weight, past = torch.randn(16, w), torch.randn(1, 16, w - 1)
+    ids = torch.repeat_interleave(torch.tensor([first, 4, 5]), torch.tensor(lengths))[None]
+    y = causal_conv1d_fn(x, weight, seq_idx=ids, initial_states=past)
+    alone = x.split(lengths, -1)
+    begun = causal_conv1d_fn(alone[0], weight, initial_states=past)
+    expected = [begun if first >= 0 else torch.zeros_like(begun), *(causal_conv1d_fn(a, weight) for a in alone[1:])]
+    torch.testing.assert_close(y, torch.cat(expected, -1))
+
+
 def test_extreme_inputs_stay_finite(run):
     weight = torch.tensor([[0.0, 1.0]]).expand(16, 2)
     for value in (-1e30, -80.0, -30.0, 0.0, 30.0, 100.0, 1e30):  # each its own budget
@@ -210,14 +224,19 @@ def test_extreme_inputs_stay_finite(run):
         check(run, lambda **t: causal_conv1d_fn(**t, activation="silu"), lambda **t: oracle(**t, activation=1), tensors)
 
 
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), d=st.integers(1, 20), keep=st.integers(1, 6))
-def test_varlen_states(run, lengths, d, keep):
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    padding=st.sampled_from([0, 3]),
+    d=st.integers(1, 20),
+    keep=st.integers(1, 6),
+)
+def test_varlen_states(run, lengths, padding, d, keep):
     for dtype in DTYPES:
-        x = framed(torch.randn(sum(lengths), d).to(dtype), (1, 0))
+        x = framed(torch.randn(sum(lengths) + padding, d).to(dtype), (1, 0))
         cu = torch.tensor([0, *lengths]).cumsum(0).int()
         states = causal_conv1d_varlen_states(x.tensor, cu, keep)
         expected = torch.zeros(len(lengths), d, keep, dtype=dtype)
-        for i, part in enumerate(x.tensor.split(lengths)):
+        for i, part in enumerate(x.tensor[: sum(lengths)].split(lengths)):
             kept = part[max(0, len(part) - keep) :]
             expected[i, :, keep - len(kept) :] = kept.t()
         assert same_bits(states, expected) and x.intact()

@@ -27,7 +27,8 @@ def oracle(
     dt = dt if dt_bias is None else dt + dt_bias
     dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     if cu_seqlens is not None and seq_idx is None:
-        seq_idx = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())[None]
+        seq_idx = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
+        seq_idx = F.pad(seq_idx, (0, l - len(seq_idx)), value=-1)[None]
     ids = torch.zeros(b, l, dtype=torch.long) if seq_idx is None else seq_idx.long()
     state = x.new_zeros(b, h, p, B.shape[3]) if initial_states is None else initial_states
     before, ys, ended = torch.zeros(b, dtype=torch.long), [], {0: state}
