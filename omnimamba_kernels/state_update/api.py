@@ -12,7 +12,7 @@ from ..compile import traceable
 
 
 def _fake(state: Tensor, x: Tensor, *_: object) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape[0], *state.shape[1:-1], dtype=x.dtype, device=x.device)
 
 
 @traceable(_fake, mutates=("state",))
@@ -41,13 +41,14 @@ def selective_state_update(
         x, dt, z: (b, d) or (b, h, d). dt, A and dt_bias may be expanded (stride 0), as tied heads have them.
         A: (d, n) or (h, d, n).
         B, C: (b, n) or (b, g, n), h a multiple of g.
+            Of one head or one group any argument may lack the dimension, whatever the others have.
         D, dt_bias: (d,) or (h, d).
         dt_softplus: apply softplus (identity above 20).
         state_batch_indices: (b,) the slot of each row; a negative one is padding: output 0, no state touched.
         backend: one of ``backends()``; None chooses.
 
     Returns:
-        out like x.
+        out (b, d) or, where state has heads, (b, h, d), in x's dtype.
 
     Raises:
         ValueError: a shape or index does not fit. TypeError: a dtype does not. The state is then untouched.
@@ -57,19 +58,11 @@ def selective_state_update(
     checks.tensors(x=x, dt=dt, A=A, B=B, C=C)
     checks.rank("state", state, 3, 4, letters="(slots, d, n) or (slots, h, d, n)")
     heads = state.dim() == 4
-    if not heads:
-        one = {"x": x, "dt": dt, "B": B, "C": C, "z": z, "state": state}
-        flat = {"x": 2, "dt": 2, "B": 2, "C": 2, "z": 2, "state": 3}
-        for name, tensor in one.items():
-            if tensor is not None:
-                checks.rank(name, tensor, flat[name], letters="no head dimension, as state has none")
-        for name, tensor, dims in (("A", A, 2), ("D", D, 1), ("dt_bias", dt_bias, 1)):
-            if tensor is not None:
-                checks.rank(name, tensor, dims, letters="no head dimension, as state has none")
-        state, x, dt, B, C = (t.unsqueeze(1) for t in (state, x, dt, B, C))
-        A = A.unsqueeze(0)
-        z = None if z is None else z.unsqueeze(1)
-        D, dt_bias = (None if t is None else t.unsqueeze(0) for t in (D, dt_bias))
+    state = _with_heads(state, 4, 1)
+    B, C = _with_heads(B, 3, 1), _with_heads(C, 3, 1)
+    if state.shape[1] == 1:
+        x, dt, z = (_with_heads(t, 3, 1) for t in (x, dt, z))
+        A, D, dt_bias = _with_heads(A, 3, 0), _with_heads(D, 2, 0), _with_heads(dt_bias, 2, 0)
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     checks.writable(state=state)
     checks.slots("state_batch_indices", state_batch_indices, state.shape[0])
@@ -78,6 +71,11 @@ def selective_state_update(
     ((out,), _) = choose("state_update", backend, *tensors, **options).forward(*tensors, **options)
     increment_version(state)
     return out if heads else out.squeeze(1)
+
+
+def _with_heads(t: Tensor | None, dims: int, place: int) -> Tensor | None:
+    """t with a dimension of one head or group at ``place`` where it has none."""
+    return t.unsqueeze(place) if isinstance(t, Tensor) and t.dim() == dims - 1 else t
 
 
 @checks.once_a_kind

@@ -49,6 +49,21 @@ def assert_right(out, state, tensors, **options):
         assert_within_budget(name, *three)
 
 
+def test_one_group_or_head_needs_no_dimension_of_its_own(run):
+    tensors = Case("one group", 3, 4, 5, 6).tensors()
+    want = step(run, tensors)
+    flat = {name: tensors[name].squeeze(1) for name in ("B", "C")}
+    assert all(map(same_bits, step(run, tensors | flat), want))
+
+    tensors = Case("one head", 3, 1, 5, 6).tensors()
+    want, state = step(run, tensors)
+    parameters = {name: tensors[name].squeeze(0) for name in ("A", "D", "dt_bias")}
+    flat = {name: tensors[name].squeeze(1) for name in ("x", "dt", "B", "C", "z")} | parameters
+    assert all(map(same_bits, step(run, tensors | flat), (want, state)))
+    out, got = step(run, tensors | {"state": tensors["state"].squeeze(1)})
+    assert same_bits(out, want.squeeze(1)) and same_bits(got, state.squeeze(1))
+
+
 @pytest.mark.parametrize("dtype, state", [*zip(DTYPES, DTYPES, strict=True), *PAIRS], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_matches_the_definition(run, case, dtype, state):
