@@ -3,15 +3,19 @@
 A row's noise is the spread of its own rounds, which interleave with those of its rivals. Each time is first divided by
 what the machine's own rate would allow (the share of the floor), so that a slower machine is no regression. A row is
 flagged where B's median lies above A's by more than THREE times both spreads together, and by FEWEST at least.
+
+Two files of instruction counts (bench.instructions) are compared too: there is no noise in them, a share for what the C
+library does otherwise is all that is allowed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from . import results
+from . import instructions, results
 from .results import Row
 from .tables import table
 
@@ -47,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     options = parser.parse_args(arguments)
+    if all("counts" in json.loads(path.read_text()) for path in (options.before, options.after)):
+        return instructions.compare(*(json.loads(path.read_text()) for path in (options.before, options.after)))
     a, b = results.load(options.before), results.load(options.after)
     found = changes(a["rows"], b["rows"])
     flagged = slower(found)
