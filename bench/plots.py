@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
+
+from omnimamba_model import MambaConfig
 
 from . import claims, counts, published
 from .published import OURS
@@ -49,6 +52,10 @@ def roofline_points(rows: list[Row]) -> list[tuple[str, str, float, float]]:
 def _intensity(row: Row) -> float | None:
     if row.group in FLOPS_A_BYTE:
         return FLOPS_A_BYTE[row.group]
+    if row.group == "ssd_scan forward":
+        heads = int(re.search(r"(\d+) heads", row.case)[1])
+        config = MambaConfig(d_model=heads * SMALL.headdim // SMALL.expand, n_layer=1)
+        return _of([p for p in counts.mamba_layer(config, 1, length_of(row.case)) if p.kind == "scan"])
     if row.group == "layer forward" and row.who == "Mamba-2":
         return _of(counts.mamba_layer(SMALL, 1, length_of(row.case)))
     if row.group == "layer forward":
@@ -158,5 +165,5 @@ def _ratios(found: list[tuple[str, float]]) -> Figure | None:
     ax.invert_yaxis()
     ax.axvline(1, color="k", linewidth=0.8)
     for place, value in zip(places, values, strict=True):
-        ax.text(value, place, f" {value:.3g}x", va="center", fontsize=7)
+        ax.text(max(value, 1.0), place, f" {value:.3g}x", va="center", fontsize=7)
     return figure

@@ -57,6 +57,10 @@ def test_the_roofline_places_what_is_known():
     short, long = (found[f"layer forward, 1 x {n}", "attention"][0] for n in (1024, 16384))
     assert long > 4 * short
     assert not [what for what, _ in found if what.startswith("whole generation")]
+    scan = Row("ssd_scan forward", "1 x 4096, 64 heads", "native", 0.05, gflop_s=220.0, times_ours=1.0)
+    ((_, _, x, y),) = plots.roofline_points([scan])
+    flops, moved = 64 * (2 * 64 * 64 + 4 * 128 * 64) + 2 * 64 * 128, 4 * (4096 + 2 * 128 + 64 + 4096)  # of a token
+    assert (x, y) == (pytest.approx(flops / moved), 220e9)
 
 
 def test_ratios_are_the_peers():
