@@ -82,7 +82,8 @@ void bind_lora_linear(py::module_& m) {
   {
     using Params = LoraMatmulParams;
     auto& fields = params<Params>() FIELD(a) FIELD(b) FIELD(c) FIELD(bias) FIELD(low) FIELD(up) FIELD(m) FIELD(n)
-        FIELD(k) FIELD(tasks) FIELD(rank) FIELD(dropout) FIELD(seed) FIELD(threshold) FIELD(keep) FIELD(stream);
+        FIELD(k) FIELD(tasks) FIELD(rank) FIELD(dropout) FIELD(seed) FIELD(threshold) FIELD(keep) FIELD(multiprocessors)
+            FIELD(stream);
     kernel(m, fields, "lora_matmul", lora_matmul);
   }
   {

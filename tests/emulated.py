@@ -70,6 +70,13 @@ def configure(seed: int = 1, early_copies: bool = False) -> None:
     change(ctypes.c_uint64(seed), ctypes.c_int(early_copies))
 
 
+def latest() -> str:
+    """The name of the last kernel in module() that was started."""
+    name = ctypes.CDLL(module().__file__).omnimamba_emulator_latest
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
 SHARED = {80: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory a block, by the compute capability that the emulator shows; 80 stands for all but Hopper."""
 

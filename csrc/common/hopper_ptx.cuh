@@ -23,11 +23,12 @@ OM_DEVICE void mbarrier_arrive_expect(Mbarrier* bar, int bytes) {
                : "memory");
 }
 
-// Arrives at the same barrier of another block of the cluster.
+// Arrives at the same barrier of a block of the cluster: says that this thread has read what it waited for. What it wrote is
+// not published to the other block: that would cost a fence of the whole chip.
 OM_DEVICE void mbarrier_arrive_at(Mbarrier* bar, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)),
       "r"(rank)
       : "memory");
 }
@@ -76,6 +77,13 @@ OM_DEVICE void tensor_load(void* shared, const TensorMap& map, Mbarrier* bar, in
 }
 
 // The same to every block of the cluster whose bit is set in `blocks`, at the same place and barrier in each.
+OM_DEVICE void tensor_load_to(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "h"(blocks)
+      : "memory");
+}
 OM_DEVICE void tensor_load_to(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, int c0, int c1,
                               int c2) {
   asm volatile(

@@ -80,8 +80,10 @@ void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* 
   std::copy(at, at + rank, start);
   for (std::size_t r = 0; r < mine.cluster->blocks.size(); r++) {
     if (!(blocks >> r & 1)) continue;
-    const Shared& target = mine.cluster->blocks[r]->shared;
-    later([=, &target] {
+    const Block& block = *mine.cluster->blocks[r];
+    later([=, &block] {
+      check_alive(block, "tensor_load");
+      const Shared& target = block.shared;
       each_element(m, start, [&](uint32_t offset, const char* from) {
         char* place = target.at(swizzled(to + offset, Swizzle{m.swizzle}));
         from ? std::memcpy(place, from, m.element) : std::memset(place, 0, m.element);

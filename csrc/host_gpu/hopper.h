@@ -9,6 +9,8 @@ void mbarrier_init(Mbarrier* bar, int count);
 void mbarrier_arrive(Mbarrier* bar, int bytes);
 void mbarrier_wait(Mbarrier* bar, int parity);
 Mbarrier* in_block(Mbarrier* bar, int rank);
+// Stops with an error where all threads of the block have ended: its shared memory is then another's.
+void check_alive(const Block& block, const char* what);
 
 void bulk_load(void* shared, const void* global, int bytes, Mbarrier* bar);
 void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, int rank, const int* at);
@@ -58,9 +60,10 @@ void tensor_load(void* shared, const TensorMap& map, Mbarrier* bar, C... c) {
   const int at[] = {c...};
   host_gpu::tensor_load(static_cast<uint16_t>(1u << host_gpu::self().block->rank), shared, map, bar, sizeof...(C), at);
 }
-inline void tensor_load_to(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, int c0, int c1, int c2) {
-  const int at[] = {c0, c1, c2};
-  host_gpu::tensor_load(blocks, shared, map, bar, 3, at);
+template <class... C>
+void tensor_load_to(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* bar, C... c) {
+  const int at[] = {c...};
+  host_gpu::tensor_load(blocks, shared, map, bar, sizeof...(C), at);
 }
 template <class... C>
 void tensor_store(const TensorMap& map, const void* shared, C... c) {

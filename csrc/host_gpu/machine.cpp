@@ -35,6 +35,7 @@ struct Run {
 };
 
 Run* run = nullptr;
+std::string latest;  // the last kernel that was started
 
 uint64_t next_random() {  // xorshift64*
   uint64_t& s = run->random;
@@ -251,6 +252,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
   check_launch(launch);
+  latest = launch.kernel;
   Run mine{};
   mine.launch = &launch;
   mine.body = &body;
@@ -307,3 +309,8 @@ void check_shared(const void* p, std::size_t bytes, const char* what) {
 }
 
 }  // namespace omnimamba::host_gpu
+
+// For the tests, through ctypes: the name of the last kernel that was started.
+extern "C" __attribute__((visibility("default"), used)) const char* omnimamba_emulator_latest() {
+  return omnimamba::host_gpu::latest.c_str();
+}

@@ -64,8 +64,15 @@ Mbarrier* in_block(Mbarrier* bar, int rank) {
   if (rank < 0 || rank >= static_cast<int>(mine.cluster->blocks.size()))
     fail("the cluster has no block " + std::to_string(rank));
   check_shared(bar, sizeof *bar, "mbarrier_arrive_at");
-  return reinterpret_cast<Mbarrier*>(
-      mine.cluster->blocks[static_cast<std::size_t>(rank)]->shared.at(mine.shared.offset(bar)));
+  const Block& other = *mine.cluster->blocks[static_cast<std::size_t>(rank)];
+  check_alive(other, "mbarrier_arrive_at");
+  return reinterpret_cast<Mbarrier*>(other.shared.at(mine.shared.offset(bar)));
+}
+
+void check_alive(const Block& block, const char* what) {
+  for (const Thread* t : block.threads)
+    if (!t->done) return;
+  fail(std::string(what) + ": the block that it goes to has ended");
 }
 
 void cluster_sync() {

@@ -6,6 +6,7 @@
 //   bytes. A block owns 128 x 64 of c, a thread 8 x 4 of it in registers; 16 of the depth wait in shared memory while each
 //   thread has its share of the next 16 on its way. Their sum is taken by itself: long sums keep their last bits. The product low up is the same walk before the other, over the ranks.
 // Traffic: a once for every 64 columns, b once for every 128 rows, c once.
+#include "../common/device.h"
 #include "../common/math.cuh"
 #include "matmul.cuh"
 
@@ -97,7 +98,7 @@ OM_DEVICE void walk(float (&acc)[Y][X], const Operand& a, const Operand& b, int6
 __global__ void __launch_bounds__(THREADS, 1) matmul_kernel(const __grid_constant__ LoraMatmulParams p) {
   OM_SHARED(float, shared_a, DEPTH* PITCH_A);
   OM_SHARED(float, shared_b, DEPTH* PITCH_B);
-  const Place tile = tile_of(ceil_div(p.m, ROWS), ceil_div(p.n, COLUMNS));
+  const Place tile = tile_of(blockIdx.x, ceil_div(p.m, ROWS), ceil_div(p.n, COLUMNS));
   const int64_t row = static_cast<int64_t>(tile.row) * ROWS, column = static_cast<int64_t>(tile.column) * COLUMNS;
   const int64_t mine_y = row + threadIdx.x / (COLUMNS / X) * Y, mine_x = column + threadIdx.x % (COLUMNS / X) * X;
   float acc[Y][X] = {};
@@ -132,6 +133,9 @@ __global__ void __launch_bounds__(THREADS, 1) matmul_kernel(const __grid_constan
 
 void lora_matmul(const LoraMatmulParams& p) {
   if (p.m == 0 || p.n == 0) return;
+#if defined(OMNIMAMBA_SM90)
+  if (runs_sm90() && matmul_sm90(p)) return;
+#endif
   if (matmul_16(p)) return;
   launch<matmul_kernel>({grid(ceil_div(p.m, ROWS) * ceil_div(p.n, COLUMNS)), THREADS, p.stream}, p);
 }

@@ -171,7 +171,7 @@ template <class T, class TILE, bool A_MN, bool B_MN>
 __global__ void __launch_bounds__(TILE::THREADS, TILE::THREADS == 256 ? 2 : 4)
     matmul16_kernel(const __grid_constant__ LoraMatmulParams p) {
   OM_SHARED_DYNAMIC(stages);
-  const Place tile = tile_of(ceil_div(p.m, TILE::M), ceil_div(p.n, TILE::N));
+  const Place tile = tile_of(blockIdx.x, ceil_div(p.m, TILE::M), ceil_div(p.n, TILE::N));
   const int64_t row = static_cast<int64_t>(tile.row) * TILE::M, column = static_cast<int64_t>(tile.column) * TILE::N;
   Pieces<A_MN, TILE::M, TILE::THREADS> a(p.a, A_MN ? 1 : p.a.stride[0], A_MN ? p.a.stride[1] : 1, row, p.m);
   Pieces<B_MN, TILE::N, TILE::THREADS> b(p.b, B_MN ? 1 : p.b.stride[1], B_MN ? p.b.stride[0] : 1, column, p.n);

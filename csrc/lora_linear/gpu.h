@@ -21,7 +21,8 @@ struct LoraMatmulParams {
   int64_t m = 0, n = 0, k = 0, tasks = 0, rank = 0;
   bool dropout = false;
   uint32_t seed = 0, threshold = 0;
-  float keep = 1;  // 1 - p
+  float keep = 1;           // 1 - p
+  int multiprocessors = 0;  // of the chip
   int threads = 1;
   uint64_t stream = 0;
 };

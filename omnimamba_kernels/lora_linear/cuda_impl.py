@@ -5,7 +5,8 @@
 Launches  up to FEW_ROWS rows: 1, and 1 more for many ranks, dropout or adapters of another type. More: 2 forward (low;
           y). Backward, each as needed: dlow 1, dB and dbias 2 (parts; their sum), dA 2, dx 1, dweight 1.
 Saved     low (rows, tasks r) float32, so that the backward does not read x for dB.
-Products  16-bit operands of one type on the matrix units; others, and rows that are not packs of 16 bytes, in float32.
+Products  16-bit operands of one type on the matrix units, on Hopper by a kernel of its own (cuda_sm90.cu) where the
+          product fills a quarter of the chip; others, and rows that are not packs of 16 bytes, in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import cuda
 
-MATRIX = ("matmul16_kernel",)
+MATRIX = ("matmul16_kernel", "matmul_sm90_kernel")
 
 # Up to so many rows, a block holds all of them beside its strip of the weights.
 FEW_ROWS = 64
@@ -183,6 +184,7 @@ def _matmul(
         k=k,
         tasks=tasks,
         rank=rank,
+        multiprocessors=cuda.limits(a.device)[0],
         **dropout,
     )
     return c

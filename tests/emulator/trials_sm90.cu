@@ -20,6 +20,7 @@ enum Fault {
   STORE_NOT_WAITED,  // the tile is written again before the store has read it
   STORE_TOO_WIDE,
   NO_CLUSTER_SYNC,  // the other block's barrier is not set up yet
+  ENDS_FIRST,       // before the other block has arrived at its barrier
 };
 
 constexpr int STAGES = 2, ROWS = 64, DEPTH = 64;  // a tile is 64 rows of 64: 128 bytes each
@@ -155,13 +156,15 @@ bool run_double() {
   return right;
 }
 
-// Two blocks: the first fetches one box for both.
+// Two blocks: the first fetches one box for both; each tells the other that it has read it.
 template <int FAULT>
 __global__ void share_kernel(const __grid_constant__ TensorMap in, bf16* out) {
   OM_SHARED_DYNAMIC(raw);
   OM_SHARED(Mbarrier, bar, 1);
+  OM_SHARED(Mbarrier, read, 1);
   if (threadIdx.x == 0) {
     mbarrier_init(bar, 1);
+    mbarrier_init(read, 1);
     mbarrier_publish();
     mbarrier_arrive_expect(bar, ROWS * DEPTH * 2);
   }
@@ -172,7 +175,8 @@ __global__ void share_kernel(const __grid_constant__ TensorMap in, bf16* out) {
   const auto* tile = reinterpret_cast<const bf16*>(raw);
   for (int i = static_cast<int>(threadIdx.x); i < ROWS * DEPTH; i += 32)
     out[static_cast<int>(blockIdx.x) * ROWS * DEPTH + i] = tile[i];
-  cluster_sync();
+  if (threadIdx.x == 0) mbarrier_arrive_at(read, 1 - cluster_rank());
+  if (FAULT != ENDS_FIRST) cluster_sync();
 }
 
 template <int FAULT>
@@ -201,6 +205,7 @@ TRIAL(swapped_accumulators, run_product, SWAPPED_ACCUMULATORS);
 TRIAL(store_not_waited, run_double, STORE_NOT_WAITED);
 TRIAL(store_too_wide, run_double, STORE_TOO_WIDE);
 TRIAL(no_cluster_sync, run_share, NO_CLUSTER_SYNC);
+TRIAL(ends_first, run_share, ENDS_FIRST);
 
 }  // namespace
 }  // namespace trials
