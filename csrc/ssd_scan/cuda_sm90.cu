@@ -31,6 +31,8 @@
 //   20 to 30 us.
 // Precision: as in cuda.cu.
 #if !defined(__CUDACC_RTC__)
+#include <initializer_list>
+
 #include "../common/device.h"
 #endif
 #include "hopper_feed.cuh"
@@ -94,9 +96,10 @@ OM_DEVICE void store_outputs(const Walk<N>& walk, const float (&y)[SIDE / 2], in
   async_fence();
   sync_named(1 + slot, TEAM);
   if (leader) {
-    const auto b = static_cast<int>(walk.at.b), h = static_cast<int>(walk.at.h);
-    tensor_store(walk.maps.y, out, walk.at.p0, h, chunk * SIDE, b);
-    if (q.ungated) tensor_store(walk.maps.ungated, ungated, walk.at.p0, h, chunk * SIDE, b);
+    const auto b = static_cast<int>(walk.at.b), h = static_cast<int>(walk.at.h), apart = walk.maps.heads_apart;
+    const int p0 = h * apart + walk.at.p0, own_head = apart ? 0 : h;
+    tensor_store(walk.maps.y, out, p0, own_head, chunk * SIDE, b);
+    if (q.ungated) tensor_store(walk.maps.ungated, ungated, p0, own_head, chunk * SIDE, b);
     bulk_commit();
   }
   sync_warp();
@@ -265,34 +268,51 @@ Cover hopper_cover(const SsdScanParams& q) {
   return cover;
 }
 
-// Whether bulk copies can take (batch, length, heads or groups, columns): strides are whole 16 bytes.
-bool suits_bulk(const View& v, const int64_t (&size)[3]) {
-  bool suits = reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
-  for (int i = 0; i < 3; i++)
-    suits = suits && (size[i] == 1 || (v.stride[i] > 0 && v.stride[i] % 8 == 0 && v.stride[i] < (int64_t{1} << 38)));
-  return suits;
+// Columns that lie side by side over all heads or groups, in whole tiles: one row for the bulk copies.
+int64_t apart(std::initializer_list<const View*> views, int64_t columns) {
+  bool beside = columns % SIDE == 0;
+  for (const View* v : views) beside = beside && (!*v || v->stride[2] == columns);
+  return beside ? columns : 0;
 }
+int64_t heads_apart(const SsdScanParams& q) { return apart({&q.x, &q.z, &q.y, &q.ungated}, q.headdim); }
+int64_t groups_apart(const SsdScanParams& q) { return apart({&q.B, &q.C}, q.state); }
 
-TensorMap map_of(const View& v, const SsdScanParams& q, int64_t middle, int64_t columns) {
-  const int64_t size[4] = {columns, middle, q.length, q.batch}, stride[3] = {v.stride[2], v.stride[1], v.stride[0]};
+// (columns, heads or groups, positions, batch rows). A dimension of one has a stride that suits its neighbours.
+TensorLayout layout_of(const View& v, const SsdScanParams& q, int64_t middle, int64_t columns, int64_t apart) {
+  const int64_t size[4] = {apart ? middle * columns : columns, apart ? 1 : middle, q.length, q.batch};
   TensorLayout t;
   t.data = v.data;
   t.rank = 4;
   for (int i = 0; i < 4; i++) t.size[i] = static_cast<uint64_t>(size[i]);
-  for (int i = 0; i < 3; i++) t.stride[i] = size[i + 1] == 1 ? 16 : static_cast<uint64_t>(stride[i]) * sizeof(bf16);
+  for (int i = 2; i >= 0; i--) {
+    const auto own = static_cast<uint64_t>(v.stride[2 - i]) * sizeof(bf16);
+    t.stride[i] = size[i + 1] > 1 || i == 2 ? own : t.stride[i + 1];
+  }
+  for (int i = 0; i < 3; i++)
+    if (size[i + 1] == 1 && (i == 2 || t.stride[i] == 0)) t.stride[i] = i > 0 ? t.stride[i - 1] * t.size[i] : 16;
   t.box[0] = t.box[2] = SIDE;
   t.swizzle = Swizzle::B128;
-  return tensor_map(t);
+  return t;
+}
+
+// What the driver asks of a tensor.
+bool suits_bulk(const TensorLayout& t) {
+  bool suits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  for (int i = 0; i < 3; i++) {
+    suits = suits && t.stride[i] > 0 && t.stride[i] % 16 == 0 && t.stride[i] < (uint64_t{1} << 40);
+    suits = suits && (i == 0 || t.stride[i] % t.stride[i - 1] == 0);
+  }
+  return suits;
 }
 
 }  // namespace
 
 bool suits_hopper(const SsdScanParams& q) {
-  const int64_t heads[3] = {q.batch, q.length, q.heads}, groups[3] = {q.batch, q.length, q.groups};
   bool suits = runs_sm90() && q.x.dtype == DType::BF16 && q.headdim >= NARROWEST;
   suits = suits && q.state > 16 && q.state <= 256 && q.state % 2 == 0;
-  suits = suits && suits_bulk(q.B, groups) && suits_bulk(q.C, groups);
-  for (const View* v : {&q.x, &q.z, &q.y, &q.ungated}) suits = suits && (!*v || suits_bulk(*v, heads));
+  for (const View* v : {&q.x, &q.z, &q.y, &q.ungated})
+    suits = suits && (!*v || suits_bulk(layout_of(*v, q, q.heads, q.headdim, heads_apart(q))));
+  for (const View* v : {&q.B, &q.C}) suits = suits && suits_bulk(layout_of(*v, q, q.groups, q.state, groups_apart(q)));
   return suits;
 }
 
@@ -311,12 +331,17 @@ void launch_hopper_walk(const SsdScanParams& q) {
     const Shape shape{grid(q.batch * q.segments * blocks_of(q, cover)), (WALK_TEAM + walkers) * TEAM, q.stream,
                       static_cast<size_t>(layout.all)};
     Maps maps{};
-    maps.x = map_of(q.x, q, q.heads, q.headdim);
-    maps.B = map_of(q.B, q, q.groups, q.state);
-    maps.C = map_of(q.C, q, q.groups, q.state);
-    maps.y = map_of(q.y, q, q.heads, q.headdim);
-    if (q.z) maps.z = map_of(q.z, q, q.heads, q.headdim);
-    if (q.ungated) maps.ungated = map_of(q.ungated, q, q.heads, q.headdim);
+    auto map_of = [&](const View& v, int64_t middle, int64_t columns, int64_t apart) {
+      return v ? tensor_map(layout_of(v, q, middle, columns, apart)) : TensorMap{};
+    };
+    maps.heads_apart = static_cast<int>(heads_apart(q));
+    maps.groups_apart = static_cast<int>(groups_apart(q));
+    maps.x = map_of(q.x, q.heads, q.headdim, maps.heads_apart);
+    maps.z = map_of(q.z, q.heads, q.headdim, maps.heads_apart);
+    maps.y = map_of(q.y, q.heads, q.headdim, maps.heads_apart);
+    maps.ungated = map_of(q.ungated, q.heads, q.headdim, maps.heads_apart);
+    maps.B = map_of(q.B, q.groups, q.state, maps.groups_apart);
+    maps.C = map_of(q.C, q.groups, q.state, maps.groups_apart);
     launch<ssd_hopper_walk_kernel<N>>(shape, q, cover, layout, maps, chunks_each(q));
   });
 }

@@ -21,9 +21,12 @@ struct Signals {
   Mbarrier ready[SCORE_BUFFERS * MOST_HEADS], spare[SCORE_BUFFERS * MOST_HEADS];
 };
 
-// The tensors as bulk copies see them: (columns, heads or groups, positions, batch rows).
+// The tensors as bulk copies see them: (columns, heads or groups, positions, batch rows). Where tiles fill them up, all heads
+// are one row of columns, `apart` for each of them: the driver wants each stride to be a multiple of the one before, and a
+// mixer's row is none of a head's.
 struct Maps {
   TensorMap x, B, C, z, y, ungated;
+  int heads_apart, groups_apart;  // 0: they are a dimension of their own
 };
 
 // The shared memory of a block in bytes from its start: stages of a chunk's inputs, M of each head twice, what goes out, and

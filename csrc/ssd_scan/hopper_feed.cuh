@@ -10,6 +10,7 @@ OM_DEVICE void fetch_chunks(const Walk<N>& walk) {
   const SsdScanParams& q = walk.q;
   const Maps& maps = walk.maps;
   const auto group = static_cast<int>(walk.at.group), b = static_cast<int>(walk.at.b);
+  const int n0 = group * maps.groups_apart, own_group = maps.groups_apart ? 0 : group;
   const int tiles = 2 * walk.PANELS + walk.at.live_heads * walk.live_halves * (q.z ? 2 : 1);
 #pragma unroll 1
   for (int chunk = walk.first; chunk < walk.last; chunk++) {
@@ -20,17 +21,17 @@ OM_DEVICE void fetch_chunks(const Walk<N>& walk) {
     unsigned char* stage = walk.stage(chunk);
 #pragma unroll 1
     for (int panel = 0; panel < walk.PANELS; panel++) {
-      tensor_load(stage + panel * TILE_BYTES, maps.B, landed, panel * SIDE, group, t0, b);
-      tensor_load(stage + walk.layout.C + panel * TILE_BYTES, maps.C, landed, panel * SIDE, group, t0, b);
+      tensor_load(stage + panel * TILE_BYTES, maps.B, landed, n0 + panel * SIDE, own_group, t0, b);
+      tensor_load(stage + walk.layout.C + panel * TILE_BYTES, maps.C, landed, n0 + panel * SIDE, own_group, t0, b);
     }
 #pragma unroll 1
     for (int head = 0; head < walk.at.live_heads; head++) {
-      const int64_t h = walk.at.first_head + head;
+      const auto h = static_cast<int>(walk.at.first_head) + head, own_head = maps.heads_apart ? 0 : h;
       bulk_load(stage + walk.layout.steps + head * STEP_BYTES, steps_of<bf16>(q, b, h, chunk), STEP_BYTES, landed);
       for (int half = 0; half < walk.live_halves; half++) {
-        const int slot = (head * walk.halves + half) * TILE_BYTES, p0 = walk.at.p0 + half * SIDE;
-        tensor_load(stage + walk.layout.x + slot, maps.x, landed, p0, static_cast<int>(h), t0, b);
-        if (q.z) tensor_load(stage + walk.layout.z + slot, maps.z, landed, p0, static_cast<int>(h), t0, b);
+        const int slot = (head * walk.halves + half) * TILE_BYTES, p0 = h * maps.heads_apart + walk.at.p0 + half * SIDE;
+        tensor_load(stage + walk.layout.x + slot, maps.x, landed, p0, own_head, t0, b);
+        if (q.z) tensor_load(stage + walk.layout.z + slot, maps.z, landed, p0, own_head, t0, b);
       }
     }
   }

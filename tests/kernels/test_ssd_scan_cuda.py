@@ -17,13 +17,14 @@ HOPPER = (
     Case("three heads a group, packed with padding", 2, 130, 6, 64, g=2, n=64, skip=2, gate=True, initial_states=True,
          sequences="seq_idx"),
     Case("two halves of a head", 1, 150, 1, 128, n=128, skip=2, limit=SLOW),
-    Case("a half that is half empty", 2, 67, 3, 96, n=72, skip=1, initial_states=True),
+    Case("a half that is half empty", 2, 67, 3, 96, n=96, skip=1, initial_states=True),
+    Case("heads of whole tiles in an odd row", 2, 67, 3, 64, n=72, skip=1, limit=SLOW),
     Case("two parts of the states", 1, 260, 2, 64, n=256, skip=1, gate=True, limit=SLOW, initial_states=True),
     Case("packed by offsets", 1, 170, 3, 40, n=34, skip=1, initial_states=True, sequences="cu_seqlens"),
     Case("eight chunks", 1, 500, 2, 64, n=128, gate=True, limit=SLOW),
     Case("segments", 1, 700, 1, 32, n=64, skip=1, limit=SLOW, initial_states=True),
 )  # fmt: skip
-PACKED, PARTS, EIGHT = HOPPER[1], HOPPER[4], HOPPER[6]
+PACKED, PARTS, EIGHT = HOPPER[1], HOPPER[5], HOPPER[7]
 
 
 @pytest.fixture
@@ -80,9 +81,10 @@ def test_no_segment_is_empty(dtype):
     check("cuda-emulated", scan(case.options), exact(case.options), case.tensors(dtype))
 
 
-def segments(chip, p):
-    """Of 20 batch rows of two heads, on 16 multiprocessors."""
-    x, B = torch.empty(20, 512, 2, p, dtype=torch.bfloat16), torch.empty(20, 512, 1, 64, dtype=torch.bfloat16)
+def segments(chip, p, beside=0):
+    """Of 20 batch rows of two heads, on 16 multiprocessors; ``beside``: what else is in a row of x."""
+    x = torch.empty(20, 512, 2 * p + beside, dtype=torch.bfloat16)[..., : 2 * p].unflatten(-1, (2, p))
+    B = torch.empty(20, 512, 1, 64, dtype=torch.bfloat16)
     fields = dict(x=x, y=x, B=B, C=B, batch=20, length=512, heads=2, headdim=p, groups=1, state=64)
     with emulated.emulated(chip):
         multiprocessors, shared = cuda.limits(x.device)
@@ -95,6 +97,8 @@ def test_what_suits_hopper_is_cut_for_its_kernel():
     """One block of it fills a multiprocessor, of the other kernel two do."""
     assert segments(90, 32) > segments(80, 32)
     assert segments(90, 24) == segments(80, 24)  # too narrow
+    assert segments(90, 32, beside=32) > segments(80, 32)
+    assert segments(90, 32, beside=8) == segments(80, 32)  # strides that the driver refuses
 
 
 SMALL, LARGE = 99 << 10, 227 << 10
