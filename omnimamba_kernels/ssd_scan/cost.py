@@ -13,7 +13,7 @@ from ..triton_launch import Target
 from . import tiles
 from .tiles import CHUNK, Tile
 
-FLOAT = 4
+FLOAT, DOUBLE = 4, 8
 
 
 def forward_floor(
@@ -92,15 +92,18 @@ def backward(
     skip = 0 if D is None else D.numel() // h
     sums = each * (2 + skip) * FLOAT
 
-    walk = tiles.tile("back_walk", target, x, n, narrow)
-    tasks = b * h * walk.p_blocks * walk.n_blocks
-    loaded = b * h * (p * n * FLOAT + l * (walk.p_blocks * n * _size(C) + walk.n_blocks * p * (_size(x) + _size(z))))
+    walk = tiles.back_walk(target, x, n, narrow)
+    tile, terms = walk.tile, tiles.TERMS if narrow else 1
+    tasks = b * h * tile.p_blocks * tile.n_blocks
+    loaded = b * h * (walk.segments * p * n * FLOAT
+                      + l * (tile.p_blocks * n * _size(C) + tile.n_blocks * p * (_size(x) + _size(z))))  # fmt: skip
     loaded += tasks * chunks * (3 * vector + CHUNK)
-    flops = tasks * chunks * CHUNK * _product(walk, "BLOCK_P", "BLOCK_N") * (tiles.TERMS if narrow else 1)
+    later = walk.per_segment * walk.segments * (walk.segments - 1) // 2  # pieces that segments begin with
+    loaded += later * (b * h * p * n * FLOAT + tasks * DOUBLE)
+    flops = tasks * chunks * CHUNK * _product(tile, "BLOCK_P", "BLOCK_N") * terms
     deep = tiles.tile("back_chunks", target, x, n, narrow)
-    links = b * h * (2 * l - 1) * ids
     return {
-        "ssd_steps": Cost(nbytes(dt) + each * number + links, each * 3 * vector + b * chunks * CHUNK),
+        "ssd_starts": _starts(x, dt, C, z, number, ids, walk, terms),
         "ssd_back_walk": Cost(loaded, each * p * n * FLOAT + nbytes(initial_states), flops),
         "ssd_back_chunks": _inputs(x, B, C, D, z, target, deep) + _inside(x, B, C, z, skip, target, deep)
         + _states(x, B, C, z, target, deep),
@@ -111,6 +114,25 @@ def backward(
         ),
         "ssd_back_total": Cost(sums, nbytes(A, D, dt_bias)),
     }  # fmt: skip
+
+
+def _starts(
+    x: Tensor, dt: Tensor, C: Tensor, z: Tensor | None, number: int, ids: int, walk: tiles.Walk, terms: int
+) -> Cost:
+    """The steps, dt once for each tile of the state of each piece, and there dy (and z) and C."""
+    (b, l, h, p), n = x.shape, C.shape[3]
+    tile = walk.ends
+    head_blocks = blocks(h, tiles.block(h, tile.use["BLOCK_H"], 1))
+    steps = Cost(nbytes(dt) + b * walk.chunks * h * number + b * head_blocks * (2 * l - 1) * ids,
+                 b * walk.chunks * CHUNK * (3 * h * FLOAT + 1))  # fmt: skip
+    first, group = walk.per_segment, CHUNK * tile.use["GROUP"]
+    lengths = [max(0, min(walk.piece, l - (first + k) * walk.piece)) for k in range(walk.pieces)]
+    heads, tiles_a_head, positions = b * h, tile.p_blocks * tile.n_blocks, sum(lengths)
+    loaded = heads * tiles_a_head * (walk.pieces * number + positions * (_size(dt) + 2 * ids))
+    loaded += heads * positions * (tile.p_blocks * n * _size(C) + tile.n_blocks * p * (_size(x) + _size(z)))
+    walked = sum(blocks(length, group) * group for length in lengths)
+    flops = heads * tiles_a_head * walked * _product(tile, "BLOCK_P", "BLOCK_N") * terms
+    return steps + Cost(loaded, heads * walk.pieces * (p * n * FLOAT + DOUBLE), flops)
 
 
 def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, target: Target, tile: Tile) -> Cost:

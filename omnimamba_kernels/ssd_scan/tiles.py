@@ -65,8 +65,8 @@ def narrow_backward(z: Tensor | None, *tensors: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Walk:
-    """The forward's walk: ``segments`` of ``each`` chunks of ``chunk`` positions; of every segment but the last, the
-    pre-pass finds the ends of ``per_segment`` pieces."""
+    """A walk over the chunks: ``segments`` of ``each`` chunks of ``chunk`` positions. Of every segment but the one that
+    is walked last, the pre-pass finds what ``per_segment`` pieces leave to the next."""
 
     tile: Tile
     ends: Tile
@@ -95,6 +95,15 @@ def walk(target: Target, x: Tensor, n: int, plain: bool) -> Walk:
     chunks = blocks(l, chunk)
     segments, each = _segments(b * h * found.p_blocks, chunks, found.use, target)
     return Walk(found, tile("ends", target, x, n, narrow), chunk, chunks, segments, each, found.use["pieces"])
+
+
+def back_walk(target: Target, x: Tensor, n: int, narrow: bool) -> Walk:
+    """The backward's walk, from the last segment to the first."""
+    b, l, h, _ = x.shape
+    found, ends = tile("back_walk", target, x, n, narrow), tile("back_starts", target, x, n, narrow)
+    chunks = blocks(l, CHUNK)
+    segments, each = _segments(b * h * found.p_blocks * found.n_blocks, chunks, found.use, target)
+    return Walk(found, ends, CHUNK, chunks, segments, each, found.use["pieces"])
 
 
 def _segments(programs: int, chunks: int, use: dict[str, int], target: Target) -> tuple[int, int]:

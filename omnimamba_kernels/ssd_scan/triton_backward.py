@@ -1,18 +1,16 @@
 """The scan's backward in Triton: the order of its launches, and the last two of them.
 
-    ssd_steps, ssd_back_walk   triton_backward_states.py: the steps; the gradients of states, from the last chunk back
-    ssd_back_chunks            triton_backward_chunks.py: every chunk on its own: dx, dz, terms of the other gradients
-    ssd_back_close             ddt, a program a head and chunk; dB and dC, the parts of a group's heads in their order
-    ssd_back_total             dA, ddt_bias, dD: a head's shares, added over batch rows and chunks in their order
+    ssd_starts        triton_backward_starts.py: the steps; what pieces of the sequence leave before them
+    ssd_back_walk     triton_backward_walk.py: the gradients of states, from the last chunk of each segment back
+    ssd_back_chunks   triton_backward_chunks.py: every chunk on its own: dx, dz, terms of the other gradients
+    ssd_back_close    ddt, a program a head and chunk; dB and dC, the parts of a group's heads in their order
+    ssd_back_total    dA, ddt_bias, dD: a head's shares, added over batch rows and chunks in their order
 
 Maths of ssd_back_close, with the terms of triton_backward_chunks.py, summed in float64:
     da_r = the two terms from before r + sum of R + W over t >= r       ddt = (A da + sum of T + U) d dt / d raw
 
 Traffic, bytes a position and head of 16-bit dt, n 128 in two blocks: ssd_back_close reads 38 and writes 2, and for each
 part of a group's heads reads 16 n bytes a position; ssd_back_total reads 8 bytes a chunk and head, and dD's.
-
-The walk has one program for a head and tile of its states, over the whole sequence. With a small batch x heads it is
-the longest launch: cutting it as the forward is cut would need a pass of its own before it.
 """
 
 from __future__ import annotations
@@ -29,7 +27,8 @@ from ..triton_launch import launch
 from . import tiles
 from .tiles import CHUNK, Tile
 from .triton_backward_chunks import ssd_back_chunks
-from .triton_backward_states import chunk_steps, ssd_back_walk, ssd_steps
+from .triton_backward_starts import ssd_starts
+from .triton_backward_walk import chunk_steps, ssd_back_walk
 from .triton_common import step_sizes
 
 BLOCK = 1024  # elements of dB and dC a program of ssd_back_close
@@ -168,19 +167,17 @@ def backward(
         narrow=tiles.narrow_backward(z, x, B, C, dy),
     )
     raw = (dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous())
-    step = dict(CHUNK=CHUNK, SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None)
-    launch(
-        ssd_steps, (b * h * chunks,), *raw, seq_idx, scan.steps, scan.used, l, h, chunks, *dt_limit, *dt.stride(),
-        *_strides(seq_idx, 2), **step, HAS_SEQ=seq_idx is not None, num_warps=2,
-    )  # fmt: skip
-    dstates = _walk(scan, states, made["initial_states"])
+    step = dict(SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None)
+    walk = tiles.back_walk(triton_launch.target_of(x), x, B.shape[3], scan.narrow)
+    pieces = _starts(scan, walk, raw, seq_idx, B.shape[3], dt_limit, step)
+    dstates = _walk(scan, walk, pieces, states, made["initial_states"])
     terms, sums, parts = _chunks(scan, D, ungated, states, dstates, made)
     size = B.numel()
     launch(
         ssd_back_close, (b * h * chunks + triton.cdiv(size, BLOCK),),
         *raw, scan.steps, scan.used, terms, sums, parts, made["dt"], made["B"], made["C"],
         l, h, chunks, b * h * chunks, sums.shape[3], parts.shape[0], size, *dt_limit, *dt.stride(),
-        **step, TERMS=terms.shape[3], BLOCK=BLOCK, num_warps=4,
+        CHUNK=CHUNK, **step, TERMS=terms.shape[3], BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     blocks = triton.cdiv(sums.shape[3], 16)
     launch(
@@ -191,18 +188,45 @@ def backward(
     return (*(t if need else None for t, need in zip(made.values(), needs, strict=False)), None, None)
 
 
-def _walk(scan: _Scan, states: Tensor, dinitial: Tensor | None) -> Tensor:
-    """The gradients of the states after each chunk; the first state's to ``dinitial``."""
-    tile = scan.tile("back_walk")
-    b, chunks, h, p, n = states.shape
-    dstates = torch.empty_like(states)
+def _starts(
+    scan: _Scan,
+    walk: tiles.Walk,
+    raw: tuple[Tensor, Tensor, Tensor | None],
+    seq_idx: Tensor | None,
+    n: int,
+    dt_limit: tuple[float, float],
+    flags: dict[str, bool],
+) -> tuple[Tensor, Tensor]:
+    """Fills in the steps; returns what the pieces leave at their starts, and their decays."""
+    b, l, h, p = scan.x.shape
+    use, pieces = walk.ends.use, walk.pieces
+    starts, decays = _floats(scan.x, b, h, pieces, p, n), scan.x.new_empty(b, h, pieces, dtype=torch.float64)
+    block_h = tiles.block(h, use["BLOCK_H"], 1)
+    step_programs = b * walk.chunks * triton.cdiv(h, block_h)
     launch(
-        ssd_back_walk, (b * h * tile.p_blocks * tile.n_blocks,),
-        scan.C, scan.z, scan.steps, scan.used, scan.offsets, scan.dy, scan.dfinal, scan.dvarlen, dstates, dinitial,
-        h, h // scan.C.shape[2], chunks, scan.sequences,
+        ssd_starts, (step_programs + b * pieces * h * walk.ends.p_blocks * walk.ends.n_blocks,),
+        scan.C, scan.z, *raw, seq_idx, scan.offsets, scan.dy, scan.dvarlen, scan.steps, scan.used, starts, decays,
+        l, h, h // scan.C.shape[2], step_programs, walk.per_segment, pieces, walk.piece, scan.sequences, *dt_limit,
+        *_strides(scan.C, 3), *_strides(scan.z, 3), *raw[0].stride(), *_strides(seq_idx, 2), *_strides(scan.dy, 3),
+        CHUNK=CHUNK, BLOCK_H=block_h, GROUP=use["GROUP"], STAGES=use["num_stages"], STARTS=pieces > 0,
+        HAS_SEQ=seq_idx is not None, **flags, **walk.ends.constants, **scan.flags, **walk.ends.options,
+    )  # fmt: skip
+    return starts, decays
+
+
+def _walk(
+    scan: _Scan, walk: tiles.Walk, pieces: tuple[Tensor, Tensor], states: Tensor, dinitial: Tensor | None
+) -> Tensor:
+    """The gradients of the states after each chunk; the first state's to ``dinitial``."""
+    b, chunks, h, _, _ = states.shape
+    dstates, tile = torch.empty_like(states), walk.tile
+    launch(
+        ssd_back_walk, (b * h * tile.p_blocks * tile.n_blocks * walk.segments,),
+        scan.C, scan.z, scan.steps, scan.used, scan.offsets, scan.dy, scan.dfinal, scan.dvarlen, *pieces, dstates,
+        dinitial, h, h // scan.C.shape[2], chunks, walk.segments, walk.each, walk.per_segment, scan.sequences,
         *_strides(scan.C, 3), *_strides(scan.z, 3), *_strides(scan.dy, 3),
         CHUNK=CHUNK, **tile.constants, **scan.flags, HAS_FINAL=scan.dfinal is not None,
-        HAS_INITIAL=dinitial is not None, **tile.options,
+        HAS_INITIAL=dinitial is not None, SEEDED=walk.segments > 1, **tile.options,
     )  # fmt: skip
     return dstates
 

@@ -29,7 +29,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward_states import at_position, chunk_steps, sequences_before
+from .triton_backward_starts import at_position, sequences_before
+from .triton_backward_walk import chunk_steps
 from .triton_common import decay_between
 from .triton_products import load_gradient, load_state, load_tile, product, product_exact_derived
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -50,7 +51,7 @@ def test_two_launches_forward_and_five_backward(arch, dtype, sequences):
     case = Case("all", 1, 4096, 24, 64, n=128, skip=2, gate=True, initial_states=True, sequences=sequences)
     forward, backward = launches(case, TARGETS[arch], dtype, WANTED)
     assert names(forward) == ["ssd_ends", "ssd_walk"]
-    assert names(backward) == ["ssd_steps", "ssd_back_walk", "ssd_back_chunks", "ssd_back_close", "ssd_back_total"]
+    assert names(backward) == ["ssd_starts", "ssd_back_walk", "ssd_back_chunks", "ssd_back_close", "ssd_back_total"]
 
 
 def test_states_after_packed_sequences_take_one_launch_more():
@@ -63,13 +64,21 @@ def test_states_after_packed_sequences_take_one_launch_more():
 @pytest.mark.parametrize("arch", TARGETS)
 def test_few_heads_fill_the_chip_by_cutting_the_sequence(arch, case):
     target = TARGETS[arch]
-    walk = launches(case, target)[0][1]
-    tiles = case.b * case.h * triton.cdiv(case.p, dict(walk.constants)["BLOCK_P"])
-    assert walk.grid[0] % tiles == 0 and walk.grid[0] >= min(target.multiprocessors, 2 * tiles)
+    forward, backward = launches(case, target, wanted=WANTED)
+    for walk in (forward[1], backward[1]):
+        programs = uncut(case, walk)
+        assert walk.grid[0] % programs == 0 and walk.grid[0] >= min(target.multiprocessors, 2 * programs), walk.kernel
+
+
+def uncut(case: Case, walk: Launch) -> int:
+    """How many programs a walk over the whole sequence would have."""
+    cut = dict(walk.constants)
+    n_blocks = triton.cdiv(case.n, cut["BLOCK_N"]) if walk.kernel.__name__ == "ssd_back_walk" else 1
+    return case.b * case.h * triton.cdiv(case.p, cut["BLOCK_P"]) * n_blocks
 
 
 @interpreted
-@pytest.mark.parametrize("case", [CASES[6], CASES[9]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [replace(CASES[8], b=1), CASES[9]], ids=lambda c: c.name)
 def test_no_program_waits_for_another(case):
     """Each runs to its end before the next, from the first to the last or from the last to the first."""
     from triton.runtime import interpreter
@@ -87,8 +96,23 @@ def test_no_program_waits_for_another(case):
         with mock.patch.object(executor, "__call__", backwards):
             last_to_first = evaluate(scan(case.options), case.tensors(), WANTED)
     assert all(same_bits(first_to_last[name], last_to_first[name]) for name in first_to_last)
-    walk = launches(case, INTERPRETER, torch.float32)[0][1]
-    assert walk.grid[0] > case.b * case.h * triton.cdiv(case.p, dict(walk.constants)["BLOCK_P"]), "not cut"
+    forward, backward = launches(case, INTERPRETER, torch.float32, WANTED)
+    assert all(walk.grid[0] > uncut(case, walk) for walk in (forward[1], backward[1])), "not cut"
+
+
+@interpreted
+@pytest.mark.parametrize("sequences", [None, "seq_idx", "cu_seqlens"])
+def test_gradients_cross_segments(sequences):
+    """What fades slowly reaches from the last of four segments of two pieces to the first."""
+    case = Case("four segments", 1, 460, 1, 16, initial_states=True, sequences=sequences)
+    tensors = case.tensors()
+    tensors["A"] = tensors["A"] * 0.02
+    if sequences:
+        name, ends = sequences, torch.tensor([0, 140, 150, 460])
+        tensors[name] = ends if name == "cu_seqlens" else torch.repeat_interleave(torch.arange(3), ends.diff())[None]
+    walk = launches(case, INTERPRETER, torch.float32, WANTED)[1][1]
+    assert walk.grid[0] == 4 * uncut(case, walk)
+    check("triton", scan(case.options), exact(case.options), tensors, WANTED)
 
 
 @triton.jit

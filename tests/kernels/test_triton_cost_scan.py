@@ -19,6 +19,7 @@ COUNTED = (
     *CASES[:3],
     Case("segments", 1, 200, 2, 37, n=70, skip=1, gate=True, initial_states=True, sequences="seq_idx"),
     Case("whole chunks", 1, 128, 4, 16, g=2, n=16),
+    Case("four segments", 1, 460, 1, 16, initial_states=True),
 )
 
 
