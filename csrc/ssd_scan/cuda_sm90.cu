@@ -6,13 +6,14 @@
 //   S  <- carry_end S + (weight x)^T B
 //
 // Shapes. bf16 x, z, y (b, l, h, p), B, C (b, l, g, n); p from 32 in eights, n from 18 to 256, even; the rest as in ssd_scan.h.
-//   Tiles are 64 wide: bulk copies fill up with zeros and cut off what is past the end. Other calls go to cuda.cu.
+//   Tiles are 64 wide: bulk copies fill up with zeros and cut off what is past the end. Other calls, and strides that bulk
+//   copies do not take (suits_bulk), go to cuda.cu.
 // Plan. A block has two of: 64 channels of a head with 128 of their states: two heads of a group, or two halves of a head of
 //   128 channels, or the two halves of 256 states. It walks a segment of the sequence. Its warpgroups:
 //     fetch    one thread issues the copies of chunks to come, as far as stages are free; one warp clears padding's rows
 //     score    C B^T once for both heads, then M of each, a chunk ahead of the walkers: exponentials run beside their
 //              products. Decays reach from position s to t over an anchor, the end of the 16 positions before t's:
-//              2^(cum_t - anchor) 2^(anchor - cum_s), 12 exponentials a thread where 32 would be plain; within the 16, plain
+//              2^(cum_t - anchor) 2^(anchor - cum_s): 2 exponentials for 4 scores; within the 16 they are taken one by one
 //     walkers  one each of the two. S stays in a walker's registers in float32. S C^T reads it as bf16 from registers,
 //              x^T M^T and (weight x)^T B read x from registers, so that of what was computed only M passes through shared
 //              memory. While products run that change S, the walker sends out y.
