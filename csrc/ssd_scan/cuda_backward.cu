@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     if (begins) {
       scores.write(M, at.steps);
       if (warp == 0) small.gathered.clear();
-      sync_block();
-    }
+    }  // others read M after the barriers of each_state
 
     const int64_t state_at = ((at.b * chunks + at.chunk) * q.heads + at.h) * size;
     const float *S = q.states.at<float>() + state_at, *dS = q.dstates.at<float>() + state_at;
