@@ -1,5 +1,7 @@
 // Work shared by OpenMP threads. Each index is done by one thread, whatever their number, so results never depend on it.
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
@@ -40,6 +42,15 @@ template <class Body>
 void parallel_for(int threads, int64_t count, Body&& body) {
   parallel_parts(threads, count, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; i++) body(i, thread);
+  });
+}
+
+// The same where indices cost unlike amounts or threads are not alike: each takes the next index when it is done with one.
+template <class Body>
+void parallel_tasks(int threads, int64_t count, Body&& body) {
+  std::atomic<int64_t> next{0};
+  parallel_parts(threads, std::min<int64_t>(threads, count), [&](int64_t, int64_t, int thread) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i, thread);
   });
 }
 

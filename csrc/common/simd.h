@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "types.h"
 #if defined(__x86_64__)
@@ -150,12 +151,22 @@ OM_INLINE vf load(const int8_t* p) {
 
 template <class T>
 OM_INLINE vf load_part(const T* p, int n) {
+#if defined(__AVX512F__)
+  const auto first = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return (vf)_mm512_maskz_loadu_ps(first, p);
+  if constexpr (sizeof(T) == 2) return from_bits((vh)_mm256_maskz_loadu_epi16(first, p), T{});
+#endif
   T buffer[W] = {};
   std::memcpy(static_cast<void*>(buffer), p, sizeof(T) * static_cast<size_t>(n));
   return load(buffer);
 }
 template <class T>
 OM_INLINE void store_part(T* p, vf v, int n) {
+#if defined(__AVX512F__)
+  const auto first = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, first, (__m512)v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, first, (__m256i)to_bits(v, T{}));
+#endif
   T buffer[W];
   store(buffer, v);
   std::memcpy(static_cast<void*>(p), buffer, sizeof(T) * static_cast<size_t>(n));

@@ -35,7 +35,7 @@ struct Forward {
       : q(params),
         z(params),
         arena(memory),
-        prepared(arena, q, z, false),
+        prepared{{arena, q, z, false}, {arena, q, z, false}},
         side_by_side(chunks_side_by_side(q, q.batch * q.heads)),
         streaming(streams(q)) {
     states = {q.states.at<float>(), q.max_chunks + 1, q.heads, z.state_floats};
@@ -54,10 +54,12 @@ struct Forward {
     return Scratch(mine, z);
   }
 
+  const Prepared& of_chunk(int64_t c) const { return prepared[c / z.slab % 2]; }
+
   const SsdScanParams& q;
   Sizes z;
   Arena arena;
-  Prepared prepared;
+  Prepared prepared[2];  // of the slabs in turn: while threads scan one, those with time left prepare the next
   bool side_by_side;
   bool streaming;  // y goes around the caches
   StateRing states;
@@ -133,18 +135,22 @@ void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& 
   });
 }
 
-// One panel of next = exp(c_q) state + B^T (w x), which overwrites x; without a state, the chunk's own part alone.
+// next = exp(c_q) state + B^T (w x), which overwrites x; without a state, the chunk's own part alone. A strip of B's states
+// serves every panel before the next comes into the first cache level.
 void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state, float* next,
-             int panel, Ahead& ahead) {
+             Ahead& ahead) {
   const float whole = s.decay->whole;
-  float* x = s.x + panel * panel_floats();
-  weigh(x, *s.decay, u.chunk.length);
+  for (int j = 0; j < f.z.panels; j++) weigh(s.x + j * panel_floats(), *s.decay, u.chunk.length);
   each_tile(f.z.n, [&](auto height, int i) {
-    ahead.row();
-    Tile<height> tile;
-    tile_add<1>(tile, u.chunk.length, pack.B_states + i * u.chunk.length, kTileRows, x, kTileColumns);
-    if (state) tile_carry(tile, state + i * kTileColumns, whole);
-    tile_store(tile, next + i * kTileColumns);
+    const float *strip = pack.B_states + i * u.chunk.length, *x = s.x;
+    int64_t at = i * kTileColumns;
+    for (int j = 0; j < f.z.panels; j++, x += panel_floats(), at += f.z.state_panel) {
+      ahead.row();
+      Tile<height> tile;
+      tile_add<1>(tile, u.chunk.length, strip, kTileRows, x, kTileColumns);
+      if (state) tile_carry(tile, state + at, whole);
+      tile_store(tile, next + at);
+    }
   });
 }
 
@@ -184,9 +190,10 @@ void scan_unit(const Forward& f, const Unit& u, const Unit* then, int thread, Wo
     return;
   }
   Scratch s = f.of_thread(thread);
-  GroupPack pack = f.prepared.group(u.b, u.in_slab, u.h / f.z.per_group);
+  const Prepared& prepared = f.of_chunk(u.c);
+  GroupPack pack = prepared.group(u.b, u.in_slab, u.h / f.z.per_group);
   const float* state = u.chunk.kind == ChunkKind::Continues ? f.states.at(u.b, u.c, u.h) : nullptr;
-  fill_decay(f.prepared.dt + f.prepared.head(u.b, u.in_slab, u.h), *f.q.A.at<float>(u.h), u.chunk.length, *s.decay);
+  fill_decay(prepared.dt + prepared.head(u.b, u.in_slab, u.h), *f.q.A.at<float>(u.h), u.chunk.length, *s.decay);
   pack_panels(f.q.x.at<T>(u.b, u.chunk.start, u.h), f.q.x.stride[1], u.chunk.length, f.z, s.x);
   if (work != Work::States) {
     fill_scores(*s.decay, pack.G, u.chunk.length, s.M);
@@ -194,7 +201,6 @@ void scan_unit(const Forward& f, const Unit& u, const Unit* then, int thread, Wo
   } else {
     f.whole[(u.b * f.z.slab + u.in_slab) * f.q.heads + u.h] = s.decay->whole;
   }
-  // Panel by panel: a panel of the state stays in the first cache level from the output to its advance.
   Ahead ahead;
   if (then) ahead.add<T>(f.q.x, *then, f.z.p);
   if (then && !f.streaming) ahead.add<T>(f.q.y, *then, f.z.p);
@@ -202,46 +208,59 @@ void scan_unit(const Forward& f, const Unit& u, const Unit* then, int thread, Wo
     const View& final = f.q.final_states;
     ahead.add(final.at<float>(u.b, u.h), final.stride[2] * 4, f.z.n * 4, f.z.p);
   }
-  for (int j = 0; j < f.z.panels; j++) {
-    const float* panel = state ? state + j * f.z.state_panel : nullptr;
-    if (work != Work::States) output<T>(f, u, s, pack, panel, j, ahead);
-    if (work == Work::Rest) continue;
-    advance(f, u, s, pack, work == Work::All ? panel : nullptr, next + j * f.z.state_panel, j, ahead);
-  }
+  for (int j = 0; j < f.z.panels && work != Work::States; j++)
+    output<T>(f, u, s, pack, state ? state + j * f.z.state_panel : nullptr, j, ahead);
+  if (work != Work::Rest) advance(f, u, s, pack, work == Work::All ? state : nullptr, next, ahead);
 }
 
-// Heads side by side, each from its first chunk of the slab to the last; chunks outside, so that B, C and G stay in cache.
+// `count` tasks of the slab that begins at chunk c0, then the next slab's preparation, in parts that even out the threads.
+template <class T, class Body>
+void tasks_of_slab(const Forward& f, int64_t c0, int64_t count, Body&& body) {
+  const int64_t next = c0 + f.z.slab, parts = next < f.q.max_chunks ? slab_parts(f.q, f.z) : 0;
+  parallel_tasks(f.q.threads, count + parts, [&](int64_t i, int thread) {
+    if (i < count) return body(i, thread);
+    prepare_part<T>(f.q, f.z, f.of_chunk(next), next, i - count, thread);
+  });
+}
+
+// Heads [h0, h1) from their first chunk of the slab to the last; neighbours together, as their rows share pages.
 template <class T>
-void scan_heads(const Forward& f, int64_t c0) {
-  const int64_t heads = f.q.heads;
-  parallel_parts(f.q.threads, f.q.batch * heads, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t b = begin / heads; b * heads < end; b++) {
-      Chunks chunks(f.q, b);
-      int64_t h0 = std::max(begin - b * heads, int64_t{0}), h1 = std::min(end - b * heads, heads);
-      for (int64_t c = c0; c < std::min(c0 + f.z.slab, chunks.count); c++)
-        for (int64_t h = h0; h < h1; h++) {
-          const Unit u{b, c, h, c - c0, chunks[c]};
-          const int64_t then_c = h + 1 < h1 ? c : c + 1;
-          const Unit then{b, then_c, h + 1 < h1 ? h + 1 : h0, 0, then_c < chunks.count ? chunks[then_c] : Chunk{}};
-          if (c == 0 && u.chunk.kind == ChunkKind::Continues)
-            for (int j = 0; j < f.z.panels; j++) begin_row(f, b, h, j);
-          scan_unit<T>(f, u, then_c < chunks.count ? &then : nullptr, thread, Work::All);
-          for (int j = 0; j < f.z.panels; j++) hand_out(f, u, c + 1 == chunks.count, j);
-        }
+void scan_heads(const Forward& f, int64_t b, int64_t c0, int64_t h0, int64_t h1, int thread) {
+  Chunks chunks(f.q, b);
+  const int64_t c1 = std::min(c0 + f.z.slab, chunks.count);
+  for (int64_t c = c0; c < c1; c++)
+    for (int64_t h = h0; h < h1; h++) {
+      const Unit u{b, c, h, c - c0, chunks[c]};
+      const int64_t then_c = h + 1 < h1 ? c : c + 1;
+      const Unit then{b, then_c, h + 1 < h1 ? h + 1 : h0, 0, then_c < c1 ? chunks[then_c] : Chunk{}};
+      if (c == 0 && u.chunk.kind == ChunkKind::Continues)
+        for (int j = 0; j < f.z.panels; j++) begin_row(f, b, h, j);
+      scan_unit<T>(f, u, then_c < c1 ? &then : nullptr, thread, Work::All);
+      for (int j = 0; j < f.z.panels; j++) hand_out(f, u, c + 1 == chunks.count, j);
     }
+}
+
+// All heads of the slab, a few to a task: tasks enough to even out the threads.
+template <class T>
+void scan_by_heads(const Forward& f, int64_t c0) {
+  constexpr int64_t tasks_a_thread = 6, most = 8;
+  const int64_t heads = f.q.heads;
+  const int64_t few = std::clamp<int64_t>(f.q.batch * heads / (tasks_a_thread * f.q.threads), 1, most);
+  const int64_t blocks = (heads + few - 1) / few;
+  tasks_of_slab<T>(f, c0, f.q.batch * blocks, [&](int64_t i, int thread) {
+    const int64_t b = i / blocks, h0 = i % blocks * few;
+    scan_heads<T>(f, b, c0, h0, std::min(h0 + few, heads), thread);
   });
 }
 
-// Every head and chunk of the slab side by side.
+// One unit among all heads and chunks of the slab, which lie side by side.
 template <class T>
-void scan_units(const Forward& f, int64_t c0, Work work) {
-  parallel_for(f.q.threads, f.q.batch * f.z.slab * f.q.heads, [&](int64_t i, int thread) {
-    int64_t h = i % f.q.heads, in_slab = i / f.q.heads % f.z.slab, b = i / f.q.heads / f.z.slab;
-    Chunks chunks(f.q, b);
-    if (c0 + in_slab >= chunks.count) return;
-    const Unit u{b, c0 + in_slab, h, in_slab, chunks[c0 + in_slab]}, then{b, u.c, h + 1, in_slab, u.chunk};
-    scan_unit<T>(f, u, h + 1 < f.q.heads ? &then : nullptr, thread, work);
-  });
+void scan_unit_at(const Forward& f, int64_t c0, int64_t i, int thread, Work work) {
+  int64_t h = i % f.q.heads, in_slab = i / f.q.heads % f.z.slab, b = i / f.q.heads / f.z.slab;
+  Chunks chunks(f.q, b);
+  if (c0 + in_slab >= chunks.count) return;
+  const Unit u{b, c0 + in_slab, h, in_slab, chunks[c0 + in_slab]}, then{b, u.c, h + 1, in_slab, u.chunk};
+  scan_unit<T>(f, u, h + 1 < f.q.heads ? &then : nullptr, thread, work);
 }
 
 // Adds to each chunk's own state what the chunks before it left.
@@ -272,14 +291,16 @@ void run(const Forward& f) {
   claim_pages(f.q.y.data, outputs * static_cast<int64_t>(sizeof(T)), f.q.threads);
   if (f.q.states)
     claim_pages(f.states.base, f.q.batch * f.states.slots * f.q.heads * f.z.state_floats * 4, f.q.threads);
+  prepare_slab<T>(f.q, f.z, f.of_chunk(0), 0);
+  const int64_t units = f.q.batch * f.z.slab * f.q.heads;
   for (int64_t c0 = 0; c0 < f.q.max_chunks; c0 += f.z.slab) {
-    prepare_slab<T>(f.q, f.z, f.prepared, c0);
     if (!f.side_by_side) {
-      scan_heads<T>(f, c0);
+      scan_by_heads<T>(f, c0);
     } else {
-      scan_units<T>(f, c0, Work::States);
+      parallel_tasks(f.q.threads, units,
+                     [&](int64_t i, int thread) { scan_unit_at<T>(f, c0, i, thread, Work::States); });
       join_states(f, c0);
-      scan_units<T>(f, c0, Work::Rest);
+      tasks_of_slab<T>(f, c0, units, [&](int64_t i, int thread) { scan_unit_at<T>(f, c0, i, thread, Work::Rest); });
     }
   }
 }

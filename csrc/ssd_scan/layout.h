@@ -12,9 +12,9 @@ namespace omnimamba::ssd {
 constexpr int kChunk = 64;             // positions a chunk at most; the caller cuts by it
 constexpr int kBlock = 16;             // positions whose decays share an anchor (decay.h)
 constexpr int kRow = kChunk + kBlock;  // floats from row to row of a q-wide matrix: odd in cache lines, so rows spread
-constexpr int kSlabChunks = 8;         // chunks a slab and batch row, fewer where batch x groups is large
-constexpr int kHeadBlocks = 4;         // backward: sums over a group's heads are split in at most so many parts
-constexpr int kShort = 8;              // positions that the plain recurrence takes at most
+constexpr int kSlabChunks = 4;  // chunks a slab and batch row, fewer where batch x groups is large: they stay in L2
+constexpr int kHeadBlocks = 4;  // backward: sums over a group's heads are split in at most so many parts
+constexpr int kShort = 8;       // positions that the plain recurrence takes at most
 
 static_assert(kChunk % kBlock == 0 && kBlock % W == 0 && kChunk % kTileColumns == 0, "blocks and tiles fill a chunk");
 static_assert(kTileRows % 3 == 0 && kChunk % (kTileRows / 3) == 0, "a last tile ends within the chunk");

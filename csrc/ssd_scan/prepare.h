@@ -56,27 +56,27 @@ OM_INLINE vf step_slope(const SsdScanParams& q, vf raw) {
   return select(dt < splat(q.dt_low), vf{}, select(dt > splat(q.dt_high), vf{}, slope));
 }
 
-// dt of heads [h0, h1) and its slope, W heads by W positions at a time; a head's steps then lie side by side.
-// ahead.row() is called once a position at least.
+// dt of heads [h0, h1) and its slope, W heads by W positions at a time; a head's steps then lie side by side, zeros after
+// the last. ahead.row() is called once a position at least.
 inline void prepare_steps(const SsdScanParams& q, const Prepared& out, int64_t b, int64_t c, Chunk chunk, int64_t h0,
                           int64_t h1, Ahead& ahead) {
   for (int64_t h = h0; h < h1; h += W) {
     const int heads = static_cast<int>(std::min<int64_t>(W, h1 - h));
-    const vf bias = q.dt_bias ? gather(q.dt_bias.at<float>(h), q.dt_bias.stride[0], heads) : vf{};
     for (int t = 0; t < chunk.length; t += W) {
       const int length = std::min(W, chunk.length - t);
-      vf dt[W] = {}, slope[W] = {};
+      vf raw[W] = {};
       for (int i = 0; i < length; i++) {
         ahead.row();
-        const vf raw = gather(q.dt.at<float>(b, chunk.start + t + i, h), q.dt.stride[2], heads) + bias;
-        dt[i] = step_size(q, raw);
-        if (out.slope) slope[i] = step_slope(q, raw);
+        raw[i] = gather(q.dt.at<float>(b, chunk.start + t + i, h), q.dt.stride[2], heads);
       }
-      transpose(dt);
-      for (int i = 0; i < heads; i++) store(out.dt + out.head(b, c, h + i) + t, dt[i]);
-      if (!out.slope) continue;
-      transpose(slope);
-      for (int i = 0; i < heads; i++) store(out.slope + out.head(b, c, h + i) + t, slope[i]);
+      transpose(raw);
+      const vi inside = lane_index() < splat(static_cast<float>(length));
+      for (int i = 0; i < heads; i++) {
+        if (q.dt_bias) raw[i] += splat(*q.dt_bias.at<float>(h + i));
+        const int64_t at = out.head(b, c, h + i) + t;
+        store(out.dt + at, select(inside, step_size(q, raw[i]), vf{}));
+        if (out.slope) store(out.slope + at, select(inside, step_slope(q, raw[i]), vf{}));
+      }
     }
   }
 }
@@ -116,16 +116,23 @@ void prepare_group(const SsdScanParams& q, const Sizes& z, const Prepared& out, 
   group_scores(pack, z.n, chunk.length);
 }
 
-// Chunks [c0, c0 + slab) of every batch row.
+// Parts of step 1 for a slab: one a batch row, chunk and group.
+inline int64_t slab_parts(const SsdScanParams& q, const Sizes& z) { return q.batch * z.slab * q.groups; }
+
+// One part of chunks [c0, c0 + slab).
+template <class T>
+void prepare_part(const SsdScanParams& q, const Sizes& z, const Prepared& out, int64_t c0, int64_t part, int thread) {
+  int64_t g = part % q.groups, c = part / q.groups % z.slab, b = part / q.groups / z.slab;
+  Chunks chunks(q, b);
+  if (c0 + c >= chunks.count) return;
+  Chunk chunk = chunks[c0 + c];
+  if (chunk.kind != ChunkKind::Padding) prepare_group<T>(q, z, out, b, c, chunk, g, thread);
+}
+
 template <class T>
 void prepare_slab(const SsdScanParams& q, const Sizes& z, const Prepared& out, int64_t c0) {
-  parallel_for(q.threads, q.batch * z.slab * q.groups, [&](int64_t unit, int thread) {
-    int64_t g = unit % q.groups, c = unit / q.groups % z.slab, b = unit / q.groups / z.slab;
-    Chunks chunks(q, b);
-    if (c0 + c >= chunks.count) return;
-    Chunk chunk = chunks[c0 + c];
-    if (chunk.kind != ChunkKind::Padding) prepare_group<T>(q, z, out, b, c, chunk, g, thread);
-  });
+  parallel_tasks(q.threads, slab_parts(q, z),
+                 [&](int64_t part, int thread) { prepare_part<T>(q, z, out, c0, part, thread); });
 }
 
 }  // namespace omnimamba::ssd
