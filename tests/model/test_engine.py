@@ -36,7 +36,9 @@ def test_guided_rows_that_end_at_different_times_keep_their_own_null_prompt(mode
     with torch.inference_mode():
         rows = drawing_rows(model, caption, guidance=3.0)
         ends = zip(rows, (2, 9, 5), strict=True)
-        rows = [replace(row, steps=steps, null=row.null + i) for i, (row, steps) in enumerate(ends)]
+        rows = [
+            replace(row, steps=steps, null=row.null + i, guidance=3.0 - 3 * i) for i, (row, steps) in enumerate(ends)
+        ]
     for row, found in zip(rows, generate(model, rows, GREEDY), strict=True):
         assert torch.equal(found, alone(model, row))
 

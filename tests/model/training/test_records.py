@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import pytest
 from formats import drawing, png, shard, understanding
@@ -30,6 +32,19 @@ def test_text_outside_ascii_keeps_its_places(tmp_path):
     for name in ("a.json", "a.jsonl"):
         records, _ = open_records([tmp_path / name])
         assert [records[i] for i in range(3)] == said
+
+
+def test_samples_of_a_shard_are_told_apart_by_their_folders(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in [("x/0.json", b'{"a": 1}'), ("y/0.json", b'{"a": 2}'), ("y/0.JPG", png(0))]:
+            folder = tarfile.TarInfo(name.partition("/")[0])
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    records, _ = open_records([tmp_path / "a.tar"])
+    assert [records[i] for i in range(len(records))] == [{"a": 1}, {"a": 2, PICTURE: png(0)}]
 
 
 def test_damage_is_found_where_it_is(data):
