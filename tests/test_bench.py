@@ -15,7 +15,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import claims, compare, machine, measure, report, results  # noqa: E402
+from bench import ablation, claims, compare, machine, measure, report, results  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.measure import Bench, Contender, Work  # noqa: E402
@@ -182,6 +182,22 @@ def test_the_readme_shows_the_latest_results():
         pytest.skip("no whole run is kept yet")
     readme = (ROOT / "README.md").read_text()
     assert report.filled(readme, results.load(latest)) == readme, "run python -m bench.report"
+
+
+def test_the_ablation_is_told_by_mean_spread_and_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "FILE", tmp_path / "ablation.json")
+    assert "has not run" in report.ablations({})
+    scores = {"OmniMamba": (0.9, 0.8), "no adapters": (0.7, 0.4), "one stage": (0.5,)}
+    runs = [
+        {"arm": arm, "seed": seed, "t2i_accuracy": score, "mmu_accuracy": 0.5, "t2i_loss": 1.5, "mmu_loss": 0.25}
+        for arm, found in scores.items()
+        for seed, score in enumerate(found)
+    ]
+    results.save(ablation.FILE, {"runs": runs})
+    _, _, whole, without = report.ablations({}).splitlines()  # one seed has no spread, so "one stage" is left out
+    assert [cell.strip() for cell in whole.split("|")[1:4]] == ["OmniMamba", "2", "0.850 ± 0.071"]
+    assert [cell.strip() for cell in without.split("|")[1:4]] == ["no adapters", "2", "0.550 ± 0.212"]
+    assert [cell.strip() for cell in without.split("|")[7:9]] == ["-0.300 ± 0.100", "+0.000 ± 0.000"]
 
 
 def test_only_whole_runs_become_the_latest(tmp_path):

@@ -34,6 +34,17 @@ def test_greedy_answer_equals_repeated_full_forward(model, features, text):
 
 
 @torch.no_grad()
+def test_answers_past_the_last_place_keep_its_vector(model, features, text):
+    """As in the whole pass, which holds more than ``mmu_positions``."""
+    question, places = text[1:2, :3], model.backbone.mmu_pos_embed.shape[1]
+    model.backbone.mmu_pos_embed[0, -1] *= 30  # so that it is heard
+    first, steps = model.mmu_opening(features[:1]).shape[1] + 3, places + 6
+    found = answer(model, features[:1], question, steps - first, stop=[])
+    grown = torch.cat([question, found], dim=1)
+    assert torch.equal(found, model.mmu(features[:1], grown).logits[:, 3:].argmax(-1))
+
+
+@torch.no_grad()
 def test_guidance_mixes_the_logits_of_asked_and_empty(model, caption, config):
     guidance, empty = 2.5, torch.full_like(caption, config.tokens.pad)
     image = torch.zeros(3, config.image_tokens, dtype=torch.long)
