@@ -3,22 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := mkdir -p build && flock build/.lock $(BIN)/python setup.py -q build_ext --inplace --strict
+TOOLS := $(VENV)/.tools
+NATIVE := $(BIN)/python setup.py -q build_ext --inplace --strict
+PYTEST := OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test bench native check test-interpreted test-sanitize test-emulated gpu-check format clean
+.PHONY: demo test bench native modules check test-interpreted test-sanitize test-emulated gpu-check format clean
 
 demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 	$(BIN)/omnimamba demo --out demo-out
 
-test: $(READY) check  ## style, all tests, and the kernels once more under sanitizers
-	$(NATIVE)
-	$(BIN)/python -m pytest tests
+test: $(TOOLS)  ## style, all tests, and the kernels once more under sanitizers
+	$(MAKE) -j2 $(READY) modules  # packages are fetched while the kernels compile
+	$(MAKE) check
+	$(PYTEST) tests
 	$(MAKE) test-interpreted test-sanitize
 
 # The Triton kernels on the CPU, in Triton's interpreter; where Triton does not exist there is nothing to do.
 test-interpreted: $(READY)
 	! $(BIN)/python -c "import triton" 2> /dev/null || \
-	    TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/kernels -k triton
+	    TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -q tests/kernels -k triton
 
 # On a machine with a GPU, with the Python, torch and Triton that are there: nothing is installed or fetched.
 OUT ?= gpu-check-out
@@ -33,6 +36,12 @@ bench: $(VENV)/.peers  ## every table of the README
 native: $(READY)  ## incremental build of the native modules into omnimamba_kernels/
 	@$(NATIVE)
 
+# Every module that the tests load: of the kernels, of the CUDA kernels on the emulator, and with sanitizers.
+modules: $(TOOLS)
+	$(NATIVE)
+	$(SANITIZE)
+	$(BIN)/python setup.py -q build_emulator
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,14 +55,15 @@ format: $(READY)
 # A copy of the packages and tests with modules that stop at the first bad read, write or undefined operation.
 # Only what runs compiled kernels is repeated.
 SANITIZED := build/sanitized
+SANITIZE := $(BIN)/python setup.py -q build_py --build-lib $(SANITIZED) \
+    build_ext --build-lib $(SANITIZED) --strict --sanitize=address,undefined
 test-sanitize: $(READY)
 	rm -rf $(SANITIZED)
-	$(BIN)/python setup.py -q build_py --build-lib $(SANITIZED) \
-	    build_ext --build-lib $(SANITIZED) --strict --sanitize=address,undefined
+	$(SANITIZE)
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider -k "native and not compile" tests/kernels
+	    $(PYTEST) -q --capture=sys -p no:cacheprovider -k "native and not compile" tests/kernels
 
 # The CUDA kernels on the emulator once more, with modules that stop at the first byte out of bounds.
 test-emulated: $(READY)
@@ -65,16 +75,18 @@ test-emulated: $(READY)
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
-# The build tools come first, so that `make native` goes on with what the editable installation compiled.
-$(READY): pyproject.toml constraints.txt | $(VENV)
+# What compiles the kernels; the rest of the environment can come meanwhile.
+$(TOOLS): pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
-	mkdir -p build
-	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(READY): $(TOOLS)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 # What the benchmarks compare with.
 $(VENV)/.peers: $(READY)
-	flock build/.lock $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
 clean:

@@ -20,6 +20,11 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "omnimamba_kernels"
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # chips with machine code of their own
@@ -149,11 +154,22 @@ def build_folder(kind):
             yield Path(name)
         return
     folder = ROOT / "build" / kind / sys.implementation.cache_tag
-    cache = folder / "CMakeCache.txt"
-    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
-        shutil.rmtree(folder)  # the checkout was moved or copied
     folder.mkdir(parents=True, exist_ok=True)
-    yield folder
+    with alone_in(folder):
+        cache = folder / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(folder)  # the checkout was moved or copied
+            folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def alone_in(folder):
+    """Within the block no other build uses the folder: pip and `make` may compile side by side."""
+    with open(f"{folder}.lock", "w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run_cmake(folder, target, sanitize, part="native", architectures=()):

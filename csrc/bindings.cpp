@@ -1,6 +1,7 @@
 // All that Python sees. A kernel takes one Params struct; Python gives its members by name, a torch tensor becoming a View.
-// The module (OMNIMAMBA_MODULE names it) is compiled once for each instruction set, and with OMNIMAMBA_CUDA for the GPU: the
-// same functions of the same structs, on another device. native.py and cuda.py load the one to use.
+// Compiled once for all instruction sets (module.cpp gives each module its name), so nothing here may depend on one; and
+// with OMNIMAMBA_CUDA for the GPU, in a module that OMNIMAMBA_MODULE names: the same functions of the same structs, on
+// another device. native.py and cuda.py load the one to use.
 #include "bindings.h"
 
 #include "causal_conv1d/causal_conv1d.h"
@@ -14,7 +15,6 @@
 #include "common/on_demand.h"
 #else
 #include "common/isa.h"
-#include "common/simd.h"
 #include "lora_linear/matmul.h"
 #endif
 
@@ -178,7 +178,7 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   m.attr("instances") = instances;
 #endif
 #else
-  m.attr("vector_width") = W;
+  m.attr("vector_width") = vector_width();
   py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())
       .def_readonly("avx2", &CpuFeatures::avx2)
       .def_readonly("avx512", &CpuFeatures::avx512);

@@ -102,7 +102,8 @@ def test_cuda_on_without_kernels_is_refused_with_the_reason(checkout):
 
 def broken_nvcc(checkout, tmp_path):
     """A PATH whose nvcc fails, and a checkout whose native module is quickly built."""
-    (checkout / "csrc" / "bindings.cpp").write_text("int nothing;\n")
+    for name in ("bindings", "module"):
+        (checkout / "csrc" / f"{name}.cpp").write_text(f"int no_{name};\n")
     for source in checkout.glob("csrc/*/cpu*.cpp"):
         source.unlink()
     nvcc = tmp_path / "bin" / "nvcc"

@@ -1,4 +1,5 @@
-// What the processor can run, asked at run time. Safe to call from the baseline module on any processor.
+// What the processor can run, asked at run time (safe to call from the baseline module on any processor), and what the
+// module was compiled for.
 #pragma once
 
 namespace omnimamba {
@@ -18,5 +19,8 @@ inline CpuFeatures cpu_features() {
 #endif
   return f;
 }
+
+// Floats in a vector of the instruction set that the module was compiled for.
+int vector_width();
 
 }  // namespace omnimamba

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import DTYPES, check, evaluate, framed, same_bits, threads
+from common import DTYPES, check, evaluate, framed, same_bits, thread_counts, threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,8 +176,8 @@ def test_same_bits_at_every_run_thread_count_and_batch(run, case):
         with threads(count):
             return evaluate(lambda **t: causal_conv1d_fn(**t, **case.options), tensors, GRADS)
 
-    first = at(1)
-    for other in (at(1), at(2), at(3)):
+    first, *others = map(at, thread_counts(run))
+    for other in others:
         assert all(same_bits(first[name], other[name]) for name in first)
     row = {k: t[-1:] if k in ("x", "seq_idx", "initial_states") and t is not None else t for k, t in tensors.items()}
     alone = evaluate(lambda **t: causal_conv1d_fn(**t, **case.options), row)

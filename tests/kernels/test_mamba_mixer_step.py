@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DTYPES, assert_within_budget, check, double, framed, running, same_bits, threads
-from hypothesis import given, settings
+from common import DTYPES, assert_within_budget, check, double, framed, running, same_bits, thread_counts, threads
+from hypothesis import given
 from hypothesis import strategies as st
 from mixer_oracle import mixer
 
@@ -135,14 +135,13 @@ def test_one_row_alone(run):
 def test_same_bits_at_every_run_and_thread_count(run, case):
     tensors, plain = arguments(case)
     results = []
-    for count in (1, 2, 3, 1):
+    for count in thread_counts(run):
         with threads(count):
             results.append(stepper(plain)(**tensors))
     for result in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@settings(max_examples=20)
 @given(data=st.data())
 def test_any_strides(run, data):
     """Every operand and both states in any order of dimensions, inside canaries."""
