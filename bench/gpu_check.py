@@ -125,7 +125,7 @@ def text(content: dict[str, Any]) -> str:
     if rates:
         said.append(f"{rates['copy'] / 1e9:.0f} GB/s copied, {rates['matmul'] / 1e12:.2f} TFLOP/s of a matrix product.")
     said += [f"{name}: {reason}" for name, reason in about["backends"].items() if reason]
-    lines = [[p["name"], p["status"], duration(p["seconds"] or 1e-6), p["detail"]] for p in parts]
+    lines = [[p["name"], p["status"], duration(p["seconds"]) if p["seconds"] else "", p["detail"]] for p in parts]
     failures = [f"- {p['name']}: {failure}" for p in parts for failure in p["failures"]]
     met = {True: "yes", False: "no", None: "not judged"}
     shown = [[c["what"], c["required"], c["by"], c["measured"], met[c["met"]]] for c in content["claims"]]
