@@ -20,6 +20,7 @@ the grid, so that what two of them read comes from memory once; what is summed o
     inputs  B C^T once; for each head dx, dz, U
     inside  C B^T once; for each head dy x^T and the sums of T; dG is summed over heads
     states  BLOCK_N of the n states: for each head R and W; dB and dC through the states are summed over heads
+Nothing is hoisted out of loops (disable_licm): addresses and split operands that live on would overflow the registers.
 Traffic, bytes a position and head, 16-bit x, p 64, n 128: x and dy 256, S and dS' 1024 and dx 128 from and to
 memory; x and dy 768 and dS' 512 once more from the cache; steps and terms 60.
 """
@@ -36,8 +37,8 @@ from .triton_products import load_gradient, load_state, load_tile, product, prod
 
 SPILLS = {
     ("ssd_back_chunks", "sm_120"): (
-        28,
-        "of bf16 by the assembler of Triton 3.7, none by that of 3.6, at the same tiles",
+        4,
+        "of float32, one register of 255; tiles cannot be smaller, and 8 warps spill 16",
     ),
 }
 
@@ -50,12 +51,27 @@ def _scores(
 ):  # fmt: skip
     """rows columns^T over all N states."""
     G = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1, disable_licm=True):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         a = load_tile(rows, row, rows_l, state, N, BLOCK_N, valid, NARROW)
         b = load_tile(columns, row, columns_l, state, N, BLOCK_N, valid, NARROW)
         G = product(a, tl.trans(b), G, PRECISION)
     return G
+
+
+@triton.jit
+def _spread(
+    out, dG, columns, i, columns_l, group_row, valid, stored,
+    CHUNK: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, N_BLOCKS: tl.constexpr, NARROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores dG columns, over all N states."""
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1, disable_licm=True):
+        state = k * BLOCK_N + tl.arange(0, BLOCK_N)
+        tile = load_tile(columns, i, columns_l, state, N, BLOCK_N, valid, NARROW)
+        found = product(dG, tile, tl.zeros((CHUNK, BLOCK_N), tl.float32), PRECISION)
+        inside = stored[:, None] & (state < N)[None, :]
+        tl.store(out + (i[:, None] * group_row + state[None, :]), found, mask=inside)
 
 
 @triton.jit
@@ -71,11 +87,11 @@ def _inside(
     mask = i[:, None] >= i[None, :]
     G = _scores(C, B, i, C_l, B_l, valid, CHUNK, N, BLOCK_N, N_BLOCKS, NARROW, PRECISION)
     dG = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for head in tl.range(first_head, last_head, num_stages=1):
+    for head in tl.range(first_head, last_head, num_stages=1, disable_licm=True):
         dt, high, low = chunk_steps(steps, step_at + head * chunks, CHUNK)
         dM = tl.zeros((CHUNK, CHUNK), tl.float32)
         skip = 0.0
-        for k in tl.range(0, P_BLOCKS, num_stages=1):  # unrolled it would spill
+        for k in tl.range(0, P_BLOCKS, num_stages=1, disable_licm=True):  # unrolled it would spill
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             dy_head = dy + head * dy_h if HAS_DY else dy
             z_head = z + head * z_h if HAS_Z else z
@@ -98,16 +114,9 @@ def _inside(
         tl.store(out + i, tl.sum(T, 0))
         before = tl.cumsum(T * dt[None, :], 1)
         store_after(out + 3 * CHUNK, tl.sum(tl.where(i[:, None] > i[None, :], before, 0.0), 0), CHUNK)
-    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1):
-        state = k * BLOCK_N + tl.arange(0, BLOCK_N)
-        B_tile = load_tile(B, i, B_l, state, N, BLOCK_N, valid, NARROW)
-        C_tile = load_tile(C, i, C_l, state, N, BLOCK_N, valid, NARROW)
-        dG_tile = dG.to(B_tile.dtype)
-        tile = i[:, None] * group_row + state[None, :]
-        inside = stored[:, None] & (state < N)[None, :]
-        zero = tl.zeros((CHUNK, BLOCK_N), tl.float32)
-        tl.store(dC + tile, product(dG_tile, B_tile, zero, PRECISION), mask=inside)
-        tl.store(dB + tile, product(tl.trans(dG_tile), C_tile, zero, PRECISION), mask=inside)
+    dG = dG.to(B.dtype.element_ty if NARROW else tl.float32)
+    _spread(dC, dG, B, i, B_l, group_row, valid, stored, CHUNK, N, BLOCK_N, N_BLOCKS, NARROW, PRECISION)
+    _spread(dB, tl.trans(dG), C, i, C_l, group_row, valid, stored, CHUNK, N, BLOCK_N, N_BLOCKS, NARROW, PRECISION)
 
 
 @triton.jit
@@ -127,12 +136,12 @@ def _states(
     if HAS_VARLEN:
         first = sequences_before(offsets, sequences, start)
         last = sequences_before(offsets, sequences, start + CHUNK)
-    for head in range(first_head, last_head):
+    for head in tl.range(first_head, last_head, disable_licm=True):
         dt, high, low = chunk_steps(steps, step_at + head * chunks, CHUNK)
         carry = tl.exp2(high + low)
         dyS = tl.zeros((CHUNK, BLOCK_N), tl.float32)
         inward = tl.zeros((CHUNK,), tl.float32)
-        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1):
+        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1, disable_licm=True):
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             S = load_state(states + (state_at + head) * (P * N), column, state, P, N, BLOCK_P, BLOCK_N)
             dy_head = dy + head * dy_h if HAS_DY else dy
@@ -192,7 +201,7 @@ def _through_state(
     the sum of dt U over each position and those before it."""
     i = tl.arange(0, CHUNK)
     u = tl.zeros((CHUNK, BLOCK_P), tl.float32)
-    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1, disable_licm=True):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         dS_tile = load_state(dS, column, state, P, N, BLOCK_P, BLOCK_N)
         if N_BLOCKS == 1:
@@ -227,13 +236,13 @@ def _inputs(
     if HAS_VARLEN:
         first = sequences_before(offsets, sequences, start)
         last = sequences_before(offsets, sequences, start + CHUNK)
-    for head in range(first_head, last_head):
+    for head in tl.range(first_head, last_head, disable_licm=True):
         dt, high, low = chunk_steps(steps, step_at + head * chunks, CHUNK)
         L = decay_between(high[None, :], low[None, :], high[:, None], low[:, None], mask)
         M = (tl.where(mask, G * L, 0.0) * dt[:, None]).to(C.dtype.element_ty if NARROW else tl.float32)
         U = tl.zeros((CHUNK,), tl.float32)
         ahead = tl.zeros((CHUNK,), tl.float32)
-        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1):
+        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1, disable_licm=True):
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             dy_head = dy + head * dy_h if HAS_DY else dy
             z_head = z + head * z_h if HAS_Z else z

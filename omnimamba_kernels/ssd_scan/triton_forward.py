@@ -29,9 +29,6 @@ import triton.language as tl
 from .triton_common import decay_between, split_dot
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
-SPILLS = {
-    ("ssd_walk", "sm_90"): (12, "state, y and scores leave three registers too few; smaller tiles issue a third more"),
-}
 
 
 @triton.jit

@@ -34,13 +34,22 @@ WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
 
 
 def representative(op: str) -> list[ahead.Job]:
-    """Of each own kernel the first large bfloat16 launch for every chip, and the first float32 launch for Hopper."""
+    """Of each own kernel the first large bfloat16 launch for every chip; for Hopper the first float32 launch and, where
+    a call without gradients differs, that; where float16 is computed as float32, that for the chips with the least."""
+    all_calls = list(calls(op))
+    large = [call for call in all_calls if call.large]
+    large.sort(key=lambda call: not call.name.startswith("1 x "))  # of one row the scan is cut into segments
+    chosen = {
+        "bf16": ([call for call in large if call.name.endswith("bf16")], TARGETS),
+        "fp32": ([call for call in all_calls if not call.large and call.name.endswith("fp32")], ["sm_90"]),
+        "inference": ([call for call in large if call.name.endswith("inference, bf16")], ["sm_90"]),
+        "fp16": ([call for call in large if call.name.endswith("fp16") and op == "ssd_scan"], ["sm_80", "sm_120"]),
+    }
     found: dict[tuple, ahead.Job] = {}
-    large = [call for call in calls(op) if call.large and call.name.endswith("bf16")]
-    small = [call for call in calls(op) if not call.large and call.name.endswith("fp32")]
-    for job in [*ahead.jobs(large, TARGETS), *ahead.jobs(small, ["sm_90"])]:
-        if job.module.split(".")[1] == op:  # an operation made of others starts their kernels too
-            found.setdefault((job.kernel, job.arch, job.large), job)
+    for kind, (wanted, archs) in chosen.items():
+        for job in ahead.jobs(wanted, archs):
+            if job.module.split(".")[1] == op:  # an operation made of others starts their kernels too
+                found.setdefault((job.kernel, job.arch, kind), job)
     return list(found.values())
 
 
