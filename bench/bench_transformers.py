@@ -112,6 +112,7 @@ def whole(prompt: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Ten
 @functools.cache
 def llama(kind: str, longest: int) -> LlamaCpp:
     """llama.cpp on our weights in ``kind``, one of GGUF's; RuntimeError with the reason where it does not run."""
+    llama_cpp.need()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "130m.gguf"
         save_gguf(ours(torch.float32), path, kind)

@@ -38,6 +38,12 @@ def label(kind: str) -> str:
         return f"llama-cpp-python, {kind}"
 
 
+def need() -> None:
+    """RuntimeError with the reason where the package is missing."""
+    if find_spec("llama_cpp") is None:
+        raise RuntimeError("cannot run: llama-cpp-python is not installed")
+
+
 class LlamaCpp:
     """One sequence of one model, on as many threads as torch; at most ``longest`` tokens are taken at a time.
 
@@ -48,8 +54,8 @@ class LlamaCpp:
         self, path: Path, longest: int, timeout: float = TIMEOUT, command: tuple[str, ...] = ("-m", "bench.llama_cpp")
     ) -> None:
         self.timeout, self._child = timeout, None
-        if command[0] == "-m" and find_spec("llama_cpp") is None:
-            raise RuntimeError("cannot run: llama-cpp-python is not installed")
+        if command[0] == "-m":
+            need()
         self._child = subprocess.Popen(
             [sys.executable, *command, str(path), str(longest), str(torch.get_num_threads())],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
