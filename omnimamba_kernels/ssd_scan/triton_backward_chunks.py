@@ -37,8 +37,8 @@ from .triton_products import load_gradient, load_state, load_tile, product, prod
 
 SPILLS = {
     ("ssd_back_chunks", "sm_120"): (
-        4,
-        "of float32, one register of 255; tiles cannot be smaller, and 8 warps spill 16",
+        16,
+        "of float32, 12 of bfloat16, where a group's heads are dealt to several programs",
     ),
 }
 
