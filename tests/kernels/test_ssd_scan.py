@@ -129,6 +129,21 @@ def test_same_bits_at_any_thread_count(run, case):
             assert same_bits(other[name], found[0][name]), name
 
 
+@pytest.mark.parametrize("heads", [1, 3], ids=["chunks side by side", "heads side by side"])
+def test_the_next_slab_waits_beside_the_one_at_work(run, heads):
+    """Threads prepare chunks ahead of those being scanned, which heads this wide keep others at for long."""
+    if not run.startswith("native"):
+        pytest.skip("these slabs are the native kernels' own")
+    make = torch.Generator().manual_seed(0)
+    shapes = {"x": (1, 1025, heads, 1024), "dt": (1, 1025, heads), "B": (1, 1025, 1, 128), "C": (1, 1025, 1, 128)}
+    tensors = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()} | {"A": -torch.rand(heads)}
+    run_once = scan({"chunk_size": 64, "dt_softplus": True})
+    with threads(1):
+        alone = run_once(**tensors)
+    with threads(8):  # more threads than scan, so that the next slab begins at once
+        assert all(same_bits(run_once(**tensors), alone) for _ in range(6))
+
+
 def test_saving_for_a_backward_changes_no_bit(run):
     case = CASES[4]
     tensors = case.tensors()
