@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
-NATIVE := $(BIN)/python setup.py -q build_ext --inplace --strict
+BUILD := MAKEFLAGS= $(BIN)/python setup.py
+NATIVE := $(BUILD) -q build_ext --inplace --strict
 PYTEST := OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test bench native modules check test-interpreted test-sanitize test-emulated gpu-check format clean
@@ -40,7 +41,7 @@ native: $(READY)  ## incremental build of the native modules into omnimamba_kern
 modules: $(TOOLS)
 	$(NATIVE)
 	$(SANITIZE)
-	$(BIN)/python setup.py -q build_emulator
+	$(BUILD) -q build_emulator
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -55,7 +56,7 @@ format: $(READY)
 # A copy of the packages and tests with modules that stop at the first bad read, write or undefined operation.
 # Only what runs compiled kernels is repeated.
 SANITIZED := build/sanitized
-SANITIZE := $(BIN)/python setup.py -q build_py --build-lib $(SANITIZED) \
+SANITIZE := $(BUILD) -q build_py --build-lib $(SANITIZED) \
     build_ext --build-lib $(SANITIZED) --strict --sanitize=address,undefined
 test-sanitize: $(READY)
 	rm -rf $(SANITIZED)
@@ -67,7 +68,7 @@ test-sanitize: $(READY)
 
 # The CUDA kernels on the emulator once more, with modules that stop at the first byte out of bounds.
 test-emulated: $(READY)
-	$(BIN)/python setup.py -q build_emulator --sanitize=address
+	$(BUILD) -q build_emulator --sanitize=address
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels tests/test_emulator.py \
 	    -k "(cuda-emulated and matches_the_definition) or sanitizer"

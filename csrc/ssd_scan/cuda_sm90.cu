@@ -33,9 +33,9 @@
 // Precision: as in cuda.cu.
 #if !defined(__CUDACC_RTC__)
 #include <initializer_list>
+#endif
 
 #include "../common/device.h"
-#endif
 #include "hopper_feed.cuh"
 
 namespace omnimamba {

@@ -47,7 +47,8 @@ def once(compute: Callable[..., dict[str, Tensor]], *given: Any) -> dict[str, Te
 def _name(value: Any) -> Hashable:
     """Equal for values that no function can tell apart."""
     if isinstance(value, Tensor):
-        bits = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        packed = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        bits = packed.view(-1).view(torch.uint8).numpy()
         return value.dtype, tuple(value.shape), value.stride(), str(value.device), hashlib.sha256(bits).digest()
     if isinstance(value, FunctionType):
         cells = tuple(_name(cell.cell_contents) for cell in value.__closure__ or ())

@@ -179,9 +179,9 @@ GPU = [name for name in ("triton", "cuda") if backends()[name] is None and devic
 
 
 @pytest.mark.skipif(not GPU, reason="no GPU whose kernels could be asked")
-@pytest.mark.parametrize("run", GPU)
+@pytest.mark.parametrize("gpu", GPU)
 @pytest.mark.parametrize("name", ["rmsnorm_fn", "causal_conv1d_fn", "mamba_chunk_scan_combined"])
-def test_more_than_two_to_the_31_elements(run, name):
+def test_more_than_two_to_the_31_elements(gpu, name):
     """The last row of so large a batch is that row alone."""
     if torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("less than 48 GiB of GPU memory are free")
@@ -189,8 +189,8 @@ def test_more_than_two_to_the_31_elements(run, name):
     function, _, _ = CALLS[name]
     l, h, p, n = 2048, 64, 64, 16
     rows = 2**31 // (l * h * p) + 1
-    with placing(device_of(run)), running(run), torch.no_grad():
-        on = {"device": device_of(run), "dtype": torch.bfloat16}
+    with placing(device_of(gpu)), running(gpu), torch.no_grad():
+        on = {"device": device_of(gpu), "dtype": torch.bfloat16}
         x = torch.randn(rows, l, h, p, **on) if name.startswith("mamba") else torch.randn(rows, l, h * p, **on)
         small = [torch.randn(rows, l, 1, n, **on) for _ in range(2)]
         shared = {
