@@ -95,9 +95,14 @@ def answer_rows(
 
 
 def _square(rows: list[Tensor]) -> Tensor:
-    """Rows as (b, the longest), each filled up with its last token."""
-    longest = max(map(len, rows))
-    return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows])
+    """Rows as (b, the longest), each filled up with its last token. One alone is not copied: it may be long."""
+    if len(rows) == 1:
+        return rows[0][None]
+    square = rows[0].new_empty(len(rows), max(map(len, rows)))
+    for to, row in zip(square, rows, strict=True):
+        to[: len(row)] = row
+        to[len(row) :] = row[-1]
+    return square
 
 
 def _stops(stop: Stop) -> tuple[int, ...]:
