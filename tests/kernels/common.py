@@ -25,6 +25,8 @@ from torch.utils._device import _device_constructors
 from omnimamba_kernels import backends, native, triton_launch, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+THREAD_COUNTS = (1, 1, 2, 3)
+"""At how many threads of the CPU, once more at the first, a run must give the same bits."""
 
 
 def runs(op: str | None = None) -> list[str]:
@@ -126,11 +128,6 @@ def skip_if_not_offered(error: BaseException) -> None:
     missing = re.search(r"this version of omnimamba has no \w+ kernel of \w+", str(error))
     if missing is not None:
         pytest.skip(missing[0])
-
-
-def thread_counts(run: str) -> tuple[int, ...]:
-    """At how many threads of the CPU a run must give the same bits. A GPU's kernels know of none: twice is enough."""
-    return (1, 2) if run in ("triton", "cuda", "cuda-emulated") else (1, 1, 2, 3)
 
 
 @contextmanager

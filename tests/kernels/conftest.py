@@ -9,15 +9,12 @@ import torch
 from common import device_of, hostile_memory, placing, running, runs, skip_if_not_offered
 from hypothesis import HealthCheck, settings
 
-from omnimamba_kernels import triton_launch
-
-# The fixtures only set where things run, which does not change between hypothesis's examples. Triton's interpreter
-# takes seconds for one.
+# The fixtures only set where things run, which does not change between hypothesis's examples.
 settings.register_profile(
     "kernels",
     deadline=None,
     derandomize=True,
-    max_examples=10 if triton_launch.interpreting() else 25,
+    max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("kernels")

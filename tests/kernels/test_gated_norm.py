@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import DTYPES, check, evaluate, framed, same_bits, thread_counts, threads
+from common import DTYPES, THREAD_COUNTS, check, evaluate, framed, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,7 +75,7 @@ def test_same_bits_at_every_run_thread_count_and_batch(run, case):
         with threads(count):
             return evaluate(lambda **t: rmsnorm_fn(**t, **case.options), tensors, GRADS)
 
-    first, *others = map(at, thread_counts(run))
+    first, *others = map(at, THREAD_COUNTS)
     for other in others:
         assert all(same_bits(first[name], other[name]) for name in first)
     if len(case.shape) > 1:

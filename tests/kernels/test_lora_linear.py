@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import (
     DTYPES,
+    THREAD_COUNTS,
     assert_within_budget,
     check,
     evaluate,
@@ -13,7 +14,6 @@ from common import (
     hostile_memory,
     running,
     same_bits,
-    thread_counts,
     threads,
 )
 from hypothesis import given
@@ -179,7 +179,7 @@ def test_same_bits_at_every_run_and_thread_count(run, case, dtype):
     """torch's own products, and so the reference, keep their bits only at one thread count."""
     tensors = inputs(case, torch.float32, dtype)
     results = []
-    for count in (1, 1) if run == "reference" else thread_counts(run):
+    for count in (1, 1) if run == "reference" else THREAD_COUNTS:
         with threads(count):
             results.append(evaluate(layer, tensors, FLOATS))
     for result in results[1:]:

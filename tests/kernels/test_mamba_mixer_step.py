@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DTYPES, assert_within_budget, check, double, framed, running, same_bits, thread_counts, threads
+from common import DTYPES, THREAD_COUNTS, assert_within_budget, check, double, framed, running, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 from mixer_oracle import mixer
@@ -135,7 +135,7 @@ def test_one_row_alone(run):
 def test_same_bits_at_every_run_and_thread_count(run, case):
     tensors, plain = arguments(case)
     results = []
-    for count in thread_counts(run):
+    for count in THREAD_COUNTS:
         with threads(count):
             results.append(stepper(plain)(**tensors))
     for result in results[1:]:

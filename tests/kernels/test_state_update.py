@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import DTYPES, assert_within_budget, check, double, framed, here, running, same_bits, thread_counts, threads
+from common import DTYPES, THREAD_COUNTS, assert_within_budget, check, double, framed, here, running, same_bits, threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,7 +137,7 @@ def test_same_bits_at_every_run_thread_count_and_batch(run, case):
         pytest.skip("torch's own kernels promise less")
     tensors = case.tensors()
     found = []
-    for count in thread_counts(run):
+    for count in THREAD_COUNTS:
         with threads(count):
             found.append(step(run, tensors, **case.options))
     for other in found[1:]:

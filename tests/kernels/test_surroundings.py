@@ -27,7 +27,7 @@ H, P, G, N, W = 2, 4, 1, 16, 4
 DIM, CHANNELS = H * P, H * P + 2 * G * N
 
 
-def inputs(l: int = 45) -> dict[str, Tensor]:
+def inputs(l: int = 70) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     shapes = dict(
         x=(1, l, H, P), dt=(1, l, H), A=(H,), B=(1, l, G, N), row=(2, DIM + CHANNELS + H), filter=(CHANNELS, W),
@@ -109,8 +109,8 @@ def test_default_device(run, function):
 @every_call
 def test_training_after_inference_of_the_same_shape(run, function):
     with torch.inference_mode():
-        function(inputs(50))
-    t = {k: v.requires_grad_() for k, v in inputs(50).items()}
+        function(inputs(83))
+    t = {k: v.requires_grad_() for k, v in inputs(83).items()}
     function(t).sum()
 
 
