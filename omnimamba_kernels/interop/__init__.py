@@ -1,1 +1,1 @@
-"""Ways for other people's models to run on these kernels."""
+"""Ways for other people's models to run on these kernels: transformers', and those made for mamba_ssm."""
