@@ -291,7 +291,7 @@ class Mamba2(nn.Module):
 
     def _parts(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
         """[z0, x0, z, xBC, dt] of the projection; the first two are the MLP's."""
-        mlp = 0
+        mlp = self.d_inner - self.d_ssm
         return zxbcdt.split([mlp, mlp, self.d_ssm, self.conv_dim, self.nheads], dim=-1)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
