@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import device_of, hostile_memory, placing, running, runs, skip_if_not_offered
 from hypothesis import HealthCheck, settings
+from interpreter import quicken
 
 # The fixtures only set where things run, which does not change between hypothesis's examples.
 settings.register_profile(
@@ -18,6 +19,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("kernels")
+quicken()
 
 
 @pytest.fixture(autouse=True)

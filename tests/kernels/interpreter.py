@@ -1,0 +1,122 @@
+"""Triton's interpreter without what it does over and over: the same values from the same steps, in less time.
+
+It looks through the whole language for what to replace at each call of a device function, though that is replaced
+already since the launch began; it builds its table of NumPy's types for each value, and each value's shape and type
+anew. What is kept here instead is looked up by what it was made from.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from omnimamba_kernels import triton_launch
+
+
+@cache
+def quicken() -> None:
+    """Once a process, where Triton interprets."""
+    if not triton_launch.interpreting():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang, interpreter._LangPatchScope, tl)
+    interpreter._get_np_dtype = _remembered_dtype(interpreter._get_np_dtype, tl)
+    tl.block_type.__init__ = _remembered_type(tl.block_type.__init__, tl)
+    tl.tensor.__init__ = _remembered_shape(tl)
+    semantic = type(interpreter.interpreter_semantic)
+    semantic.broadcast_impl_value = _broadcast_if_different(semantic.broadcast_impl_value)
+
+
+def _once_a_launch(patch: Any, new_scope: Any, tl: Any) -> Any:
+    """Functions that see the same parts of the language get them replaced once until the launch is over."""
+    replaced: set[tuple[bool, bool]] = set()
+    seen: dict[Any, tuple[bool, bool]] = {}
+
+    def patch_lang(fn: Any) -> Any:
+        if fn not in seen:
+            values = list(fn.__globals__.values())
+            seen[fn] = any(v is tl for v in values), any(v is tl.core for v in values)
+        if seen[fn] in replaced:
+            return new_scope()
+        scope = patch(fn)
+        if not replaced:  # the launch itself: its scope is the one that is restored
+            restore = scope.restore
+
+            def restore_all() -> None:
+                replaced.clear()
+                restore()
+
+            scope.restore = restore_all
+        replaced.add(seen[fn])
+        return scope
+
+    return patch_lang
+
+
+def _remembered_dtype(get: Any, tl: Any) -> Any:
+    known: dict[str, Any] = {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        if isinstance(element, tl.pointer_type):
+            return get(element)
+        if element.name not in known:
+            known[element.name] = get(element)
+        return known[element.name]
+
+    return get_np_dtype
+
+
+def _numbers(shape: Any) -> tuple:
+    return tuple([s.value if hasattr(s, "value") else s for s in shape])
+
+
+def _remembered_type(make: Any, tl: Any) -> Any:
+    """A block's type: its shape, checked, and its length are the same for all types of that shape."""
+    known: dict[tuple, tuple[Any, int, str]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        numbers = _numbers(shape)
+        found = known.get(numbers)
+        if found is None:
+            make(self, element_ty, shape)
+            known[numbers] = self.shape, self.numel, str(self.shape)
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, text = found
+        self.name = f"<{text}, {element_ty}>"
+
+    return init
+
+
+def _remembered_shape(tl: Any) -> Any:
+    """A value's shape as constants. A scalar's type has none."""
+    known: dict[tuple, tuple[Any, Any]] = {}
+    make = tl.tensor.__init__
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        numbers = tuple(type.shape.values) if type.is_block() else ()
+        found = known.get(numbers)
+        if found is None:
+            make(self, handle, type)
+            known[numbers] = self.shape, self.numel
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = found
+
+    return init
+
+
+def _broadcast_if_different(broadcast: Any) -> Any:
+    """Types of one shape share it, see above; two scalars have none."""
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        blocks = left.is_block(), right.is_block()
+        if not any(blocks) or (all(blocks) and left.shape is right.shape):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return broadcast_impl_value
