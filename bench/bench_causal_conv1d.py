@@ -9,31 +9,39 @@ import torch
 
 from omnimamba_kernels import causal_conv1d_fn, causal_conv1d_update
 
-from . import inputs, peers
+from . import inputs, peers, plain
 from .measure import Contender, Work, worst_error
 
 SHAPES = ((1, 4096, 1792), (1, 1024, 4352))
 FORWARD, BACKWARD, UPDATE = "causal_conv1d forward", "causal_conv1d backward", "causal_conv1d update"
-BOUND = inputs.BOUND[torch.float32]
+BOUND = inputs.BOUND
 full = pytest.mark.full
 
 
-def case(b: int, l: int, d: int) -> str:
-    return f"{b} x {l} x {d}"
+CASES = [
+    (SHAPES[0], torch.float32),
+    pytest.param(SHAPES[1], torch.float32, marks=full),
+    pytest.param((4, 1024, 1792), torch.float32, marks=full),
+    pytest.param(SHAPES[0], torch.bfloat16, marks=full),
+]
 
 
-def problem(b: int, l: int, d: int) -> dict[str, torch.Tensor]:
+def case(b: int, l: int, d: int, dtype: torch.dtype = torch.float32) -> str:
+    return f"{b} x {l} x {d}{inputs.suffix(dtype)}"
+
+
+def problem(b: int, l: int, d: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """x (b, d, l) as a channel-last slice of a row half as wide again, weight, bias."""
     make = torch.Generator().manual_seed(d)
-    row = torch.randn(b, l, d + d // 2, generator=make)
+    row = torch.randn(b, l, d + d // 2, generator=make).to(dtype)
     return {
         "x": row[..., d // 2 :].transpose(1, 2),
-        "weight": 0.5 * torch.randn(d, inputs.WIDTH, generator=make),
-        "bias": 0.1 * torch.randn(d, generator=make),
+        "weight": 0.5 * torch.randn(d, inputs.WIDTH, generator=make).to(dtype),
+        "bias": 0.1 * torch.randn(d, generator=make).to(dtype),
     }
 
 
-def functions() -> list[tuple[str, object]]:
+def functions(compile_too: bool) -> list[tuple[str, object]]:
     own = [
         (name, lambda name=name: lambda **v: causal_conv1d_fn(**v, activation="silu", backend=name))
         for name in inputs.own_backends()
@@ -43,16 +51,16 @@ def functions() -> list[tuple[str, object]]:
         convolve = peers.fallback("causal_conv1d_fn")
         return lambda x, **v: convolve(x, **v, activation="silu")
 
-    return [*own, (peers.label(), transformers)]
+    return [*own, (peers.label(), transformers), *plain.peers(plain.conv, compile_too)]
 
 
 def reference(**values):
     return causal_conv1d_fn(**values, activation="silu", backend="reference")
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
-def test_forward(bench, benchmark, shape):
-    values = problem(*shape)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_forward(bench, benchmark, shape, dtype):
+    values = problem(*shape, dtype)
     exact = reference(**inputs.double(values))
 
     def contender(name, make):
@@ -60,19 +68,21 @@ def test_forward(bench, benchmark, shape):
             name,
             torch.no_grad()(lambda: make()(**values)),
             lambda: worst_error((make()(**values),), (exact,)),
-            BOUND,
+            BOUND[dtype],
         )
 
-    work = Work("copy", bytes=2 * values["x"].numel() * 4)
-    rows = bench.compare(benchmark, FORWARD, case(*shape), [contender(*f) for f in functions()], work)
+    work = Work("copy", bytes=2 * values["x"].nbytes)
+    rows = bench.compare(
+        benchmark, FORWARD, case(*shape, dtype), [contender(*f) for f in functions((shape, dtype) == CASES[0])], work
+    )
     bench.against_dram(benchmark, rows, work)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
-def test_backward(bench, benchmark, shape):
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_backward(bench, benchmark, shape, dtype):
     """The backward alone, on a graph that is kept; it reads x and the output's gradient and writes x's."""
-    values = problem(*shape)
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    values = problem(*shape, dtype)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).transpose(1, 2)
     exact = inputs.gradients(reference, inputs.with_gradients(inputs.double(values)), upstream.double())
 
     def contender(name, make):
@@ -86,10 +96,12 @@ def test_backward(bench, benchmark, shape):
         def run():
             return torch.autograd.grad(graph[0], list(leaves.values()), upstream, retain_graph=True)
 
-        return Contender(name, run, check, BOUND)
+        return Contender(name, run, check, BOUND[dtype])
 
-    work = Work("copy", bytes=3 * values["x"].numel() * 4)
-    rows = bench.compare(benchmark, BACKWARD, case(*shape), [contender(*f) for f in functions()], work)
+    work = Work("copy", bytes=3 * values["x"].nbytes)
+    rows = bench.compare(
+        benchmark, BACKWARD, case(*shape, dtype), [contender(*f) for f in functions((shape, dtype) == CASES[0])], work
+    )
     bench.against_dram(benchmark, rows, work)
 
 
@@ -113,7 +125,7 @@ def test_update(bench, benchmark, batch):
             name,
             lambda: make()(x, next(turn), weight, bias),
             lambda: worst_error((make()(x, states[0].clone(), weight, bias),), (exact,)),
-            BOUND,
+            BOUND[torch.float32],
         )
 
     own = [

@@ -1,26 +1,27 @@
 """The linear layer with one adapter a task: one row, four rows and many, in fp32 and with 16-bit weights.
 
 A model's weights come from DRAM once a token, so few rows are timed over as many copies of the weight as exceed the
-last cache twice, and their floor is the DRAM read rate. The peer is torch: the product, then two thin ones for the
-adapter.
+last cache twice, and their floor is the DRAM read rate. The peers are torch, eager and compiled (the product, then two
+thin ones for the adapter), and PEFT's layer.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from importlib import metadata
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from omnimamba_kernels import lora_linear
 
-from . import inputs, peers
+from . import inputs, peers, plain
 from .machine import last_level_cache
-from .measure import Contender, Work, relative_error
+from .measure import Contender, Work, relative_error, worst_error
 
 IN, OUT, RANK = 2048, 8512, 8
-GROUP = "lora_linear"
+GROUP, TRAINING = "lora_linear", "lora_linear forward + backward"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 full = pytest.mark.full
 
@@ -41,11 +42,26 @@ def problem(rows: int, dtype: torch.dtype, adapter: bool) -> dict[str, torch.Ten
     }
 
 
-def torch_product(x, weight, lora_A, lora_B):
-    """In the weights' own dtype, as PEFT computes it eagerly."""
-    x = x.to(weight.dtype)
-    y = F.linear(x, weight)
-    return y if lora_A is None else y + F.linear(F.linear(x, lora_A[0]), lora_B[0])
+def peft(x, weight, lora_A, lora_B):
+    """PEFT's own layer on these weights, as its users call it; RuntimeError with the reason where it is missing."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora.layer import Linear
+    except ImportError as missing:
+        raise RuntimeError(f"cannot run: PEFT is not installed ({missing})") from missing
+    base = torch.nn.Linear(IN, OUT, bias=False, device="meta")
+    base.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer = Linear(base, "default", LoraConfig(r=RANK, lora_alpha=RANK), r=RANK, lora_alpha=RANK)
+    layer.lora_A["default"].weight = torch.nn.Parameter(lora_A[0])
+    layer.lora_B["default"].weight = torch.nn.Parameter(lora_B[0])
+    return layer
+
+
+def peft_label() -> str:
+    try:
+        return f"PEFT {metadata.version('peft')}"
+    except metadata.PackageNotFoundError:
+        return "PEFT"
 
 
 CASES = [
@@ -89,6 +105,68 @@ def test_forward(bench, benchmark, rows, dtype, adapter):
     if slow:
         bench.absent(GROUP, case(rows, dtype, adapter), "torch", slow)
     else:
-        contenders.append(contender("torch", torch_product, inputs.BOUND[dtype]))
+        contenders += [
+            contender(name, lazy(make), inputs.BOUND[dtype])
+            for name, make in plain.peers(plain.lora, adapter and rows > 1)
+        ]
+        if adapter:
+            layer = functools.cache(lambda at: peft(x, next(w for w in weights if w.data_ptr() == at), **values))
+            call = lambda x, weight, **v: layer(weight.data_ptr())(x.to(weight.dtype))  # noqa: E731
+            contenders.append(contender(peft_label(), call, inputs.BOUND[dtype]))
     work = Work("read", bytes=weight.nbytes, flops=flops) if few else Work("sgemm", bytes=weight.nbytes, flops=flops)
     bench.compare(benchmark, GROUP, case(rows, dtype, adapter), contenders, work)
+
+
+def lazy(make):
+    """The function that ``make`` makes, once it is called."""
+    return lambda *a, **v: make()(*a, **v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@full
+def test_training(bench, benchmark, dtype):
+    """Forward and backward with the base frozen: gradients of the input and of both halves of the adapter."""
+    rows = 512
+    values = problem(rows, dtype, True)
+    weight, upstream = values.pop("weight"), torch.randn(rows, OUT, generator=torch.Generator().manual_seed(1))
+    frozen = weight.double()
+    ours = lambda name: lambda x, lora_A, lora_B: lora_linear(x, weight, lora_A, lora_B, backend=name)  # noqa: E731
+    exact = inputs.gradients(
+        lambda **v: lora_linear(v["x"], frozen, v["lora_A"], v["lora_B"], backend="reference"),
+        inputs.with_gradients(inputs.double(values)),
+        upstream.double(),
+    )
+
+    def contender(name, function, bound, dtype=torch.float32):
+        leaves, mine = inputs.with_gradients(values), upstream.to(dtype)
+        run = lambda: inputs.gradients(function, leaves, mine)  # noqa: E731
+        return Contender(name, run, lambda: worst_error(run(), exact), bound)
+
+    flops = 2.0 * rows * IN * OUT * 2
+    contenders = [contender(name, ours(name), inputs.BOUND[torch.float32]) for name in inputs.own_backends()]
+    slow = peers.too_slow(dtype, rows, flops)
+    if slow:
+        bench.absent(TRAINING, case(rows, dtype, True), "torch", slow)
+    else:
+        contenders += [
+            contender(name, lambda make=make, **v: make()(weight=weight, **v), inputs.BOUND[dtype], dtype)
+            for name, make in plain.peers(plain.lora, dtype == torch.float32)
+        ]
+        contenders.append(peft_training(values, weight, upstream, exact))
+    bench.compare(benchmark, TRAINING, case(rows, dtype, True), contenders, Work("sgemm", flops=flops))
+
+
+def peft_training(values, weight, upstream, exact) -> Contender:
+    """PEFT's adapter is parameters of its layer: the gradients are theirs."""
+    x = values["x"].detach().requires_grad_()
+    layer = functools.cache(lambda: peft(x, weight, values["lora_A"], values["lora_B"]))
+    upstream = upstream.to(weight.dtype)
+
+    def run():
+        mine = layer()
+        y = mine(x.to(weight.dtype))
+        halves = mine.lora_A["default"].weight, mine.lora_B["default"].weight
+        dx, dA, dB = torch.autograd.grad(y, [x, *halves], upstream)
+        return y, dx, dA[None], dB[None]
+
+    return Contender(peft_label(), run, lambda: worst_error(run(), exact), inputs.BOUND[weight.dtype])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from omnimamba_kernels import mamba_mixer_step, mamba_split_conv1d_scan_combined
 from . import inputs
 from .measure import Contender, Work, worst_error
 
-SPLIT, STEP = "mamba_mixer sequence", "mamba_mixer step"
+SPLIT, TRAINING, STEP = "mamba_mixer sequence", "mamba_mixer sequence + backward", "mamba_mixer step"
 LAYERS = 24
 SLICE = 256
 BOUND = inputs.BOUND[torch.float32]
@@ -45,6 +46,36 @@ def test_sequence(bench, benchmark, l, h):
     ]
     work = Work("sgemm", bytes=4.0 * l * (width(h) + h * inputs.HEADDIM), flops=inputs.scan_flops(1, l, h))
     bench.compare(benchmark, SPLIT, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone")
+
+
+@pytest.mark.parametrize(("l", "h"), [pytest.param(1024, 24, marks=pytest.mark.full)])
+def test_training(bench, benchmark, l, h):
+    """Gradients of the row and of every weight. Checked with an output gradient that is zero after the first positions,
+    so that they alone, in fp64, have the same gradients."""
+    row = torch.randn(1, l, width(h), generator=torch.Generator().manual_seed(l))
+    weights = inputs.mixer(h)
+    options = {k: v for k, v in weights.items() if not isinstance(v, torch.Tensor)}
+    values = {"zxbcdt": row, **{k: v for k, v in weights.items() if k not in options}}
+    upstream = torch.randn(1, l, h * inputs.HEADDIM, generator=torch.Generator().manual_seed(0))
+
+    def run(values, upstream, backend):
+        call = partial(mamba_split_conv1d_scan_combined, chunk_size=inputs.CHUNK, backend=backend, **options)
+        return inputs.gradients(call, inputs.with_gradients(values), upstream)
+
+    few = upstream.clone()
+    few[:, SLICE:] = 0
+    exact = run(inputs.double({**values, "zxbcdt": row[:, :SLICE]}), upstream[:, :SLICE].double(), "reference")
+
+    def error(name):
+        y, gradient, *rest = run(values, few, name)
+        return worst_error((y[:, :SLICE], gradient[:, :SLICE], *rest), exact)
+
+    contenders = [
+        Contender(name, lambda name=name: run(values, upstream, name), lambda name=name: error(name), BOUND)
+        for name in inputs.own_backends()
+    ]
+    work = Work("sgemm", flops=3 * inputs.scan_flops(1, l, h))
+    bench.compare(benchmark, TRAINING, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone")
 
 
 @pytest.mark.parametrize(("b", "h"), [(1, 24), pytest.param(16, 64, marks=pytest.mark.full)])

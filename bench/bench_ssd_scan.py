@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 from omnimamba_kernels import mamba_chunk_scan_combined
 
-from . import inputs, peers
+from . import inputs, peers, plain
 from .measure import Contender, Work, worst_error
 
 SHAPES = ((1, 1024, 24), (1, 4096, 24), (1, 1024, 64), (1, 4096, 64))
+"""Batch, length, heads of what is promised; all of it in fp32."""
 TRANSFORMERS_CHUNK = 256
 FORWARD, TRAINING = "ssd_scan forward", "ssd_scan forward + backward"
 full = pytest.mark.full
 
 
-def case(b: int, l: int, h: int) -> str:
-    return f"{b} x {l}, {h} heads"
+CASES = [
+    (SHAPES[0], torch.float32),
+    *(pytest.param(shape, torch.float32, marks=full) for shape in (*SHAPES[1:], (4, 1024, 24))),
+    pytest.param((1, 4096, 24), torch.bfloat16, marks=full),
+]
+
+
+def case(b: int, l: int, h: int, dtype: torch.dtype = torch.float32) -> str:
+    return f"{b} x {l}, {h} heads{inputs.suffix(dtype)}"
 
 
 def ours(backend: str | None):
@@ -41,10 +51,10 @@ def some_heads(values: dict[str, Tensor], heads: list[int]) -> dict[str, Tensor]
 class Problem:
     """One shape's inputs, and what fp64 says of three of its heads."""
 
-    def __init__(self, b: int, l: int, h: int) -> None:
-        self.shape, self.values = (b, l, h), inputs.scan(b, l, h)
+    def __init__(self, b: int, l: int, h: int, dtype: torch.dtype = torch.float32) -> None:
+        self.shape, self.dtype, self.values = (b, l, h), dtype, inputs.scan(b, l, h, dtype=dtype)
         self.heads = [0, h // 2, h - 1]
-        self.upstream = torch.randn(self.values["x"].shape, generator=torch.Generator().manual_seed(0))
+        self.upstream = torch.randn(self.values["x"].shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def forward_error(self, function) -> float:
         with torch.no_grad():
@@ -65,16 +75,19 @@ class Problem:
         return inputs.with_gradients(self.values)
 
     def contenders(self, training: bool) -> list[Contender]:
-        """The reference runs at the smallest shape only: it would take most of the time of all others."""
+        """The reference runs at the smallest shape only, as does transformers' fallback under torch.compile, whose
+        compilation takes longer than all that is timed."""
         own = inputs.own_backends()
         if self.shape != SHAPES[0] and len(own) > 1:
             own.remove("reference")
         found = [(name, lambda name=name: ours(name)) for name in own]
         found.append((peers.label(), transformers))
+        if self.shape == SHAPES[0] and not training:
+            found.append((plain.COMPILED, functools.cache(lambda: plain.compiled(transformers()))))
         return [self.contender(name, make, training) for name, make in found]
 
     def contender(self, name: str, make, training: bool) -> Contender:
-        bound = inputs.BOUND[torch.float32]
+        bound = inputs.BOUND[self.dtype]
         if not training:
             run = torch.no_grad()(lambda: make()(**self.values))
             return Contender(name, run, lambda: self.forward_error(make()), bound)
@@ -83,16 +96,16 @@ class Problem:
         return Contender(name, run, lambda: self.training_error(make()), bound)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
-def test_forward(bench, benchmark, shape):
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_forward(bench, benchmark, shape, dtype):
     work = Work("sgemm", flops=inputs.scan_flops(*shape))
-    bench.compare(benchmark, FORWARD, case(*shape), Problem(*shape).contenders(False), work)
+    bench.compare(benchmark, FORWARD, case(*shape, dtype), Problem(*shape, dtype).contenders(False), work)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=full) for s in SHAPES[1:])], ids=str)
-def test_training(bench, benchmark, shape):
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_training(bench, benchmark, shape, dtype):
     """FLOPs are three times the forward's: the backward counts as two forwards. Peak memory is taken in children."""
     work = Work("sgemm", flops=3 * inputs.scan_flops(*shape))
-    rows = bench.compare(benchmark, TRAINING, case(*shape), Problem(*shape).contenders(True), work)
-    if shape[2] == 24:
+    rows = bench.compare(benchmark, TRAINING, case(*shape, dtype), Problem(*shape, dtype).contenders(True), work)
+    if shape in SHAPES and shape[2] == 24 and dtype == torch.float32:
         bench.peaks(benchmark, rows, "scan_training", b=shape[0], l=shape[1], h=shape[2])

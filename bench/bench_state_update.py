@@ -9,16 +9,16 @@ import torch
 
 from omnimamba_kernels import selective_state_update
 
-from . import inputs, peers
+from . import inputs, peers, plain
 from .measure import Contender, Work, worst_error
 
 LAYERS = 24
 GROUP = "state_update"
 
 
-def problem(b: int, h: int) -> dict[str, torch.Tensor]:
+def problem(b: int, h: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """One position of a scan as the mixer passes it: dt, A, D and dt_bias expanded over the width of a head."""
-    values = inputs.scan(b, 1, h)
+    values = inputs.scan(b, 1, h, dtype=dtype)
     p, n = inputs.HEADDIM, inputs.STATE
     return {
         "x": values["x"][:, 0],
@@ -31,10 +31,17 @@ def problem(b: int, h: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("b", "h"), [(1, 24), pytest.param(16, 64, marks=pytest.mark.full)])
-def test_update(bench, benchmark, b, h):
-    """24 states in turn, as the layers of a model have them."""
-    values = problem(b, h)
+CASES = [
+    (1, 24, torch.float32),
+    pytest.param(16, 64, torch.float32, marks=pytest.mark.full),
+    pytest.param(16, 64, torch.bfloat16, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("b", "h", "dtype"), CASES)
+def test_update(bench, benchmark, b, h, dtype):
+    """24 states in turn, as the layers of a model have them, in fp32 whatever the inputs are."""
+    values = problem(b, h, dtype)
     state = torch.randn(b, h, inputs.HEADDIM, inputs.STATE, generator=torch.Generator().manual_seed(0))
     known = state.double()
     exact = selective_state_update(known, **inputs.double(values), dt_softplus=True, backend="reference")
@@ -46,7 +53,7 @@ def test_update(bench, benchmark, b, h):
             mine = state.clone()
             return worst_error((make()(mine, **values), mine), (exact, known))
 
-        return Contender(name, lambda: make()(next(turn), **values), check, inputs.BOUND[torch.float32])
+        return Contender(name, lambda: make()(next(turn), **values), check, inputs.BOUND[dtype])
 
     own = [
         (name, lambda name=name: lambda s, **v: selective_state_update(s, **v, dt_softplus=True, backend=name))
@@ -57,6 +64,9 @@ def test_update(bench, benchmark, b, h):
         update = peers.fallback("mamba2_selective_state_update")
         return torch.no_grad()(lambda s, x, **v: update(s, x, **v, dt_softplus=True))
 
-    contenders = [contender(*f) for f in [*own, (peers.label(), transformers)]]
+    contenders = [
+        contender(*f)
+        for f in [*own, (peers.label(), transformers), *plain.peers(torch.no_grad()(plain.state_update), b == 1)]
+    ]
     work = Work("copy", bytes=2 * state.nbytes, footprint=2 * LAYERS * state.nbytes)
-    bench.compare(benchmark, GROUP, f"{b} x {h} heads", contenders, work)
+    bench.compare(benchmark, GROUP, f"{b} x {h} heads{inputs.suffix(dtype)}", contenders, work)

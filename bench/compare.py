@@ -11,7 +11,6 @@ library does otherwise is all that is allowed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,9 +22,10 @@ THREE, FEWEST = 3.0, 0.05
 """Spreads, and the least change that counts."""
 
 
-def changes(before: list[Row], after: list[Row]) -> list[tuple[Row, float, float | None]]:
+def changes(before: list[Row], after: list[Row], alike: bool = True) -> list[tuple[Row, float, float | None]]:
     """(row of ``after``, its time over that of the same row before, the change that noise explains), for every row that
-    both runs timed; None where a run kept no spread, since it was made before spreads were kept."""
+    both runs timed; None where a run kept no spread, for lack of rounds. Of two devices that are not ``alike``, rows
+    without a floor say nothing."""
     known = {(r.group, r.case, r.who): r for r in before if r.seconds}
     found = []
     for row in after:
@@ -34,6 +34,8 @@ def changes(before: list[Row], after: list[Row]) -> list[tuple[Row, float, float
             continue
         if old.floor_share and row.floor_share and old.floor == row.floor:
             ratio = old.floor_share / row.floor_share
+        elif not alike:
+            continue
         else:
             ratio = row.seconds / old.seconds
         measured = old.spread is not None and row.spread is not None
@@ -51,14 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     options = parser.parse_args(arguments)
-    if all("counts" in json.loads(path.read_text()) for path in (options.before, options.after)):
-        return instructions.compare(*(json.loads(path.read_text()) for path in (options.before, options.after)))
-    a, b = results.load(options.before), results.load(options.after)
-    found = changes(a["rows"], b["rows"])
+    try:
+        both = [results.read(path) for path in (options.before, options.after)]
+        if all("counts" in content for content in both):
+            return instructions.compare(*both)
+        a, b = results.load(options.before), results.load(options.after)
+    except ValueError as error:
+        parser.error(str(error))
+    alike = a["machine"]["device"] == b["machine"]["device"]
+    found = changes(a["rows"], b["rows"], alike)
     flagged = slower(found)
     unknown = sum(noise is None for _, _, noise in found)
-    if a["machine"]["device"] != b["machine"]["device"]:
-        print(f"two devices, {a['machine']['device']} and {b['machine']['device']}: shares of their floors compared")
+    if not alike:
+        names = f"{a['machine']['device']} and {b['machine']['device']}"
+        print(f"two devices, {names}: shares of their floors are compared, times are not")
     if flagged:
         lines = [[r.group, r.case, r.who, f"{ratio:.2f}x", f"{noise:.0%}"] for r, ratio, noise in flagged]
         print(table(["operation", "case", "by", "time, of before", "noise"], lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,10 +11,21 @@ import pytest
 import torch
 
 from . import claims, machine, results, tables
-from .measure import Bench
+from .measure import WRONG, Bench
 
 HERE = Path(__file__).resolve().parent
 _SESSION = pytest.StashKey["Session"]()
+_QUICK_LEFT_OUT = pytest.StashKey[bool]()
+WHOLE, QUICK = 30, 3
+"""Minutes that a run should end in."""
+ORDER = (
+    "bench_ssd_scan.py", "bench_transformers.py", "bench_lora_linear.py", "bench_causal_conv1d.py",
+    "bench_gated_norm.py", "bench_state_update.py", "bench_mamba_mixer.py", "bench_generation.py", "bench_layer.py",
+    "bench_omnimamba.py",
+)  # fmt: skip
+"""Short cases first: what runs after the time for all rounds is gone takes too long for many anyway."""
+FULL_ROUNDS = 0.7
+"""Share of them in which contenders are timed in as many rounds as their own budget pays for; then once."""
 
 
 class Session:
@@ -23,20 +35,40 @@ class Session:
         self.quick = config.getoption("--quick")
         self.folder = Path(config.getoption("--results") or results.FOLDER)
         self.started, self.clock = datetime.now(timezone.utc), time.perf_counter()
-        self.bench = Bench(self.quick)
+        self.minutes = config.getoption("--minutes") or (QUICK if self.quick else WHOLE)
+        self.bench = Bench(self.quick, limit=FULL_ROUNDS * 60 * self.minutes)
+        self.machine = machine.describe()
         self.collected: set[str] = set()
+        self.chosen = False
+        """Whether some benchmarks were left out by -k, -m or --deselect."""
         self.done = 0
         self.broken = False
         self.total = 0
         self.shown = 0
+        self.durations: dict[str, float] = {}
+        """Seconds of each benchmark, its preparation and checks included."""
 
     def complete(self) -> bool:
-        """Whether every benchmark file took part, everything ran and nothing broke."""
+        """Whether every benchmark took part, everything ran and nothing broke."""
         return (
             not self.broken
+            and not self.chosen
             and self.done == self.total
             and self.collected == {path.name for path in HERE.glob("bench_*.py")}
         )
+
+    def path(self, complete: bool) -> Path:
+        date, commit = self.started.strftime("%Y-%m-%d"), self.machine["commit"]
+        name = results.file_name(date, commit, quick=self.quick, complete=complete)
+        return self.folder / machine.slug(self.machine["device"]) / name
+
+    def keep(self) -> dict:
+        """Writes what there is so far: a run that is killed leaves what it had, under the name of a partial one."""
+        content = self.content()
+        results.save(self.path(content["complete"]), content)
+        if content["complete"]:
+            self.path(False).unlink(missing_ok=True)
+        return content
 
     def content(self) -> dict:
         rows, scores = self.bench.rows, claims.demo_scores()
@@ -45,11 +77,13 @@ class Session:
             "seconds": round(time.perf_counter() - self.clock, 1),
             "quick": self.quick,
             "complete": self.complete(),
-            "machine": machine.describe(),
+            "minutes_allowed": self.minutes,
+            "machine": self.machine,
             "rates": self.bench.rates.summary(),
             "demo": scores,
             "claims": claims.judge(rows, scores),
             "exponents": claims.exponents(rows),
+            "durations": self.durations,
             "rows": results.as_json(rows),
         }
 
@@ -58,19 +92,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("omnimamba benchmarks")
     group.addoption("--quick", action="store_true", help="a few small cases with few rounds: ends in 3 minutes")
     group.addoption("--results", metavar="DIR", help="where results are kept (default: bench/results)")
+    group.addoption(
+        "--minutes", type=float, metavar="M",
+        help=f"what a run should end in (default: {WHOLE}, quick: {QUICK}): once {FULL_ROUNDS:.0%} of it is gone, "
+        "each contender is timed once",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: left out by --quick")
-    config.stash[_SESSION] = Session(config)
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'omnimamba[bench]'")
+    session = config.stash[_SESSION] = Session(config)
+    if not config.option.collectonly:
+        _can_write(session.path(False).parent)
 
 
+def _can_write(folder: Path) -> None:
+    """Says at the beginning, not after half an hour, where nothing can be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"results cannot be kept in {folder}: {error.strerror}; see --results") from error
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and not item.stash.get(_QUICK_LEFT_OUT, False):
+            item.config.stash[_SESSION].chosen = True
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mine = [item for item in items if HERE in item.path.parents]
     if config.getoption("--quick"):
         dropped = [item for item in mine if item.get_closest_marker("full")]
+        for item in dropped:
+            item.stash[_QUICK_LEFT_OUT] = True
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+    mine.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
+    items[:] = [item for item in items if item not in mine] + [item for item in mine if item in items]
     session = config.stash[_SESSION]
     session.collected = {item.path.name for item in mine}
     session.total = len(items)
@@ -78,11 +141,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Bench:
-    """The session's measurements. A wrong result, ours or a peer's, makes the test fail once its row is recorded."""
+    """The session's measurements. A wrong result of ours makes the test fail once its row is recorded; a peer's has no
+    time, and its row says why."""
     found = request.config.stash[_SESSION].bench
     first = len(found.rows)
     yield found
-    wrong = [row for row in found.rows[first:] if row.reason and row.reason.startswith("failed its check")]
+    wrong = [row for row in found.rows[first:] if row.who in found.ours and (row.reason or "").startswith(WRONG)]
     assert not wrong, "; ".join(f"{row.group}, {row.case}, {row.who}: {row.reason}" for row in wrong)
 
 
@@ -104,6 +168,8 @@ class _Progress:
     def pytest_runtest_logreport(self, report) -> None:
         session = self.session
         session.broken |= report.failed
+        spent = session.durations.get(report.nodeid, 0.0) + report.duration
+        session.durations[report.nodeid] = round(spent, 2)
         if report.when != "teardown":
             return
         session.done += 1
@@ -111,6 +177,8 @@ class _Progress:
         for row in session.bench.rows[session.shown :]:
             self.out.write_line(_line(row))
         session.shown = len(session.bench.rows)
+        if session.bench.rows:
+            session.keep()
         self.out.write_line(bar(session.done, session.total, time.perf_counter() - session.clock))
 
 
@@ -132,11 +200,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
     if not session.bench.rows:
         return
-    content = session.content()
-    date = session.started.strftime("%Y-%m-%d")
-    name = results.file_name(date, content["machine"]["commit"], quick=session.quick, complete=content["complete"])
-    path = session.folder / machine.slug(content["machine"]["device"]) / name
-    results.save(path, content)
+    content = session.keep()
+    path = session.path(content["complete"])
     content["rows"] = session.bench.rows
     for title, text in tables.sections(content).items():
         terminalreporter.section(title)

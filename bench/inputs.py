@@ -16,6 +16,11 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative error accepted, by the dtype of the output."""
 
 
+def suffix(dtype: torch.dtype) -> str:
+    """What the name of a case ends in: nothing for fp32."""
+    return {torch.float32: "", torch.bfloat16: ", bf16", torch.float16: ", fp16"}[dtype]
+
+
 def own_backends() -> list[str]:
     """Our backends that can run here, fastest first."""
     return [name for name, reason in kernels.backends().items() if reason is None]

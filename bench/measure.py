@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from omnimamba_kernels.backends import NAMES
 
 from . import memory
 from .rates import Rates, seconds
@@ -28,6 +31,7 @@ _LOOP_FOR = 20e-3
 
 _LONG = 3.0
 _STOPPED = "an error stopped it"
+WRONG = "failed its check"
 _REFUSAL = "cannot run: "
 """What a RuntimeError says where an implementation does not cover a case; any other error is one."""
 
@@ -64,15 +68,17 @@ class Contender:
     times: list[float] = field(default_factory=list)
     """Seconds a call, one entry a round."""
     refused: str | None = None
-    """Why it stopped running after it had passed its check."""
+    """Why it does not run, or stopped after it had passed its check."""
+    peer: bool = False
+    """Whether it is somebody else's: that may fail in any way, and its words are its row's reason."""
 
     def attempt(self, what: Callable[[], float | None]) -> float | None:
-        """``what()``, or None where the contender has refused or does so now; any other error is one."""
+        """``what()``, or None where the contender has refused or does so now; any other error of ours is one."""
         if self.refused is None:
             try:
                 return what()
-            except RuntimeError as refusal:
-                self.refused = _reason(refusal)
+            except Exception as error:
+                self.refused = _reason(error, self.peer)
         return None
 
     def take(self) -> None:
@@ -98,12 +104,16 @@ def worst_error(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 class Bench:
     """A session's rates and rows."""
 
-    def __init__(self, quick: bool = False, rates: Rates | None = None) -> None:
+    def __init__(self, quick: bool = False, rates: Rates | None = None, limit: float = math.inf) -> None:
         self.quick = quick
+        self.until = time.perf_counter() + limit
+        """When time runs short: from then on each contender is timed once."""
         self.rates = rates or Rates()
         self.rows: list[Row] = []
+        self.ours: set[str] = set(NAMES)
+        """Names of contenders that are no peers."""
         self.fewest, self.most = (2, 5) if quick else (3, 15)
-        self.budget = 0.8 if quick else 2.5
+        self.budget = 0.6 if quick else 2.0
         """Seconds a contender may take over all its rounds, beyond the fewest."""
 
     def absent(self, group: str, case: str, who: str, reason: str) -> None:
@@ -119,6 +129,9 @@ class Bench:
         """
         benchmark.group = group
         rows = {c.name: Row(group, case, c.name, note=note, reason=_STOPPED) for c in contenders}
+        for contender in contenders[1:]:
+            contender.peer = contender.name not in NAMES
+        self.ours |= {c.name for c in contenders if not c.peer}
         self.rows += rows.values()
         passed = [c for c in contenders if _admit(c, rows[c.name])]
         if not passed:
@@ -138,15 +151,25 @@ class Bench:
         return list(rows.values())
 
     def _rounds_for(self, taken: float) -> int:
-        """As many as the budget pays for, three at least; two of what takes over 8 s, one of what takes over 25 s."""
-        fewest = self.fewest if taken < 8 else 2 if taken < 25 else 1
+        """As many as the budget pays for, three at least; two of what takes over 5 s, one of what takes over 15 s.
+
+        One of everything once the run is short of time.
+        """
+        if time.perf_counter() > self.until:
+            return 1
+        fewest = self.fewest if taken < 5 else 2 if taken < 15 else 1
         return min(self.most, max(fewest, int(self.budget / taken)))
 
     def peaks(self, benchmark: Any, rows: list[Row], task: str, **arguments: Any) -> None:
         """Adds peak memory to the rows that have a time; ``task`` is one of bench.memory's."""
         for row in rows:
             if row.seconds:
-                row.peak_bytes = memory.peak(task, who=row.who, **arguments)
+                try:
+                    row.peak_bytes = memory.peak(task, who=row.who, **arguments)
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    if row.times_ours == 1.0 or row.who in NAMES:
+                        raise
+                    row.note = f"{row.note}; its memory: {error}".lstrip("; ")
         _publish(benchmark, rows)
 
     def against_dram(self, benchmark: Any, rows: list[Row], work: Work) -> None:
@@ -184,23 +207,25 @@ def _publish(benchmark: Any, rows: list[Row]) -> None:
         benchmark.extra_info[row.who] = {k: v for k, v in vars(row).items() if v not in (None, "")}
 
 
-def _reason(refusal: RuntimeError) -> str:
-    """What a refusal says; an error that is none is raised again."""
-    if _REFUSAL not in str(refusal):
-        raise refusal
-    return str(refusal).splitlines()[0].split(_REFUSAL)[-1]
+def _reason(error: Exception, peer: bool) -> str:
+    """What a refusal says, or a peer's error; an error of ours that is no refusal is raised again."""
+    said = (str(error).strip().splitlines() or ["no message"])[0]
+    if isinstance(error, RuntimeError) and _REFUSAL in said:
+        return said.split(_REFUSAL)[-1]
+    if not peer:
+        raise error
+    return f"{type(error).__name__}: {said}"
 
 
 def _admit(contender: Contender, row: Row) -> bool:
     """Whether the contender can run and is right; fills in the error or the reason."""
-    start = time.perf_counter()
-    try:
-        row.error, row.error_bound = contender.check(), contender.bound
-    except RuntimeError as refusal:
-        row.reason = _reason(refusal)
+    start, row.error_bound = time.perf_counter(), contender.bound
+    row.error = contender.attempt(contender.check)
+    if contender.refused:
+        row.reason, row.error_bound = contender.refused, None
         return False
     if not row.error <= contender.bound:
-        row.reason = f"failed its check: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
+        row.reason = f"{WRONG}: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
         return False
     contender.expected = max(contender.expected, time.perf_counter() - start)
     return True

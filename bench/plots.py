@@ -51,11 +51,12 @@ def roofline_points(rows: list[Row]) -> list[tuple[str, str, float, float]]:
 
 def _intensity(row: Row) -> float | None:
     if row.group in FLOPS_A_BYTE:
-        return FLOPS_A_BYTE[row.group]
+        return FLOPS_A_BYTE[row.group] * (2 if "bf16" in row.case and row.group != "state_update" else 1)
     if row.group == "ssd_scan forward":
         heads = int(re.search(r"(\d+) heads", row.case)[1])
         config = MambaConfig(d_model=heads * SMALL.headdim // SMALL.expand, n_layer=1)
-        return _of([p for p in counts.mamba_layer(config, 1, length_of(row.case)) if p.kind == "scan"])
+        size = 2 if "bf16" in row.case else 4
+        return _of([p for p in counts.mamba_layer(config, 1, length_of(row.case), size) if p.kind == "scan"])
     if row.group == "layer forward" and row.who == "Mamba-2":
         return _of(counts.mamba_layer(SMALL, 1, length_of(row.case)))
     if row.group == "layer forward":

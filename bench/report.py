@@ -74,16 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="a result file (default: the latest whole run)")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
     options = parser.parse_args(arguments)
-    path = options.results or results.latest()
-    if path is None:
-        parser.error("no whole run under bench/results: run pytest bench/ first")
+    path, content = results.chosen(parser, options.results)
     before = options.readme.read_text()
-    after = filled(before, results.load(path))
+    after = filled(before, content)
     if options.check:
         return int(after != before)
     options.readme.write_text(after)
     print(f"{options.readme} shows {path}")
-    for page in pages.write(path, results.load(path)):
+    for page in pages.write(path, content):
         print(page)
     return 0
 

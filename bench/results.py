@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from argparse import ArgumentParser
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,29 @@ def save(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object as it is kept; ValueError that names the file where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}): it was cut off or changed; delete it or get it anew"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    return content
+
+
 def load(path: Path) -> dict[str, Any]:
-    """A result file, its rows as ``Row``."""
-    content = json.loads(path.read_text())
-    content["rows"] = [Row(**row) for row in content["rows"]]
+    """A result file, its rows as ``Row``; ValueError that says what is wrong with a file that is none."""
+    content = read(path)
+    try:
+        content["rows"] = [Row(**row) for row in content["rows"]]
+        content["machine"]["device"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of pytest bench: {type(error).__name__} {error}") from error
     return content
 
 
@@ -86,9 +106,20 @@ def latest(folder: Path = FOLDER) -> Path | None:
     whole = [
         (content["started"], path)
         for path in folder.glob("*/*.json")
-        if (content := json.loads(path.read_text())).get("complete") and not content["quick"]
+        if (content := read(path)).get("complete") and not content["quick"]
     ]
     return max(whole)[1] if whole else None
+
+
+def chosen(parser: ArgumentParser, path: Path | None) -> tuple[Path, dict[str, Any]]:
+    """The result file that a command was given, or the latest whole run; what is wrong with it ends the command."""
+    try:
+        path = path or latest()
+        if path is None:
+            parser.error("no whole run under bench/results: run pytest bench/ first")
+        return path, load(path)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:

@@ -67,7 +67,8 @@ STREAMS = ("causal_conv1d", "gated_norm")
 
 
 def _median(rows: list[Row], field: str, group: str, case: str = "", who: str = "") -> float | None:
-    found = [getattr(r, field) for r in rows if r.group == group and case in r.case and who in r.who and r.seconds]
+    mine = [r for r in rows if r.group == group and case in r.case and who in r.who and r.seconds]
+    found = [getattr(r, field) for r in mine if not r.case.endswith(", bf16")]
     return statistics.median(v for v in found if v) if any(found) else None
 
 
@@ -323,10 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in vars(Cluster()).items():
         parser.add_argument(f"--{name}", type=float, default=value, help=f"of a chip or link (default: {value:g})")
     options = parser.parse_args(arguments)
-    path = options.result or results.latest()
-    if path is None:
-        parser.error("no whole run under bench/results: run pytest bench/ first")
-    content = results.load(path)
+    path, content = results.chosen(parser, options.result)
     shown = summary(content, options.gpus, Cluster(*(getattr(options, name) for name in vars(Cluster()))))
     if not shown:
         parser.error(f"{path} has no row of a layer or a model to check")

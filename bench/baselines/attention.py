@@ -44,6 +44,18 @@ class Attention(nn.Module):
         turn = rotary(torch.arange(u.shape[1], device=u.device))
         return self.join(F.scaled_dot_product_attention(*self.project(u, turn), is_causal=True))
 
+    def block(self, u: Tensor, at: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Positions ``at`` to ``at`` + l of a longer sequence, for u (b, l, width).
+
+        ``keys`` and ``values`` (b, heads, length, HEADDIM) hold all before and take the block's own in place. The last
+        position's output is that of ``forward``; the others see what comes after them in the block too, which
+        spares a mask as large as block times length.
+        """
+        end = at + u.shape[1]
+        q, k, v = self.project(u, rotary(torch.arange(at, end, device=u.device)))
+        keys[:, :, at:end], values[:, :, at:end] = k, v
+        return self.join(F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end]))
+
     def plain(self, u: Tensor) -> Tensor:
         """The same by the definition, with the whole matrix of scores: what ``forward`` is checked against."""
         l = u.shape[1]

@@ -50,16 +50,19 @@ class Transformer(nn.Module):
         """ids (b, l) to logits (b, l, vocab)."""
         return self.head(self.hidden(ids))
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, blocks: int | None = None) -> Tensor:
         u = self.table(ids)
-        for block in self.blocks:
+        for block in self.blocks[:blocks]:
             u = block(u)
         return u
 
     @torch.inference_mode()
-    def last(self, ids: Tensor) -> Tensor:
-        """The logits (b, vocab) after ids (b, l), all of them computed again: generation without a cache."""
-        return self.head(self.hidden(ids)[:, -1])
+    def last(self, ids: Tensor, blocks: int | None = None) -> Tensor:
+        """The logits (b, vocab) after ids (b, l), all of them computed again: generation without a cache.
+
+        Through the first ``blocks`` alone it holds as much at its height: blocks are alike and follow one another.
+        """
+        return self.head(self.hidden(ids, blocks)[:, -1])
 
     def head(self, u: Tensor) -> Tensor:
         return F.linear(self.norm(u), self.table.weight)

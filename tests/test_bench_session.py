@@ -1,0 +1,122 @@
+"""A run of the benchmarks as a session: what it keeps when it is cut off, how it minds its time, what it says of files
+that are none."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import bench_layer, compare, conftest, report, results  # noqa: E402
+from bench.measure import Bench  # noqa: E402
+from bench.results import Row  # noqa: E402
+
+
+@pytest.fixture
+def session(tmp_path) -> conftest.Session:
+    options = {"--quick": False, "--results": str(tmp_path), "--minutes": None}
+    found = conftest.Session(SimpleNamespace(getoption=options.get))
+    found.collected = {path.name for path in conftest.HERE.glob("bench_*.py")}
+    found.total = 2
+    found.bench.rows.append(Row("op", "case", "native", 1.0, times_ours=1.0))
+    return found
+
+
+def kept(session) -> list[str]:
+    return sorted(path.name for path in session.path(True).parent.iterdir())
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had_and_a_whole_one_leaves_one_file(session):
+    session.done = 1
+    session.keep()
+    (name,) = kept(session)
+    assert name.endswith("-partial.json") and not json.loads(session.path(False).read_text())["complete"]
+    session.done = 2
+    session.keep()
+    (name,) = kept(session)
+    assert "partial" not in name and results.load(session.path(True))["rows"][0].seconds == 1.0
+
+
+@pytest.mark.parametrize("change", [{"chosen": True}, {"broken": True}, {"done": 1}, {"collected": {"bench_layer.py"}}])
+def test_what_left_something_out_is_partial(session, change):
+    session.done = 2
+    assert session.complete()
+    vars(session).update(change)
+    assert not session.complete()
+
+
+def test_a_folder_that_takes_no_results_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pytest.UsageError, match="results cannot be kept in .*--results"):
+        conftest._can_write(tmp_path / "file" / "device")
+    conftest._can_write(tmp_path / "new" / "device")
+    assert not list((tmp_path / "new" / "device").iterdir())
+
+
+def test_rounds_follow_what_a_contender_takes_and_the_time_that_is_left():
+    bench = Bench(limit=60.0)
+    assert [bench._rounds_for(taken) for taken in (0.01, 0.5, 1.5, 6.0, 20.0)] == [15, 5, 3, 2, 1]
+    bench.until = time.perf_counter() - 1
+    assert [bench._rounds_for(taken) for taken in (0.01, 6.0)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"rows": [', "is not JSON"),
+        ("[]", "got a JSON list"),
+        ('{"machine": {"device": "x"}}', "no result of pytest bench"),
+        ('{"machine": {"device": "x"}, "rows": [{"group": "a", "case": "b", "who": "c", "newer": 1}]}', "newer"),
+        (None, "No such file"),
+    ],
+)
+def test_files_that_are_no_results_are_named_with_what_is_wrong(text, said, tmp_path, capsys):
+    path, good = tmp_path / "bad.json", tmp_path / "good.json"
+    results.save(good, {"machine": {"device": "x"}, "rows": []})
+    if text is not None:
+        path.write_text(text)
+    for command in (lambda: compare.main([str(good), str(path)]), lambda: report.main(["--results", str(path)])):
+        with pytest.raises(SystemExit) as ended:
+            command()
+        words = capsys.readouterr().err
+        assert ended.value.code == 2 and str(path) in words and said in words
+
+
+def test_two_devices_are_compared_by_their_floors_alone(tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, slow in zip(paths, (1.0, 3.0), strict=True):
+        rows = [
+            Row("op", "case", "native", slow, spread=0.01),
+            Row("op", "floored", "native", slow, spread=0.01, floor="copy", floor_share=0.5),
+        ]
+        results.save(path, {"machine": {"device": path.name}, "rows": results.as_json(rows)})
+    assert compare.main([str(p) for p in paths]) == 0
+    assert "1 rows in both, 0 slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [bench_layer.OURS, bench_layer.PEER])
+def test_a_layer_in_pieces_is_the_layer(name, monkeypatch):
+    assert bench_layer.pieces_error(name, 64) < 1e-5
+    if name == bench_layer.PEER:
+        whole = bench_layer.Attention.block
+        early = lambda self, u, at, keys, values: whole(self, u, max(0, at - 1), keys, values)  # noqa: E731
+        monkeypatch.setattr(bench_layer.Attention, "block", early)
+    else:
+        monkeypatch.setattr(bench_layer, "segment", lambda u, s, fresh: bench_layer.layers()[name](u, bench_layer.BASE))
+    assert bench_layer.pieces_error(name, 64) > 1e-3
+
+
+def test_layers_go_from_512_to_a_million_tokens():
+    assert (bench_layer.LENGTHS[0], bench_layer.LENGTHS[-1]) == (512, 2**20)
+    assert bench_layer.refused(bench_layer.PEER, 2**20, True, None, 60.0)
+    assert not bench_layer.refused(bench_layer.OURS, 2**20, False, None, 60.0)
+    assert "s predicted" in bench_layer.refused(bench_layer.PEER, 32768, True, 61.0, 60.0)
