@@ -151,13 +151,13 @@ class Bench:
         return list(rows.values())
 
     def _rounds_for(self, taken: float) -> int:
-        """As many as the budget pays for, three at least; two of what takes over 5 s, one of what takes over 15 s.
+        """As many as the budget pays for, three at least; two of what takes over 7 s, one of what takes over 15 s.
 
         One of everything once the run is short of time.
         """
         if time.perf_counter() > self.until:
             return 1
-        fewest = self.fewest if taken < 5 else 2 if taken < 15 else 1
+        fewest = self.fewest if taken < 7 else 2 if taken < 15 else 1
         return min(self.most, max(fewest, int(self.budget / taken)))
 
     def peaks(self, benchmark: Any, rows: list[Row], task: str, **arguments: Any) -> None:
