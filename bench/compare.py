@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
         a, b = results.load(options.before), results.load(options.after)
     except ValueError as error:
         parser.error(str(error))
-    alike = a["machine"]["device"] == b["machine"]["device"]
+    devices = [content.get("machine", {}).get("device", "an unknown one") for content in (a, b)]
+    alike = devices[0] == devices[1]
     found = changes(a["rows"], b["rows"], alike)
     flagged = slower(found)
     unknown = sum(noise is None for _, _, noise in found)
     if not alike:
-        names = f"{a['machine']['device']} and {b['machine']['device']}"
-        print(f"two devices, {names}: shares of their floors are compared, times are not")
+        print(f"two devices, {' and '.join(devices)}: shares of their floors are compared, times are not")
     if flagged:
         lines = [[r.group, r.case, r.who, f"{ratio:.2f}x", f"{noise:.0%}"] for r, ratio, noise in flagged]
         print(table(["operation", "case", "by", "time, of before", "noise"], lines))

@@ -95,7 +95,6 @@ def load(path: Path) -> dict[str, Any]:
     content = read(path)
     try:
         content["rows"] = [Row(**row) for row in content["rows"]]
-        content["machine"]["device"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of pytest bench: {type(error).__name__} {error}") from error
     return content
