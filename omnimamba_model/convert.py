@@ -13,8 +13,9 @@ from .foreign import is_foreign, read_any
 from .gguf import SUFFIX, save_gguf
 from .hub import locate
 from .omnimamba import OmniMamba
+from .pipeline import ImageTokenizer, check_together, has_pixels, load_pixels
 from .published import PublishedPixels, read_official_vq
-from .text_tokenizer import BpeTokenizer
+from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import CheckpointError, read_tokenizer, save
 
 
@@ -35,7 +36,7 @@ def convert(
     ``base`` and ``task``: source is a PEFT adapter, target becomes ``base`` with it in the task's place. ``task``
     alone: target becomes source's adapter for PEFT. ``as_omnimamba``: source is a Mamba-2, what it lacks is fresh.
     """
-    _check_arguments(base, task, as_omnimamba)
+    _check_arguments(base, task, as_omnimamba, (dtype, tokenizer, image_tokenizer))
     if Path(target).suffix == SUFFIX:
         if (tokenizer, image_tokenizer, base, task, as_omnimamba) != (None, None, None, None, False):
             raise ValueError(f"a {SUFFIX} holds a plain Mamba-2 alone: of the options only --dtype goes with it")
@@ -54,9 +55,16 @@ def convert(
         model = grown(model, source)
     if dtype is not None:
         model = cast_matrices(model, getattr(torch, dtype))
+    pixels = _pixels(source if base is None else base, image_tokenizer)
     if tokenizer is not None:
         text = BpeTokenizer.published(tokenizer).to_json()
-    pixels = None if image_tokenizer is None else PublishedPixels(read_official_vq(image_tokenizer))
+    words = None if text is None else _words(text, source)
+    if isinstance(model, OmniMamba):
+        check_together(
+            target, model.config, None if tokenizer is None else words, None if image_tokenizer is None else pixels
+        )
+    elif pixels is not None:
+        raise ValueError(f"{source} holds a {type(model).__name__}, which has no use for an image tokenizer")
     save(model, target, text)
     if pixels is not None:
         pixels.save(target)
@@ -88,6 +96,21 @@ def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
     return out.eval()
 
 
+def _pixels(source: str, official: str | Path | None) -> ImageTokenizer | None:
+    """The image tokenizer of LlamaGen's file, or the one that lies beside the source."""
+    if official is not None:
+        return PublishedPixels(read_official_vq(official))
+    path = locate(source)
+    return load_pixels(path) if has_pixels(path) else None
+
+
+def _words(text: str, source: str) -> TextTokenizer:
+    try:
+        return read_text_tokenizer(text)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
 def _read(source: str) -> tuple[OmniMamba | MambaLM, str | None]:
     """A model, and the text of the tokenizer.json beside it where that is one of this package's."""
     path = locate(source)
@@ -99,8 +122,10 @@ def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:
         raise CheckpointError(f"{source} holds a {type(model).__name__}; adapters belong on an OmniMamba")
 
 
-def _check_arguments(base: str | None, task: str | None, as_omnimamba: bool) -> None:
+def _check_arguments(base: str | None, task: str | None, as_omnimamba: bool, others: tuple) -> None:
     if base is not None and task is None:
         raise ValueError("--base needs --task, the adapter's own")
     if task is not None and as_omnimamba:
         raise ValueError("--task writes or reads an adapter and --as-omnimamba starts from a Mamba-2: choose one")
+    if task is not None and base is None and others != (None, None, None):
+        raise ValueError("--task without --base writes an adapter as it is: no other option goes with it")

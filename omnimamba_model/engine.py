@@ -36,6 +36,8 @@ class Row:
     null: Tensor | None = None
     guidance: float = 1.0
     copies: int = 1
+    place: int | None = None
+    """The next token's position; None is the prompt's length."""
 
 
 @torch.inference_mode()
@@ -85,10 +87,14 @@ class _Batch:
         self.model, self.sampling = model, sampling
         self.generator = sampling.generator(rows[0].prompt.device)
         guided = [i for i, row in enumerate(rows) if row.null is not None]
+        owners = [*rows, *(rows[i] for i in guided)]
         prompts = [row.prompt for row in rows] + [rows[i].null for i in guided]
-        tasks = [row.task for row in rows] + [rows[i].task for i in guided]
+        tasks = [row.task for row in owners]
         self.state, hidden = _prefill(model.backbone, prompts, tasks, state)
-        ends = [self.state.position] * len(prompts) if state is not None else [len(prompt) for prompt in prompts]
+        pairs = zip(prompts, owners, strict=True)
+        ends = [len(prompt) if row.place is None else row.place for prompt, row in pairs]
+        if state is not None:
+            ends = [self.state.position]
         pick = [i for i, row in enumerate(rows) for _ in range(row.copies)]
         pick += [len(rows) + k for k, i in enumerate(guided) for _ in range(rows[i].copies)]
         if pick != list(range(len(prompts))):

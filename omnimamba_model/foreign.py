@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig, SpecialTokens
 from .omnimamba import OmniMamba
-from .weights import CONFIG, CheckpointError, check_fit, load, weight_files
+from .weights import CONFIG, CheckpointError, check_fit, load, usable, weight_files
 
 PICKLES = (".pth", ".pt", ".bin")
 _OFFICIAL = "llm_backbone.mamba."
@@ -48,6 +48,7 @@ def read_any(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype 
     """A checkpoint of this package or of another project; ``dtype`` casts the matrices."""
     if not is_foreign(path):
         return load(path, device, dtype)
+    device = usable(device)  # said before the work
     model = read_foreign(path).to(device)
     return model if dtype is None else cast_matrices(model, dtype)
 

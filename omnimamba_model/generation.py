@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backbone import MambaLM
@@ -33,15 +34,21 @@ def generate_text(
 
 @torch.inference_mode()
 def draw(
-    model: OmniMamba, caption: Tensor, sampling: Sampling = GREEDY, guidance: float = 1.0, copies: int = 1
+    model: OmniMamba,
+    caption: Tensor,
+    sampling: Sampling = GREEDY,
+    guidance: float = 1.0,
+    copies: int = 1,
+    exact: bool = False,
 ) -> Tensor:
     """Captions (b, text_slots), padded on the left, to image tokens (b copies, image_tokens).
 
     ``guidance`` g other than 1 draws from ``empty + g (asked - empty)``, logits of the caption and of an empty one
     (classifier-free guidance); it doubles the work, and needs a model trained on both. ``copies`` drawings of a caption
-    share its prefill.
+    share its prefill. ``exact`` keeps the padding out of the states, every token at its place; the official format,
+    which models are trained in, has it there.
     """
-    rows = drawing_rows(model, caption, guidance, copies)
+    rows = drawing_rows(model, caption, guidance, copies, exact)
     return torch.stack(generate(model, rows, sampling))
 
 
@@ -64,7 +71,9 @@ def answer(
     return _square(generate(model, answer_rows(model, features, list(question), steps, stop), sampling))
 
 
-def drawing_rows(model: OmniMamba, caption: Tensor, guidance: float = 1.0, copies: int = 1) -> list[Row]:
+def drawing_rows(
+    model: OmniMamba, caption: Tensor, guidance: float = 1.0, copies: int = 1, exact: bool = False
+) -> list[Row]:
     """What ``engine.generate`` takes to draw captions (b, text_slots)."""
     cfg = model.config
     _check_ids("caption", caption, cfg.backbone.vocab_size, least=cfg.text_slots)
@@ -74,9 +83,18 @@ def drawing_rows(model: OmniMamba, caption: Tensor, guidance: float = 1.0, copie
         raise ValueError(f"copies must be a whole number of at least 1, got {copies!r}")
     null = None
     if guidance != 1.0:
-        (null,) = model.t2i_opening(torch.full_like(caption[:1], cfg.tokens.pad))
-    shared = dict(steps=cfg.image_tokens, null=null, guidance=guidance, copies=copies)
-    return [Row(T2I, prompt, **shared) for prompt in model.t2i_opening(caption)]
+        (null,) = _openings(model, torch.full_like(caption[:1], cfg.tokens.pad), exact)
+    shared = dict(steps=cfg.image_tokens, null=null, guidance=guidance, copies=copies, place=cfg.t2i_prompt)
+    return [Row(T2I, prompt, **shared) for prompt in _openings(model, caption, exact)]
+
+
+def _openings(model: OmniMamba, caption: Tensor, exact: bool) -> list[Tensor]:
+    """Embedded prompts of captions (b, text_slots), each (t2i_prompt, d_model), or without its padding."""
+    openings = model.t2i_opening(caption)
+    if not exact:
+        return list(openings)
+    said = F.pad(caption != model.config.tokens.pad, (2, 2), value=True)  # the frame tokens stay
+    return [opening[kept] for opening, kept in zip(openings, said, strict=True)]
 
 
 def answer_rows(

@@ -90,14 +90,15 @@ class Pipeline:
         if form not in FORMATS:
             raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}")
         frame, between = FORMATS[form]
-        return torch.tensor(self.words.encode((between if turn else "") + frame.format(text)), device=self.device)
+        ids = self.words.encode((between if turn else "") + frame.format(text))
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def draw(
-        self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0, copies: int = 1
+        self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0, copies: int = 1, exact: bool = False
     ) -> list[Image.Image]:
-        """``copies`` drawings a prompt, prompt by prompt."""
+        """``copies`` drawings a prompt, prompt by prompt; ``exact`` as in ``generation.draw``."""
         caption = self.model.pad_captions([self.words.encode(prompt) for prompt in prompts])
-        return self.pixels.pictures(draw(self.model, caption, sampling, guidance, copies))
+        return self.pixels.pictures(draw(self.model, caption, sampling, guidance, copies, exact))
 
     def ask(
         self,
@@ -129,7 +130,7 @@ def load_tokenizers(folder: str | Path, config: OmniMambaConfig) -> tuple[TextTo
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     pixels = load_pixels(folder)
-    _check_together(folder, config, words, pixels)
+    check_together(folder, config, words, pixels)
     return words, pixels
 
 
@@ -139,20 +140,26 @@ def load_pixels(folder: str | Path) -> ImageTokenizer:
     return (PublishedPixels if published else PatchTokenizer).load(folder)
 
 
-def _check_together(folder: str | Path, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer) -> None:
+def has_pixels(folder: str | Path) -> bool:
+    return any((Path(folder) / kind.file).exists() for kind in (PublishedPixels, PatchTokenizer))
+
+
+def check_together(
+    folder: str | Path, config: OmniMambaConfig, words: TextTokenizer | None, pixels: ImageTokenizer | None
+) -> None:
     """CheckpointError that names each field of config.json in which a tokenizer disagrees with the model."""
     problems = [
         f"{name} is {getattr(config, name)}, but {pixels.file} has {size}"
-        for name, size in pixels.sizes().items()
+        for name, size in (pixels.sizes() if pixels else {}).items()
         if getattr(config, name) != size
     ]
     vocab = config.backbone.vocab_size
-    if not vocab - VOCAB_PADDING < words.vocab_size <= vocab:
+    if words and not vocab - VOCAB_PADDING < words.vocab_size <= vocab:
         problems.append(f"backbone.vocab_size is {vocab}, but {TOKENIZER} has {words.vocab_size}")
     problems += [
         f"tokens.{name} is {i}, but {TOKENIZER} has text there"
         for name, i in dataclasses.asdict(config.tokens).items()
-        if not words.is_special(i)
+        if words and not words.is_special(i)
     ]
     if problems:
         raise CheckpointError(f"{folder}/config.json does not fit its tokenizers: {'; '.join(problems)}")

@@ -30,6 +30,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed!r}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, and finite, got {self.temperature}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:

@@ -102,7 +102,10 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; what looks like a frame token in it is one."""
-        return self._tokenizer.encode(text).ids
+        try:
+            return self._tokenizer.encode(text).ids
+        except TypeError:
+            raise ValueError(f"the text must be Unicode without halves of characters, got {text!r}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids without frame tokens and without the blanks at its ends."""

@@ -88,7 +88,7 @@ def load(
     ``dtype`` casts the matrices (``cast_matrices``) as they are read, ``torch.int8`` afterwards. Raises CheckpointError
     that lists every missing, unknown or mis-shaped tensor, or each of an unfit dtype.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), usable(device)
     model_type, config = _read_config(folder)
     with torch.device("meta"):
         model = model_type(config)
@@ -110,6 +110,19 @@ def load(
     model.load_state_dict(tensors, assign=True)
     del tensors
     return (cast_matrices(model, dtype) if dtype is torch.int8 else model).eval()
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device. ValueError where it is no CPU or GPU, or not there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu or cuda, got {device!r}: {str(error).splitlines()[0]}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there: torch finds {torch.cuda.device_count()} GPUs")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -137,6 +150,8 @@ def _open(path: Path, device: str | torch.device) -> Iterator[Any]:
         raise CheckpointError(f"{path} does not exist") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _cut(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import judging, making, using
+from .options import seed
 
 FAILED, INTERRUPTED = 2, 130
 
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train on real handwritten digits, draw some, answer about others")
     demo.add_argument("--out", type=Path, required=True, help="folder for metrics, pictures and the checkpoint")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=seed, default=0)
     demo.add_argument(
         "--control", action="store_true", help="train both tasks in one stage from the start, for as many steps"
     )

@@ -56,14 +56,18 @@ def _draw_captions(arguments: argparse.Namespace) -> None:
 
     sampling, captions = sampling_of(arguments), read_captions(arguments.captions)
     with loaded(arguments) as pipeline:
-        draw_captions(pipeline, captions, arguments.out, sampling, arguments.guidance, arguments.batch)
+        checkpoint = str(arguments.checkpoint.resolve())
+        draw_captions(
+            pipeline, captions, arguments.out, sampling, arguments.guidance, arguments.batch, checkpoint=checkpoint
+        )
     print(f"{len(captions)} drawings in {arguments.out}")
 
 
 def _fid(arguments: argparse.Namespace) -> None:
-    import torch
-
     from ..evaluation import fid
+    from ..evaluation.fid import read_features
+    from ..weights import usable
 
-    features = torch.export.load(arguments.features).module().to(arguments.device) if arguments.features else None
-    print(f"FID {fid(arguments.real, arguments.drawn, features, device=arguments.device):.4f}")
+    device = usable(arguments.device)
+    features = read_features(arguments.features).to(device) if arguments.features else None
+    print(f"FID {fid(arguments.real, arguments.drawn, features, device=device):.4f}")

@@ -63,8 +63,9 @@ def _train(arguments: argparse.Namespace) -> None:
 def _tokenize(arguments: argparse.Namespace) -> None:
     from ..pipeline import load_pixels
     from ..training.tokenize import tokenize
+    from ..weights import usable
 
-    pixels = load_pixels(arguments.tokenizer).to(arguments.device)
+    pixels = load_pixels(arguments.tokenizer).to(usable(arguments.device))
     written, passed_over = tokenize(arguments.images, arguments.out, pixels, arguments.captions)
     for reason in list(passed_over)[:20]:
         print(f"passed over: {reason}", file=sys.stderr)

@@ -45,12 +45,22 @@ def add_generation(command: argparse.ArgumentParser, task: str, temperature: flo
     command.add_argument("--merge", action="store_true", help="add the task's adapter to the weights: quicker tokens")
     if task == "t2i":
         add_fold(command)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=seed, default=0)
     command.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
     command.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     command.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that reach p together")
     command.add_argument("--min-p", type=float, default=0.0, help="keep tokens p times as likely as the likeliest")
     command.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes drawn tokens less likely")
+
+
+def seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 2**63
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text!r}")
+    return value
 
 
 def count(text: str) -> int:

@@ -15,6 +15,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
     generate.add_argument("--count", type=count, default=1, help="drawings of each prompt, in rows of ten")
     generate.add_argument("--guidance", type=float, default=1.0, help="above 1 follows the prompt more closely")
+    generate.add_argument(
+        "--exact", action="store_true", help="keep the padding of short prompts out of the state; models learn with it"
+    )
     generate.set_defaults(run=_generate)
 
     ask = commands.add_parser("ask", help="answer a question about an image")
@@ -47,7 +50,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     sampling = sampling_of(arguments)
     regular_target(arguments.out)  # said before the work, not after it
     with loaded(arguments) as pipeline:
-        drawings = pipeline.draw(arguments.prompt, sampling, arguments.guidance, arguments.count)
+        drawings = pipeline.draw(arguments.prompt, sampling, arguments.guidance, arguments.count, arguments.exact)
     write_png(contact_sheet(drawings), arguments.out)
 
 

@@ -17,6 +17,11 @@ DATA, START, MERGED = "data", "start", "stage1"
 """Folders besides those of the runs: the lessons, the model to begin with, the two halves of stage 1 as one."""
 
 
+def _worth_a_process(run: dict[str, Any]) -> bool:
+    """Whether a run has two tasks, and steps enough to make up for the start of a second process."""
+    return "t2i" in run and "mmu" in run and run["steps"] >= 100
+
+
 @dataclass(frozen=True)
 class Settings:
     d_model: int = 64
@@ -87,9 +92,9 @@ class Settings:
         control = {"one-stage": dict(stage="joint", steps=steps, model=start, t2i=t2i, mmu=mmu)}
         shared = dict(
             learning_rate=self.learning_rate, weight_decay=self.weight_decay, warmup=50, seed=seed,
-            device="cpu", threads=1, save_every=100, keep=1, tensorboard=False,
+            device="cpu", threads=1, save_every=500, keep=1, tensorboard=False,
         )  # fmt: skip
         return {
-            name: {"out": str(folder / name), **values, **shared}
+            name: {"out": str(folder / name), **values, **shared, "side_by_side": _worth_a_process(values)}
             for name, values in (staged if self.staged else control).items()
         }

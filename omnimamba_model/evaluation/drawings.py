@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from ..files import write_whole
 from ..pipeline import Pipeline, write_png
 from ..sampling import Sampling
 from ..training.tokenize import coco_captions
+from .question import read_json, read_text
+
+ABOUT = "drawings.json"
+"""What the drawings of a folder were made of."""
 
 
 def read_captions(path: Path) -> list[str]:
     """A caption a line; or COCO's captions file, the first caption of each of its images."""
     if path.suffix == ".json":
         return [said[0] for _, said in coco_captions(path) if said]
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def draw_captions(
-    pipeline: Pipeline, captions: Sequence[str], folder: Path, sampling: Sampling, guidance: float, batch: int = 16
+    pipeline: Pipeline,
+    captions: Sequence[str],
+    folder: Path,
+    sampling: Sampling,
+    guidance: float,
+    batch: int = 16,
+    *,
+    checkpoint: str = "",
 ) -> None:
-    """000000.png and on. Drawings that are there are kept; a batch has one seed, so that a stop changes none."""
+    """000000.png and on. Drawings that are there are kept; a batch has one seed, so that a stop changes none.
+
+    ValueError where the folder's drawings were made of anything else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    about = {"checkpoint": checkpoint, "sampling": vars(sampling), "guidance": guidance, "batch": batch}
+    _claim(folder / ABOUT, about | {"captions": list(captions)})
     with tqdm(total=len(captions), unit="image") as bar:
         for start in range(0, len(captions), batch):
             part = captions[start : start + batch]
@@ -35,3 +54,13 @@ def draw_captions(
                 for image, path in zip(drawn, paths, strict=True):
                     write_png(image, path)
             bar.update(len(part))
+
+
+def _claim(path: Path, mine: dict[str, Any]) -> None:
+    if not path.exists():
+        write_whole(path, lambda temporary: temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8"))
+        return
+    theirs = read_json(path)
+    changed = [name for name in mine if not isinstance(theirs, dict) or mine[name] != theirs.get(name)]
+    if changed:
+        raise ValueError(f"{path.parent} holds drawings of other {', '.join(changed)}; name another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def fid(
     weights torch-fidelity fetches once. Pictures are cropped to a square about their middle and resized bicubically.
     ImportError without torchmetrics; ValueError where a folder has fewer than two pictures.
     """
+    folders = [(pictures(real), True), (pictures(drawn), False)]
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -34,11 +36,21 @@ def fid(
     except ModuleNotFoundError as error:
         raise ImportError(f"FID needs torchmetrics, pip install 'omnimamba[evaluate]': {error}") from error
     metric.set_dtype(torch.float64).to(device)
-    for folder, is_real in ((real, True), (drawn, False)):
-        paths = pictures(folder)
-        for images in tqdm(_batches(paths, batch), total=-(-len(paths) // batch), desc=folder.name, unit="batch"):
+    for paths, is_real in folders:
+        name = (real if is_real else drawn).name
+        for images in tqdm(_batches(paths, batch), total=-(-len(paths) // batch), desc=name, unit="batch"):
             metric.update(images.to(device), real=is_real)
     return float(metric.compute())
+
+
+def read_features(path: Path) -> nn.Module:
+    """The network that ``torch.export.save`` wrote; ValueError where the file is none."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no file of torch.export.save")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:  # torch raises of many kinds
+        raise ValueError(f"{path} is no whole file of torch.export.save: {error}") from error
 
 
 def pictures(folder: Path) -> list[Path]:

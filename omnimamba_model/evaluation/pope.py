@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .question import Pairs, Question, Scores, share
+from .question import Pairs, Question, Scores, read_text, share
 
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
@@ -21,7 +21,7 @@ def read(files: Sequence[Path], images: Path, answers: Path | None = None) -> li
 
 def _read(path: Path, images: Path) -> list[Question]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

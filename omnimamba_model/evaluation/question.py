@@ -47,6 +47,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} holds no JSON: {error}") from error
 
 
+def read_text(path: Path) -> str:
+    """ValueError where the file is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def share(right: int, of: int) -> float:
     """Percent; 0 of nothing."""
     return 100 * right / of if of else 0.0

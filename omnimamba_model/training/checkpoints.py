@@ -1,4 +1,4 @@
-"""A run at a step: the model, the optimizer, the chance to come. A folder is filled under a temporary name and renamed.
+"""A run at a step: model, optimizer, what was passed over. A folder is filled under a temporary name and renamed.
 
     OUT/checkpoints/step-00001000/   config.json, model*.safetensors    what `load` reads
                                      trainer.pt                         what `resume` reads besides
@@ -14,10 +14,8 @@ import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -27,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..weights import CheckpointError, load, write
+from .lessons import Lesson
 from .loop import Trainer
 
 FOLDER, EXTRA = "checkpoints", "trainer.pt"
@@ -40,18 +39,14 @@ def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) 
     """Write the run's present step; of all kept ones the last ``count`` stay. Every process must call it."""
     tensors = get_model_state_dict(trainer.model, options=_WHOLE)
     moments = get_optimizer_state_dict(trainer.model, trainer.optimizer, options=_WHOLE)
-    chance: list[Any] = [None] * trainer.ranks.world
-    if trainer.ranks.world > 1:
-        dist.all_gather_object(chance, _chance())
-    else:
-        chance = [_chance()]
     if trainer.ranks.first:
         name = f"step-{trainer.done:08d}"
         temporary = out / FOLDER / f"{_TEMPORARY}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(trainer.model, tensors, temporary, tokenizer)
-        torch.save({"done": trainer.done, "optimizer": moments, "chance": chance}, temporary / EXTRA)
+        counted = {name: dict(lesson.passed_over) for name, lesson in _counting(trainer)}
+        torch.save({"done": trainer.done, "optimizer": moments, "passed over": counted}, temporary / EXTRA)
         shutil.rmtree(out / FOLDER / name, ignore_errors=True)
         temporary.rename(out / FOLDER / name)
         for _, folder in kept(out)[:-count]:
@@ -79,25 +74,16 @@ def resume(trainer: Trainer, out: Path) -> bool:
     _, folder = found[-1]
     try:
         extra = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
-        done, moments, chance = extra["done"], extra["optimizer"], extra["chance"]
+        done, moments, counted = extra["done"], extra["optimizer"], extra["passed over"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / EXTRA} is damaged: {error}; remove {folder} to go on from before") from error
     set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
     set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_SOME)
     trainer.done = done
-    if trainer.ranks.rank < len(chance):
-        _set_chance(chance[trainer.ranks.rank])
-    else:  # more processes than before
-        torch.manual_seed(done * trainer.ranks.world + trainer.ranks.rank)
+    for name, lesson in _counting(trainer) if trainer.ranks.first else ():
+        lesson.passed_over.update(counted.get(name, {}))
     return True
 
 
-def _chance() -> dict[str, torch.Tensor]:
-    found = {"cpu": torch.get_rng_state()}
-    return found | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_chance(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _counting(trainer: Trainer) -> list[tuple[str, Lesson]]:
+    return [(name, lesson) for name, lesson in trainer.lessons.items() if isinstance(lesson, Lesson)]

@@ -1,8 +1,9 @@
-"""What the frozen encoders saw of a picture, kept on disk: they need to look once."""
+"""What the frozen encoders saw of a picture, kept on disk and in memory: they need to look once."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,27 @@ class FeatureCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: save_file({"features": features}, temporary))
         return features
+
+
+class RecentFeatures:
+    """Features of the pictures that were asked for last, by the picture's bytes, as many as fit into ``most`` bytes."""
+
+    def __init__(self, most: int = 64 * 2**20) -> None:
+        self.most, self._size = most, 0
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def get(self, picture: bytes, look: Callable[[], Tensor]) -> Tensor:
+        """The kept features, or what ``look()`` sees, which is kept."""
+        key = hashlib.sha256(picture).digest()
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = look()
+            self._size += found.nbytes
+        self._kept[key] = found
+        while self._size > self.most:
+            _, oldest = self._kept.popitem(last=False)
+            self._size -= oldest.nbytes
+        return found
 
 
 def look_at(image: Image.Image, look: Callable[[list[Image.Image]], Tensor]) -> Tensor:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..config import OmniMambaConfig
 from ..omnimamba import IGNORE
 from ..pipeline import ImageTokenizer
 from ..text_tokenizer import TextTokenizer
-from .features import FeatureCache, look_at
+from .features import FeatureCache, RecentFeatures, look_at
 from .parallel import ALONE, Ranks
 from .phase import Batch
 from .records import PICTURE, BadRecord, Records
@@ -166,7 +166,7 @@ class Understanding(Lesson):
         longest = config.mmu_positions - config.image_features - 4
         if not 1 <= text_length <= longest:
             raise ValueError(f"text_length must lie in 1..{longest}, what mmu_positions leaves, got {text_length}")
-        self.config, self.words, self.pixels, self.cache = config, words, pixels, cache
+        self.config, self.words, self.pixels, self.cache, self.recent = config, words, pixels, cache, RecentFeatures()
         self.form, self.images, self.text_length = form, Path(images), text_length
 
     def example(self, record: dict[str, Any], draw: random.Random) -> tuple[Tensor, list[int], list[int]]:
@@ -209,9 +209,11 @@ class Understanding(Lesson):
             picture = _bytes_of(self.images / record["image"])
 
         def look() -> Tensor:
-            return look_at(_open(picture), self.pixels.look)
+            return look_at(_open(picture, record.get("image")), self.pixels.look)
 
-        return look() if self.cache is None else self.cache.get(picture, look)
+        if self.cache is None:
+            return self.recent.get(picture, look)
+        return self.recent.get(picture, lambda: self.cache.get(picture, look))
 
 
 @lru_cache(maxsize=8)
@@ -240,25 +242,34 @@ def _padded(rows: list[list[int]], fill: int) -> Tensor:
 
 def _encode(words: TextTokenizer, text: str) -> list[int]:
     try:
-        return list(words.encode(text))
+        return list(_ids(words, text))
     except ValueError as error:
         raise BadRecord(str(error)) from error
 
 
+@lru_cache(maxsize=4096)
+def _ids(words: TextTokenizer, text: str) -> tuple[int, ...]:
+    return tuple(words.encode(text))
+
+
 def _bytes_of(path: Path) -> bytes:
+    if not path.is_file():  # a device would never end
+        raise BadRecord(f"{path} cannot be read: it is no file")
     try:
         return path.read_bytes()
     except OSError as error:
         raise BadRecord(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _open(picture: bytes) -> Image.Image:
+def _open(picture: bytes, name: object) -> Image.Image:
     try:
         with Image.open(io.BytesIO(picture)) as image:
             image.load()
             return image
+    except UnidentifiedImageError as error:  # names an object in memory
+        raise BadRecord(f"image {name} is no picture") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"a picture cannot be decoded: {error}") from error
+        raise BadRecord(f"image {name} cannot be decoded: {error}") from error
 
 
 def together(lessons: dict[str, Callable[[int], Batch]]) -> Counter[str]:

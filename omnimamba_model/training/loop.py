@@ -4,18 +4,21 @@ A lesson's loss is the mean over all its targets of a step, over accumulated bat
 
     loss = (sum over batches of loss_i n_i) / (sum of n_i),  n_i the targets of batch i,
 
-so that neither cutting a batch into pieces nor dealing it to more processes changes what is learned.
+so that neither cutting a batch into pieces nor dealing it to more processes changes what is learned. Dropout draws from
+a seed of its own for each step and lesson, so that neither does going on after a stop, nor where a lesson is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from random import Random
 
 import torch
 from torch import Tensor, nn
 
 from ..omnimamba import IGNORE, OmniMamba
+from .beside import Beside
 from .parallel import ALONE, Ranks
 from .phase import Batch, Phase
 
@@ -34,7 +37,9 @@ class Trainer:
         *,
         ranks: Ranks = ALONE,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        seed: int | None = None,
     ) -> None:
+        """``seed`` of the dropout, another on every rank; None draws one from torch's global generator."""
         missing = [name for name in phase.lessons if name not in lessons]
         if missing:
             raise ValueError(
@@ -42,6 +47,9 @@ class Trainer:
             )
         self.model, self.phase, self.ranks, self.autocast = model, phase, ranks, autocast
         self.lessons = {name: lessons[name] for name in phase.lessons}
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.beside: Mapping[str, Beside] = {}
+        """Lessons that other processes learn, on the same parameters."""
         model.train_only(phase.stage)
         model.train()
         self.optimizer = _optimizer(model, phase)
@@ -52,15 +60,29 @@ class Trainer:
         """Learn from the next batches; each lesson's loss over all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.phase.rate(self.done)
-        losses = {name: self._learn(lesson) for name, lesson in self.lessons.items()}
+        losses = self.learn()
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.phase.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
         return losses
 
-    def _learn(self, lesson: Lesson) -> float:
+    def learn(self) -> dict[str, float]:
+        """Add the gradients of this step's batches; each lesson's loss over all processes."""
+        for other in self.beside.values():
+            other.begin(self.done)
+        losses = {name: self._learn(name, lesson) for name, lesson in self.lessons.items() if name not in self.beside}
+        for name, other in self.beside.items():
+            losses[name] = other.add_gradients()
+        return losses
+
+    def _learn(self, name: str, lesson: Lesson) -> float:
         """Add the gradients of a lesson's batches; its mean loss."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Random(f"{self.seed} {self.done} {name}").getrandbits(63))
+            return self._mean_loss(lesson)
+
+    def _mean_loss(self, lesson: Lesson) -> float:
         first = self.done * self.phase.accumulate
         batches = [lesson(first + i) for i in range(self.phase.accumulate)]
         counts = [targets(batch) for batch in batches]

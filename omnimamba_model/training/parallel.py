@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -99,5 +100,4 @@ def recompute(model: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     for layer in model.backbone.layers:
-        forward = layer.forward
-        layer.forward = lambda *given, forward=forward: checkpoint(forward, *given, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -28,6 +28,7 @@ from ..pipeline import ImageTokenizer, load_tokenizers
 from ..text_tokenizer import TextTokenizer
 from ..weights import TOKENIZER, load
 from . import checkpoints
+from .beside import side_by_side
 from .features import FeatureCache
 from .lessons import Drawing, Lesson, Reading, Understanding, together
 from .logs import Logs
@@ -51,16 +52,15 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
         ranks.wait()
         torch.manual_seed(settings.seed)  # the same on every process, so that fresh weights are
         model, words, pixels = _parts(settings)
-        torch.manual_seed(settings.seed * 1_000_003 + ranks.rank)
         lessons = _lessons(settings, model.config, words, pixels, ranks, say if ranks.first else lambda line: None)
         if settings.recompute:
             recompute(model)
-        trainer = Trainer(
-            spread(model, ranks), _phase(settings, lessons), lessons, ranks=ranks, autocast=_autocast(settings, ranks)
-        )
+        options = dict(ranks=ranks, autocast=_autocast(settings, ranks), seed=settings.seed * 1_000_003 + ranks.rank)
+        trainer = Trainer(spread(model, ranks), _phase(settings, lessons), lessons, **options)
         if checkpoints.resume(trainer, out) and ranks.first:
             say(f"going on after step {trainer.done}")
-        _go(trainer, settings, out, words, progress)
+        with side_by_side(trainer) if settings.side_by_side else nullcontext():
+            _go(trainer, settings, out, words, progress)
         return _finish(trainer, out, words, pixels)
 
 

@@ -68,6 +68,8 @@ class Run:
     accumulate: int = 1
     precision: str = "fp32"
     recompute: bool = False
+    side_by_side: bool = False
+    """On a CPU: every task but the first learned in a process of its own, the same losses sooner."""
     seed: int = 0
     device: str | None = None
     threads: int | None = None
@@ -89,6 +91,7 @@ class Run:
             if name == "threads" and value is None:
                 continue
             _expect(name, type(value) is int and value >= 1, "a whole number of at least 1", value)
+        _expect("seed", type(self.seed) is int and 0 <= self.seed < 2**63, "a whole number of 63 bits", self.seed)
         for name, data in (("text", self.text), ("t2i", self.t2i), ("mmu", self.mmu)):
             if data is not None:
                 fits = type(data.batch) is int and data.batch >= 1

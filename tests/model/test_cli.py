@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from omnimamba_model import Sampling, cli, save
+from omnimamba_model import OmniMamba, Sampling, cli, save
 from omnimamba_model.pipeline import Pipeline
 
 
@@ -16,8 +16,8 @@ def calls(monkeypatch):
     seen = []
 
     class Recorder:
-        def draw(self, prompts, sampling, guidance, copies):
-            seen.append((prompts, sampling, guidance, copies))
+        def draw(self, prompts, sampling, guidance, copies, exact):
+            seen.append((prompts, sampling, guidance, copies, exact))
             return [Image.new("L", (8, 8), 30 * i) for i in range(len(prompts) * copies)]
 
         def ask(self, images, questions, sampling, form):
@@ -40,12 +40,33 @@ def test_info_prints_text_and_json(capsys):
 def test_generate_passes_its_options_on(calls, tmp_path):
     out = tmp_path / "seven.png"
     options = "--seed 5 --temperature 0.8 --top-k 40 --top-p 0.9 --min-p 0.1 --count 3 --guidance 2.5".split()
-    options += "--repetition-penalty 1.5 --dtype float16 --device cuda:1".split()
+    options += "--repetition-penalty 1.5 --dtype float16 --device cuda:1 --exact".split()
     assert cli.main(["generate", "--checkpoint", "trained", "--prompt", "a seven", "--out", str(out), *options]) == 0
     sampling = Sampling(0.8, 40, 0.9, 5, 0.1, 1.5)
-    assert calls == [("trained", "cuda:1", torch.float16), (["a seven"], sampling, 2.5, 3)]
+    assert calls == [("trained", "cuda:1", torch.float16), (["a seven"], sampling, 2.5, 3, True)]
     with Image.open(out) as image:
         assert image.size == (3 * 136 - 8, 128) and image.getpixel((2 * 136, 0)) == 60
+
+
+@pytest.mark.parametrize("seed", ["9223372036854775808", "1.5", "one"])
+def test_a_seed_has_64_bits(capsys, seed):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--checkpoint", "c", "--prompt", "a", "--out", "a.png", "--seed", seed])
+    assert "expected a whole number of 64 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("nonsense", "must be cpu or cuda"), ("meta", "must be cpu or cuda"), ("cuda:99", "cuda:99 is not there")],
+)
+def test_a_device_that_is_not_there(model, tmp_path, capsys, device, message):
+    save(model, tmp_path / "c")
+    (tmp_path / "OmniMamba.pth").write_bytes(b"not read")
+    given = ["--prompt", "a", "--out", str(tmp_path / "a.png"), "--device", device]
+    assert cli.main(["generate", "--checkpoint", str(tmp_path / "c"), *given]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=message):
+        OmniMamba.from_pretrained(tmp_path, device=device)
 
 
 def test_ask_prints_the_answer(calls, tmp_path, capsys):
@@ -81,7 +102,7 @@ def test_drawings_of_captions_by_command(calls, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(type(recorder), "draw", lambda *given: [Image.new("L", (4, 4)) for _ in given[1]])
     place = [str(tmp_path / "captions.txt"), "--out", str(tmp_path / "out"), "--checkpoint", "c", "--batch", "1"]
     assert cli.main(["evaluate", "draw", *place]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.png", "000001.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.png", "000001.png", "drawings.json"]
     assert capsys.readouterr().out == f"2 drawings in {tmp_path / 'out'}\n"
 
 

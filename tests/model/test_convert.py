@@ -8,6 +8,10 @@ import torch
 from omnimamba_model import T2I, MambaLM, OmniMamba, OmniMambaConfig, load, save
 from omnimamba_model.adapters import save_adapter
 from omnimamba_model.cli import main
+from omnimamba_model.image_tokenizer import PatchTokenizer
+from omnimamba_model.pipeline import load_pixels
+from omnimamba_model.text_tokenizer import WordTokenizer
+from omnimamba_model.vq16 import VQ16
 
 
 def convert(*arguments: object) -> int:
@@ -39,6 +43,20 @@ def test_an_adapter_goes_out_and_comes_back(model, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_what_draws_and_answers_still_does_once_converted(model, tmp_path):
+    """The image tokenizer beside a checkpoint goes with it, and with the base of an adapter."""
+    config = model.config
+    pixels = PatchTokenizer(config.image_vocab_size, 2, (6, 6))
+    save(model, tmp_path / "a", WordTokenizer(f"w{i}" for i in range(config.backbone.vocab_size - 8)).to_json())
+    pixels.save(tmp_path / "a")
+    assert convert(tmp_path / "a", tmp_path / "b", "--dtype", "bfloat16") == 0
+    assert convert(tmp_path / "a", tmp_path / "peft", "--task", "t2i") == 0
+    assert convert(tmp_path / "peft", tmp_path / "c", "--base", tmp_path / "a", "--task", "t2i") == 0
+    for folder in "bc":
+        kept = load_pixels(tmp_path / folder)
+        assert torch.equal(kept.codebook, pixels.codebook) and kept.size == pixels.size
+
+
 def test_our_own_checkpoint_is_cast_and_keeps_its_tokenizer(model, tmp_path):
     save(model, tmp_path / "a", tokenizer='{"type": "words", "words": ["x"]}')
     assert convert(tmp_path / "a", tmp_path / "b", "--dtype", "float16") == 0
@@ -57,11 +75,24 @@ def test_our_own_checkpoint_is_cast_and_keeps_its_tokenizer(model, tmp_path):
         (["model", "out", "--base", "model", "--task", "mmu"], "no PEFT adapter"),
         (["model", "out", "--image-tokenizer", "nowhere.pt"], "nowhere.pt does not exist"),
         (["model", "out", "--tokenizer", "model"], "tokenizer.json does not exist"),
+        (["model", "out", "--task", "t2i", "--dtype", "float16"], "no other option goes with it"),
+        (["lm", "out", "--image-tokenizer", "vq.pt"], "no use for an image tokenizer"),
+        (["model", "out", "--image-tokenizer", "vq.pt"], "image_vocab_size is 24, but vq16.safetensors has 16384"),
+        (["junk", "out"], "junk: tokenizer.json is not JSON"),
+        (["folder", "out"], "model.safetensors cannot be read"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(model, lm, tmp_path, monkeypatch, capsys, arguments, message):
     save(model, tmp_path / "model")
     save(lm, tmp_path / "lm")
+    save(model, tmp_path / "junk", tokenizer="{")
+    save(model, tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    (tmp_path / "folder" / "model.safetensors").mkdir()
+    if "vq.pt" in arguments:
+        with torch.device("meta"):
+            shapes = {name: t.shape for name, t in VQ16().state_dict().items()}
+        torch.save({name: torch.zeros(1, dtype=torch.half).expand(s) for name, s in shapes.items()}, tmp_path / "vq.pt")
     monkeypatch.chdir(tmp_path)
     assert convert(*arguments) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

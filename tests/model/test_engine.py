@@ -66,8 +66,13 @@ def test_prompts_shorter_than_the_convolution(model):
             torch.testing.assert_close(packed.conv[:, i], state.conv[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_copies_share_a_prefill_and_differ(model, caption):
+def test_copies_share_a_prefill_and_differ(model, caption, monkeypatch):
+    taken, prefill = [], type(model.backbone).prefill
+    monkeypatch.setattr(
+        type(model.backbone), "prefill", lambda self, *given: taken.append(given[0].shape[0]) or prefill(self, *given)
+    )
     many = draw(model, caption, Sampling(seed=1), copies=4)
+    assert taken == [3]
     assert many.shape == (12, 9) and len(many.unique(dim=0)) > 3
     assert torch.equal(draw(model, caption, GREEDY, copies=2), draw(model, caption, GREEDY).repeat_interleave(2, 0))
     guided = draw(model, caption, GREEDY, guidance=3.0, copies=2)

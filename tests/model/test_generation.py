@@ -25,6 +25,27 @@ def test_greedy_drawing_equals_repeated_full_forward(model, caption, config):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_exact_drawings_never_see_the_padding(model, caption, config, guidance):
+    """The prompt's own tokens at their own places, and no others; mixed lengths in one batch."""
+    model.backbone.embedding.weight[config.tokens.pad] *= 100  # so that it is heard
+    kept = [torch.cat([torch.ones(2), row != config.tokens.pad, torch.ones(2)]).bool() for row in caption]
+    assert len({int(row.sum()) for row in kept}) == 3
+    opening, empty = model.t2i_opening(caption), model.t2i_opening(torch.full_like(caption[:1], config.tokens.pad))
+    found = draw(model, caption, guidance=guidance, exact=True)
+    for i, row in enumerate(found):
+        for step in range(config.image_tokens):
+            logits = []
+            for prompt in (opening[i, kept[i]], empty[0, [0, 1, -2, -1]]):
+                drawn = model.backbone.embed_image(row[None, :step], config.t2i_prompt)
+                hidden = model.backbone(torch.cat([prompt[None], drawn], dim=1), 1)
+                logits.append(model.image_head(hidden[0, -1]))
+            assert row[step] == (logits[1] + guidance * (logits[0] - logits[1])).argmax()
+    assert torch.equal(found[2], draw(model, caption, guidance=1.0)[2]) or guidance != 1.0  # it has no padding
+    assert not torch.equal(found, draw(model, caption, guidance=guidance))
+
+
+@torch.no_grad()
 def test_greedy_answer_equals_repeated_full_forward(model, features, text):
     question, steps = text[:, :4], 6
     grown = torch.cat([question, torch.zeros(3, steps, dtype=torch.long)], dim=1)
@@ -131,6 +152,8 @@ def test_greedy_takes_the_likeliest(sampling):
         (dict(top_p=float("nan")), "top_p must lie"),
         (dict(top_k=-1), "top_k must be a whole number, 0"),
         (dict(top_p=0), "top_p must lie"),
+        (dict(seed=2**63), "seed must be a whole number of 64 bits"),
+        (dict(seed=0.5), "seed must be a whole number of 64 bits"),
     ],
 )
 def test_sampling_is_checked(wrong, message):

@@ -100,6 +100,8 @@ def test_a_trained_tokenizer_survives_json_and_any_text():
         ids = words.encode(text)
         assert min(ids) >= 8 and words.decode([3, *ids, 0]) == text
         assert read_text_tokenizer(words.to_json()).encode(text) == ids
+    with pytest.raises(ValueError, match="must be Unicode"):
+        words.encode("half a character: \ud83d")
     with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
         BpeTokenizer.from_json('{"version": "1.0"}')
 

@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 
-from omnimamba_model.training import Phase, train
+from omnimamba_model import OmniMamba
+from omnimamba_model.training import Phase, Trainer, train
 
 
 def phase(stage: str = "joint", lessons: tuple[str, ...] = ("t2i", "mmu"), steps: int = 3, **options) -> Phase:
@@ -48,6 +51,19 @@ def test_decay_shrinks_matrices_only(model, lessons):
         sizes.append((matrix.norm().item(), vector.norm().item()))
     assert sizes[2][0] < 0.9 * sizes[1][0]
     assert sizes[2][1] > 0.99 * sizes[1][1]
+
+
+def test_dropout_is_a_function_of_seed_step_and_lesson(config, lessons):
+    def learn(seed, noise):
+        torch.manual_seed(0)
+        model = OmniMamba(dataclasses.replace(config, lora_dropout=0.5))
+        trainer = Trainer(model, phase(), lessons, seed=seed)
+        torch.manual_seed(noise)
+        before, seen = torch.get_rng_state(), [trainer.step() for _ in range(3)]
+        assert torch.equal(torch.get_rng_state(), before)
+        return seen
+
+    assert learn(1, 5) == learn(1, 6) != learn(2, 5)
 
 
 def test_the_rate_warms_up_and_falls_to_a_hundredth():

@@ -12,6 +12,7 @@ from torch import nn
 from omnimamba_model import GREEDY, Sampling
 from omnimamba_model.evaluation import draw_captions, fid
 from omnimamba_model.evaluation.drawings import read_captions
+from omnimamba_model.evaluation.fid import read_features
 
 pytest.importorskip("torchmetrics")
 
@@ -80,12 +81,24 @@ def test_captions_are_drawn_once(tmp_path):
     ]  # fmt: skip
     assert len({seed for _, seed, _ in said}) == 3  # batches are not drawn with the same dice
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert sorted(before) == [f"00000{i}.png" for i in range(5)]
+    assert sorted(before) == [*(f"00000{i}.png" for i in range(5)), "drawings.json"]
     (out / "000003.png").unlink()
     draw_captions(Draws(), captions, out, Sampling(seed=1), 2.0, batch=2)
     assert len(said) == 4 and said[3] == said[1]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for other in ((captions, Sampling(seed=2), 2.0), (captions, Sampling(seed=1), 3.0), (["c"], Sampling(seed=1), 2.0)):
+        with pytest.raises(ValueError, match="holds drawings of other (sampling|guidance|captions); name another"):
+            draw_captions(Draws(), other[0], out, *other[1:], batch=2)
+    assert len(said) == 4
     draw_captions(Draws(), [], tmp_path / "nothing", GREEDY, 1.0)
+
+
+def test_files_that_are_no_captions_and_no_features(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text"):
+        read_captions(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="a.txt is no file of torch.export.save"):
+        read_features(tmp_path / "a.txt")
 
 
 def test_captions_of_both_kinds(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from omnimamba_model.omnimamba import IGNORE
 from omnimamba_model.text_tokenizer import SPECIAL
-from omnimamba_model.training.features import FeatureCache
+from omnimamba_model.training.features import FeatureCache, RecentFeatures
 from omnimamba_model.training.lessons import Drawing, Reading, Understanding
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.records import open_records
@@ -101,10 +101,13 @@ def test_bad_records_are_passed_over_and_counted(data, config, words, pixels):
     assert sum(lesson.passed_over.values()) >= 4 and len(lesson.passed_over) == 3
     (data / "2.png").write_bytes((data / "2.png").read_bytes()[:40])
     (data / "3.png").unlink()
+    (data / "5.png").unlink()
+    (data / "5.png").symlink_to("/dev/zero")
     (data / "4.png").write_bytes(b"no picture")
     looking = Understanding(open_records([data / "mmu.json"])[0], 7, config, words, pixels, images=data, text_length=24)
     assert looking(0)[1]["features"].isfinite().all()
-    assert sum(looking.passed_over.values()) >= 3
+    assert sum(looking.passed_over.values()) >= 3 and "image 4.png is no picture" in looking.passed_over
+    assert any(reason.startswith("image 2.png ") for reason in looking.passed_over)
 
 
 def test_pictures_are_looked_at_once(data, looks, pixels, tmp_path, monkeypatch):
@@ -119,6 +122,17 @@ def test_pictures_are_looked_at_once(data, looks, pixels, tmp_path, monkeypatch)
     assert torch.equal(looks(batch=7, cache=cache)(0)[1]["features"], plain)
     other = FeatureCache(tmp_path / "cache", "another encoder").path((data / "0.png").read_bytes())
     assert path != other and path.read_bytes() != b"damaged"
+
+
+def test_pictures_looked_at_lately_stay_in_memory(data, looks, pixels, monkeypatch):
+    lesson = looks(batch=7)
+    seen = lesson(0)[1]["features"]
+    monkeypatch.setattr(type(pixels), "look", lambda *_: pytest.fail("looked again"))
+    assert torch.equal(lesson(0)[1]["features"], seen)
+    recent, looked = RecentFeatures(most=8), []
+    for picture in (b"a", b"b", b"a", b"c", b"a", b"b"):  # 4 bytes each: two stay, b leaves for c
+        recent.get(picture, lambda picture=picture: looked.append(picture) or torch.zeros(1))
+    assert looked == [b"a", b"b", b"c", b"b"]
 
 
 def test_plain_text_is_learned_from_end_to_end(config, words):

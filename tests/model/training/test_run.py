@@ -226,6 +226,7 @@ def test_shipped_settings_are_the_papers(name):
         (["t2i.files=[]"], "at least one file"),
         (["t2i.files=[3]"], "must be texts"),
         (["recompute=2"], "recompute must be bool"),
+        (["seed=-1"], "seed must be a whole number"),
     ],
 )
 def test_mistakes_in_settings_are_named(values, tmp_path, changes, message):

@@ -1,0 +1,160 @@
+"""Lessons side by side on a CPU: every lesson but the first has a process of its own.
+
+Tensors too small to be worth a second thread still leave cores idle; the lessons of a step, however, have nothing to do
+with one another until their gradients meet. Parameters and gradients lie in a file that the processes map. A step:
+
+    the trainer says which        it computes its own lesson         it adds the others' gradients, and updates
+                      each other process computes its lesson's gradients
+
+Without accumulation the sums are those of one process, in the same order: the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+_ALIGNED = 64
+
+
+class Beside:
+    """One lesson's process, as the trainer sees it."""
+
+    def __init__(self, name: str, trainer: Trainer, path: str, at: int) -> None:
+        """``path`` is the file of the parameters; this lesson's gradients begin at byte ``at``."""
+        self.name, self.lesson, self.parameters = name, trainer.lessons[name], _learning(trainer.model)
+        self.gradients = _views(path, self.parameters, at)
+        self.link, theirs = Pipe()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import learn; learn({theirs.fileno()})"
+        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+        theirs.close()
+        phase = dataclasses.replace(trainer.phase, lessons=(name,))
+        given = (trainer.model, phase, {name: self.lesson}, trainer.autocast, trainer.seed, torch.get_num_threads())
+        with suppress(BrokenPipeError):  # add_gradients will say why
+            self.link.send_bytes(pickle.dumps((path, at, given)))
+
+    def begin(self, step: int) -> None:
+        with suppress(BrokenPipeError):
+            self.link.send(step)
+
+    def add_gradients(self) -> float:
+        """Wait for the lesson's gradients, which ``begin`` asked for, and add them; its mean loss."""
+        try:
+            answer = self.link.recv()
+        except (EOFError, ConnectionResetError):
+            code = self.process.wait()
+            raise RuntimeError(f"the process that learns {self.name!r} ended with status {code}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        loss, reached, passed_over = answer
+        for i in reached:
+            parameter, gradient = self.parameters[i], self.gradients[i]
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+        if passed_over is not None:
+            self.lesson.passed_over = passed_over
+        return loss
+
+    def end(self) -> None:
+        self.link.close()  # which it hears once its step is done
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def side_by_side(trainer: Trainer) -> Iterator[None]:
+    """Give every lesson of the trainer but the first a process, for as long as the context lasts.
+
+    ValueError where the trainer is not the only one of its run, or not on a CPU.
+    """
+    ranks = trainer.ranks
+    if ranks.world > 1 or ranks.device.type != "cpu":
+        raise ValueError(f"side_by_side is for one process on a CPU, got {ranks.world} on {ranks.device.type}")
+    parameters = _learning(trainer.model)
+    with tempfile.NamedTemporaryFile(prefix="omnimamba-") as file:
+        size = _bytes(parameters)
+        file.truncate(size * len(trainer.lessons))  # torch.from_file overwrites the first byte of what it makes longer
+        for parameter, shared in zip(parameters, _views(file.name, parameters, 0), strict=True):
+            parameter.data = shared.copy_(parameter.data)
+        started: dict[str, Beside] = {}
+        try:
+            for i, name in enumerate(list(trainer.lessons)[1:], 1):
+                started[name] = Beside(name, trainer, file.name, i * size)
+            trainer.beside = started
+            yield
+        finally:
+            trainer.beside = {}
+            for other in started.values():
+                other.end()
+            for parameter in parameters:
+                parameter.data = parameter.data.clone()
+
+
+def learn(descriptor: int) -> None:
+    """What a lesson's process does, until the trainer is gone."""
+    from .loop import Trainer
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides
+    link = Connection(descriptor)
+    with suppress(EOFError, OSError):  # the trainer is gone
+        path, at, (model, phase, lessons, autocast, seed, threads) = pickle.loads(link.recv_bytes())
+        torch.set_num_threads(threads)
+        trainer = Trainer(model, phase, lessons, autocast=autocast, seed=seed)
+        parameters, (lesson,) = _learning(model), lessons.values()
+        for parameter, shared in zip(parameters, _views(path, parameters, 0), strict=True):
+            parameter.data = shared
+        gradients = _views(path, parameters, at)
+        while True:
+            trainer.done = link.recv()
+            link.send(_answer(trainer, parameters, gradients, lesson))
+
+
+def _answer(trainer: Trainer, parameters: list[nn.Parameter], gradients: list[Tensor], lesson: object) -> object:
+    """A step's loss, the parameters that its gradients reach, what was passed over so far; or what went wrong."""
+    try:
+        (loss,) = trainer.learn().values()
+    except Exception as error:
+        return error
+    reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+    for i in reached:
+        gradients[i].copy_(parameters[i].grad)
+    trainer.optimizer.zero_grad()
+    return loss, reached, getattr(lesson, "passed_over", None)
+
+
+def _learning(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(-(-parameter.nbytes // _ALIGNED) * _ALIGNED for parameter in parameters)
+
+
+def _views(path: str, parameters: list[nn.Parameter], at: int) -> list[Tensor]:
+    """Tensors like the parameters, one behind the other in a file from byte ``at`` on."""
+    file = torch.from_file(path, shared=True, size=at + _bytes(parameters), dtype=torch.uint8)
+    found = []
+    for parameter in parameters:
+        found.append(file[at : at + parameter.nbytes].view(parameter.dtype).view(parameter.shape))
+        at += _bytes([parameter])
+    return found

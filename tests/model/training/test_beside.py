@@ -1,0 +1,88 @@
+"""Lessons in processes of their own: the same losses and parameters as in one process, and no process left behind."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from omnimamba_model import load
+from omnimamba_model.training import Phase, Trainer, checkpoints
+from omnimamba_model.training.beside import side_by_side
+from omnimamba_model.training.parallel import Ranks
+from omnimamba_model.training.run import run
+from omnimamba_model.training.settings import read
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def losses(out) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "rate", "passed over")
+    return [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines]
+
+
+def read_settings(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return read(path)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def until(condition, seconds: float = 300) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_the_same_bits_through_a_kill_and_no_process_stays(values, data, tmp_path):
+    """With dropout, for which each step and lesson has its own seed; a bad picture is counted over there too."""
+    (data / "3.png").write_bytes(b"no picture")
+    values = values | {"steps": 8, "fresh": values["fresh"] | {"lora_dropout": 0.3}}
+    run(read_settings(tmp_path / "one.yaml", values | {"out": str(tmp_path / "one")}), print)
+    values |= {"side_by_side": True, "recompute": True}
+    settings = read_settings(tmp_path / "two.yaml", values)
+    command = [sys.executable, "-m", "omnimamba_model", "train", str(tmp_path / "two.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = until(lambda: checkpoints.kept(Path(values["out"])))
+    theirs = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    assert begun and process.wait() == -signal.SIGKILL and theirs
+    assert until(lambda: all(map(ended, theirs)))
+    run(settings, print)
+    assert losses(values["out"]) == losses(tmp_path / "one")
+    assert losses(values["out"])[-1]["passed over"]
+    a, b = (load(Path(out) / "model").state_dict() for out in (values["out"], tmp_path / "one"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_goes_wrong_over_there_is_raised_here(values, data, tmp_path):
+    for i in range(7):
+        (data / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match="none of 7 records can be used, for example: .*png cannot be read"):
+        run(read_settings(tmp_path / "s.yaml", values | {"side_by_side": True}), print)
+
+
+@pytest.mark.parametrize("ranks", [Ranks(0, 2), Ranks(device=torch.device("meta"))], ids=["two", "no CPU"])
+def test_it_is_for_one_process_on_a_cpu(model, ranks):
+    trainer = Trainer(model, Phase("a phase", "joint", ("t2i",), 1, 1e-3), {"t2i": lambda place: None})
+    trainer.ranks = dataclasses.replace(ranks)
+    with pytest.raises(ValueError, match="one process on a CPU, got"), side_by_side(trainer):
+        pass

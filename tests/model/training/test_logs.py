@@ -1,0 +1,57 @@
+"""Where a run's figures go besides metrics.jsonl."""
+
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from omnimamba_model.training.logs import Logs
+
+
+class Wandb:
+    """Weights & Biases' calls, kept."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished = {}, [], False
+
+    def init(self, **options):
+        self.begun = options
+        return SimpleNamespace(log=lambda values, step: self.logged.append((step, values)), finish=self.finish)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_on_request(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logs = Logs(tmp_path, 0, False, None)
+    logs.add(1, {"loss": 2.0})
+    logs.close(Counter())
+    assert not wandb.begun
+    logs = Logs(tmp_path, 1, False, "a project")
+    logs.add(2, {"loss": 1.0})
+    logs.close(Counter({"a reason": 3}))
+    assert wandb.begun["project"] == "a project" and wandb.begun["id"] == tmp_path.name  # the same run goes on
+    assert wandb.logged == [(2, {"loss": 1.0})] and wandb.finished
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"passed over": {"a reason": 3}}]
+
+
+def test_weights_and_biases_is_asked_for_but_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        Logs(tmp_path, 0, False, "a project")
+
+
+def test_tensorboard(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logs = Logs(tmp_path, 0, True, None)
+    for step in (1, 2):
+        logs.add(step, {"loss t2i": 3.0 - step})
+    logs.close(Counter())
+    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss/t2i")] == [(1, 2.0), (2, 1.0)]
