@@ -26,6 +26,7 @@ def _lora_linear(
     bias: Tensor | None,
     task: Tensor | None,
     weight_scale: Tensor | None,
+    one_task: int,
     scale: float,
     dropout_p: float,
     dropout_seed: int,
@@ -35,7 +36,7 @@ def _lora_linear(
         checks.in_range("task", task, -1, lora_A.shape[0])
         task = task.int()
     tensors = (x, weight, lora_A, lora_B, bias, task, weight_scale)
-    options = {"scale": scale, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
+    options = {"one_task": one_task, "scale": scale, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
     return autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)[0]
 
 
@@ -88,8 +89,8 @@ def lora_linear(
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
     if dropout_p and dropout_seed is None:
         raise ValueError("dropout_seed: got None with dropout_p > 0; pass an integer that the backward can use again")
-    rows = _route(x, task, tasks)
-    if rows is None:
+    rows, one_task = _route(x, task, tasks)
+    if rows is None and one_task == -1:
         lora_A = lora_B = None
         dropout_p = 0.0
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -97,7 +98,7 @@ def lora_linear(
     if weight_scale is not None:
         weight_scale = weight_scale.detach()
     y = _lora_linear(
-        flat, weight, lora_A, lora_B, bias, rows, weight_scale, float(scale), float(dropout_p), seed, backend
+        flat, weight, lora_A, lora_B, bias, rows, weight_scale, one_task, float(scale), float(dropout_p), seed, backend
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
@@ -129,8 +130,8 @@ def _check(x, weight, lora_A, lora_B, bias, weight_scale) -> None:
     checks.same_device(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, weight_scale=weight_scale)
 
 
-def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
-    """The task of each row, or None where every row is the base alone."""
+def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> tuple[Tensor | None, int]:
+    """The task of each row, or None and that of all rows."""
     if task is None:
         if tasks > 1:
             raise ValueError(
@@ -142,14 +143,12 @@ def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> Tensor | None:
         checks.shape("task", task, *x.shape[:-1], letters="x's leading shape")
         checks.same_device(x=x, task=task)
         if tasks:
-            return task.reshape(-1)
+            return task.reshape(-1), -1
         if not torch.compiler.is_compiling():
             checks.in_range("task", task, -1, 0)
-        return None
+        return None, -1
     if isinstance(task, bool) or not isinstance(task, int):
         raise TypeError(f"task: got {task!r}, expected an integer or an integer tensor of x's leading shape")
     if not -1 <= task < tasks:
         raise ValueError(f"task: got {task}, expected -1 (the base alone) to {tasks - 1}")
-    if task == -1:
-        return None
-    return torch.full((math.prod(x.shape[:-1]),), int(task), dtype=torch.int32, device=x.device)
+    return None, task

@@ -1,6 +1,7 @@
 """What the LoRA linear layer's Triton kernels load, store and multiply, against what nobody can do without.
 
 Of a product's FLOPs those of one product of whole tiles are counted, whatever parts its operands are multiplied in.
+Without ``task`` all rows have one, which is a number of the launch; without ``lora_A`` they are the base alone.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def forward(
     *, target: Target, save: bool = False, dropout_p: float = 0.0, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
     found: dict[str, Cost] = defaultdict(Cost)
-    in_passing = task is not None and fused(x, lora_A, dropout_p)
+    in_passing = lora_A is not None and fused(x, lora_A, dropout_p)
     low = None
-    if task is not None and not in_passing:
+    if lora_A is not None and not in_passing:
         ranks = lora_A.shape[0] * lora_A.shape[1]
         low = x.new_empty(x.shape[0], ranks, dtype=torch.float32, device="meta")
-        parts = _narrow(found, x, lora_A.permute(2, 0, 1), True, target)
+        parts = _narrow(found, x, lora_A.permute(2, 0, 1), task is not None, target)
         if parts > 1:
             _sum(found, parts, x.shape[0] * ranks, LOW)
     if x.shape[0] <= FEW_ROWS:
@@ -67,14 +68,14 @@ def backward(
     found: dict[str, Cost] = defaultdict(Cost)
     dy = x.new_empty(x.shape[0], weight.shape[0], device="meta")
     low = None
-    if task is not None:
+    if lora_A is not None:
         ranks = lora_A.shape[0] * lora_A.shape[1]
         low = x.new_empty(x.shape[0], ranks, dtype=torch.float32, device="meta")
-    if task is not None or bias is not None:
-        _low_backward(found, dy, lora_B if task is not None else None, bias, target)
+    if lora_A is not None or bias is not None:
+        _low_backward(found, dy, lora_B, bias, task is not None, target)
     _matmul(found, dy, weight, x, None, low, lora_A, target)
     _matmul(found, dy.T, x, weight, None, None, None, target)
-    if task is not None:
+    if lora_A is not None:
         parts = _narrow(found, x.T, low.unflatten(1, lora_A.shape[:2]), False, target)
         _sum(found, parts, lora_A.numel(), lora_A.element_size())
     return dict(found)
@@ -84,13 +85,14 @@ def _few_rows(found, x, weight, lora_A, lora_B, bias, task, in_passing: bool, sa
     (m, k), n = x.shape, weight.shape[0]
     use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=product_bytes(x, weight))
     block_m, block_n = use["BLOCK_M"], use["BLOCK_N"]
-    ranks = 0 if task is None else lora_A.shape[0] * lora_A.shape[1]
+    ranks = 0 if lora_A is None else lora_A.shape[0] * lora_A.shape[1]
     tiles, depth, step_r = blocks(n, block_n), blocks(k, use["BLOCK_K"]) * use["BLOCK_K"], block_r(ranks)
     loaded = tiles * nbytes(x) + nbytes(weight, bias)
     stored = m * n * x.element_size()
     flops = 2 * tiles * block_m * block_n * depth
-    if task is not None:
-        loaded += nbytes(lora_B) + tiles * (nbytes(lora_A) + 4 * m if in_passing else m * ranks * LOW)
+    if lora_A is not None:
+        ids = 0 if task is None else 4 * m
+        loaded += nbytes(lora_B) + tiles * (nbytes(lora_A) + ids if in_passing else m * ranks * LOW)
         stored += m * ranks * LOW if in_passing and save else 0
         flops += 2 * tiles * block_m * step_r * (depth if in_passing else 0)
         flops += 2 * tiles * block_m * block_n * blocks(ranks, step_r) * step_r
@@ -115,20 +117,20 @@ def _matmul(found, a: Tensor, b: Tensor, like: Tensor, bias, low, up, target: Ta
     found["matmul_kernel"] += Cost(loaded, m * n * like.element_size(), flops)
 
 
-def _narrow(found, a: Tensor, b: Tensor, routed: bool, target: Target) -> int:
-    """b (k, tasks, r); how many parts there are."""
+def _narrow(found, a: Tensor, b: Tensor, by_row: bool, target: Target) -> int:
+    """b (k, tasks, r), ``by_row``: the tasks are read; how many parts there are."""
     (m, k), ranks = a.shape, b.shape[1] * b.shape[2]
     use = settings("lora_linear", "narrow", target, m=m, k=k, bytes=product_bytes(a, b))
     step_r = block_r(ranks, use["longest_r"])
     tiles_m, tiles_r = blocks(m, use["BLOCK_M"]), blocks(ranks, step_r)
     parts, chunk = split(k, use["BLOCK_K"], tiles_m * tiles_r, target, use["per_multiprocessor"])
-    loaded = tiles_r * nbytes(a) + tiles_m * nbytes(b) + (4 * m * tiles_r * parts if routed else 0)
+    loaded = tiles_r * nbytes(a) + tiles_m * nbytes(b) + (4 * m * tiles_r * parts if by_row else 0)
     flops = 2 * tiles_m * use["BLOCK_M"] * parts * chunk * tiles_r * step_r
     found["narrow_kernel"] += Cost(loaded, parts * m * ranks * LOW, flops)
     return parts
 
 
-def _low_backward(found, dy: Tensor, lora_B: Tensor | None, bias: Tensor | None, target: Target) -> None:
+def _low_backward(found, dy: Tensor, lora_B: Tensor | None, bias: Tensor | None, by_row: bool, target: Target) -> None:
     m, n = dy.shape
     ranks = 0 if lora_B is None else lora_B.shape[0] * lora_B.shape[2]
     use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=low_backward_bytes(dy, lora_B))
@@ -137,7 +139,7 @@ def _low_backward(found, dy: Tensor, lora_B: Tensor | None, bias: Tensor | None,
     parts, chunk = split(n, use["BLOCK_N"], tiles_m * tiles_r, target, use["per_multiprocessor"])
     loaded, stored, flops = tiles_r * nbytes(dy), 0, 0
     if lora_B is not None:
-        loaded += tiles_m * nbytes(lora_B) + parts * m * (ranks * LOW + 4 * tiles_r)
+        loaded += tiles_m * nbytes(lora_B) + parts * m * (ranks * LOW + (4 * tiles_r if by_row else 0))
         stored += (parts * m + tiles_m * n) * ranks * LOW
         flops = 2 * 2 * tiles_m * use["BLOCK_M"] * parts * chunk * tiles_r * step_r
         if parts > 1:

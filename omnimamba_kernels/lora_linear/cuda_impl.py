@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
+from .routing import tasks_of_rows
 
 MATRIX = ("matmul16_kernel", "matmul_sm90_kernel")
 
@@ -37,11 +38,13 @@ def forward(
     task: Tensor | None,
     weight_scale: None,
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
+    task = tasks_of_rows(x, lora_A, task, one_task)
     dropout = _dropout(dropout_p, dropout_seed)
     low = None if task is None else _low_like(x, lora_A)
     if x.shape[0] <= FEW_ROWS:
@@ -58,6 +61,7 @@ def backward(
     grads: tuple[Tensor | None],
     needs: tuple[bool, ...],
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .routing import tasks_of_rows
 
 # Up to so many rows, one pass over the weights beats unpacking them for a matrix product.
 FEW_ROWS = 48
@@ -33,11 +34,13 @@ def forward(
     task: Tensor | None,
     weight_scale: Tensor | None,
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
+    task = tasks_of_rows(x, lora_A, task, one_task)
     saved = (x, weight, lora_A, lora_B, task, weight_scale) if save else ()
     if x.shape[0] <= FEW_ROWS and not dropout_p and x.numel() and weight.numel():
         return (_few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale),), saved
@@ -54,6 +57,7 @@ def backward(
     grads: tuple[Tensor | None],
     needs: tuple[bool, ...],
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .int8 import dequantize_int8
+from .routing import tasks_of_rows
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -38,12 +39,14 @@ def forward(
     task: Tensor | None,
     weight_scale: Tensor | None,
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
-    """x (rows, in), task (rows,) or None for the base alone."""
+    """x (rows, in); without lora_A and lora_B the base alone."""
+    task = tasks_of_rows(x, lora_A, task, one_task)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x.to(compute)
     weight = weight.to(compute) if weight_scale is None else dequantize_int8(weight, weight_scale, compute)

@@ -20,10 +20,10 @@ import triton.language as tl
 from .triton_parts import multiply, routed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one_task"])
 def few_rows_kernel(
     x, weight, lora_A, lora_B, bias, task, low, y, M, N, K, ranks, rank, scale,
-    x_m, x_k, weight_n, weight_k, A_task, A_rank, A_k, B_task, B_n, B_rank, bias_n, task_m,
+    x_m, x_k, weight_n, weight_k, A_task, A_rank, A_k, B_task, B_n, B_rank, bias_n, task_m, one_task,
     HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, FUSED: tl.constexpr, SAVE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -47,7 +47,7 @@ def few_rows_kernel(
             down = multiply(left, right, down, False, PRECISION)
 
     if FUSED:
-        down = routed(down, tl.load(task + row * task_m, mask=row < M, other=-1), r, rank, scale)
+        down = routed(down, task, task_m, one_task, row, M, r, rank, scale)
         if SAVE:
             first = (tl.program_id(0) == 0) & row_in & (r[None, :] < ranks)
             tl.store(low + row[:, None] * ranks + r[None, :], down, mask=first)

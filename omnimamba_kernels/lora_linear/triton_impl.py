@@ -3,7 +3,8 @@
     y_i = W x_i + bias + scale B_t A_t u_i,    u = dropout(x),    t = task of row i, -1: the base alone
 
 The adapters are concatenated by rank: low = scale (u [A_1; A_2; ..]^T), masked by each row's task, and the accumulators
-of x W^T start from low [B_1 | B_2 | ..]^T. No sorting, nothing read back, any mix of tasks.
+of x W^T start from low [B_1 | B_2 | ..]^T. No sorting, nothing read back, any mix of tasks; one task of all rows goes
+as a number and makes no tensor.
 
 Launches  up to FEW_ROWS rows: 1. More: 2 forward (low; y), 3 where low is split along ``in``. Backward, each as needed:
           one pass over dy for dlow, dB and dbias, with a small sum for each; dx; dweight; dA and its sum.
@@ -26,6 +27,13 @@ from .tiles import FEW_ROWS, block_r, fused, low_backward_bytes, pairs, product_
 from .triton_few_rows import few_rows_kernel
 from .triton_low_rank import low_backward_kernel, narrow_kernel, sum_kernel
 from .triton_matmul import matmul_kernel
+
+
+class Route(NamedTuple):
+    """The task of each row, or None and that of all rows."""
+
+    task: Tensor | None
+    one_task: int
 
 
 class Dropout(NamedTuple):
@@ -62,16 +70,18 @@ def forward(
     task: Tensor | None,
     weight_scale: None,
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
     dropout = Dropout.of(dropout_p, dropout_seed)
-    in_passing = task is not None and fused(x, lora_A, dropout_p)
-    low = None if task is None or in_passing else _project_down(x, lora_A, task, scale, dropout)
+    route = None if lora_A is None else Route(task, one_task)
+    in_passing = route is not None and fused(x, lora_A, dropout_p)
+    low = None if route is None or in_passing else _project_down(x, lora_A, route, scale, dropout)
     if x.shape[0] <= FEW_ROWS:
-        y, low = _few_rows(x, weight, lora_A, lora_B, bias, task, low, scale, in_passing, save)
+        y, low = _few_rows(x, weight, lora_A, lora_B, bias, route, low, scale, in_passing, save)
     else:
         y = _matmul(x, weight.T, x.dtype, bias, low, None if low is None else lora_B.transpose(1, 2))
     return (y,), (x, weight, lora_A, lora_B, bias, task, low) if save else ()
@@ -82,6 +92,7 @@ def backward(
     grads: tuple[Tensor | None],
     needs: tuple[bool, ...],
     *,
+    one_task: int,
     scale: float,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
@@ -92,9 +103,10 @@ def backward(
         return None, None, None, None, None, None, None
     dy = grads[0]
     dropout = Dropout.of(dropout_p, dropout_seed)
-    routed = task is not None
+    routed = lora_A is not None
+    route = Route(task, one_task) if routed else None
     wanted = (routed and (needs[0] or needs[2]), routed and needs[3], needs[4])
-    dlow, dB, dbias = _low_backward(dy, lora_B, low, task, bias, scale, wanted)
+    dlow, dB, dbias = _low_backward(dy, lora_B, low, route, bias, scale, wanted)
     if needs[0]:
         dx = _matmul(dy, weight, x.dtype, None, dlow, lora_A, dropout)
     if needs[1]:
@@ -141,7 +153,7 @@ def _few_rows(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
-    task: Tensor | None,
+    route: Route | None,
     low: Tensor | None,
     scale: float,
     in_passing: bool,
@@ -150,7 +162,8 @@ def _few_rows(
     """y, and low where it was given or is to be saved."""
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n)
-    tasks, rank = (0, 1) if task is None else lora_A.shape[:2]
+    tasks, rank = (0, 1) if route is None else lora_A.shape[:2]
+    task, one_task, task_m = _route(route)
     if in_passing and save:
         low = x.new_empty(m, tasks * rank, dtype=torch.float32)
     target = target_of(x)
@@ -158,17 +171,17 @@ def _few_rows(
     launch(
         few_rows_kernel, (triton.cdiv(n, use["BLOCK_N"]),),
         x, weight, lora_A, lora_B, bias, task, low, y, m, n, k, tasks * rank, max(rank, 1), scale,
-        *x.stride(), *weight.stride(), *((0,) * 6 if task is None else (*lora_A.stride(), *lora_B.stride())),
-        _stride(bias), _stride(task),
-        HAS_BIAS=bias is not None, HAS_LOW=task is not None, FUSED=in_passing, SAVE=in_passing and save,
+        *x.stride(), *weight.stride(), *((0,) * 6 if route is None else (*lora_A.stride(), *lora_B.stride())),
+        _stride(bias), task_m, one_task,
+        HAS_BIAS=bias is not None, HAS_LOW=route is not None, FUSED=in_passing, SAVE=in_passing and save,
         **_dot_flags(x.dtype, target), BLOCK_R=block_r(tasks * rank), **use,
     )  # fmt: skip
     return y, low
 
 
-def _project_down(x: Tensor, lora_A: Tensor, task: Tensor, scale: float, dropout: Dropout | None) -> Tensor:
+def _project_down(x: Tensor, lora_A: Tensor, route: Route, scale: float, dropout: Dropout | None) -> Tensor:
     """low (rows, tasks r) = scale u A^T, masked by task."""
-    parts = _narrow(x, lora_A.permute(2, 0, 1), task, scale, dropout, transposed=False, dtype=torch.float32)
+    parts = _narrow(x, lora_A.permute(2, 0, 1), route, scale, dropout, transposed=False, dtype=torch.float32)
     if parts.shape[0] == 1:
         return parts[0]
     low = torch.empty_like(parts[0])
@@ -187,7 +200,7 @@ def _gradient_A(x: Tensor, dlow: Tensor, lora_A: Tensor, dropout: Dropout | None
 def _narrow(
     a: Tensor,
     b: Tensor,
-    task: Tensor | None,
+    route: Route | None,
     scale: float,
     dropout: Dropout | None,
     *,
@@ -203,11 +216,12 @@ def _narrow(
     tiles_m, tiles_r = triton.cdiv(m, use["BLOCK_M"]), triton.cdiv(ranks, step_r)
     splits, chunk = split(k, use["BLOCK_K"], tiles_m * tiles_r, target, use.pop("per_multiprocessor"))
     parts = a.new_empty(splits, m, ranks, dtype=torch.float32)
+    task, one_task, task_m = _route(route)
     launch(
         narrow_kernel, (tiles_m, splits, tiles_r),
-        a, b, task, parts, m, k, ranks, max(rank, 1), chunk, scale, *a.stride(), *b.stride(), _stride(task),
+        a, b, task, parts, m, k, ranks, max(rank, 1), chunk, scale, *a.stride(), *b.stride(), task_m, one_task,
         m if transposed else k, *(dropout or NO_DROPOUT),
-        ROUTE=task is not None, TRANSPOSED=transposed, **_dropout_flags(dropout, m, k),
+        ROUTE=route is not None, TRANSPOSED=transposed, **_dropout_flags(dropout, m, k),
         **_dot_flags(dtype, target), BLOCK_R=step_r, **use,
     )  # fmt: skip
     return parts
@@ -217,7 +231,7 @@ def _low_backward(
     dy: Tensor,
     lora_B: Tensor | None,
     low: Tensor | None,
-    task: Tensor | None,
+    route: Route | None,
     bias: Tensor | None,
     scale: float,
     wanted: tuple[bool, bool, bool],
@@ -226,7 +240,8 @@ def _low_backward(
     if not any(wanted):
         return None, None, None
     (m, n), target = dy.shape, target_of(dy)
-    tasks, rank = (0, 1) if task is None else (lora_B.shape[0], lora_B.shape[2])
+    tasks, rank = (0, 1) if route is None else (lora_B.shape[0], lora_B.shape[2])
+    task, one_task, task_m = _route(route)
     ranks = tasks * rank
     use = settings("lora_linear", "low_backward", target, m=m, n=n, bytes=low_backward_bytes(dy, lora_B))
     step_r = block_r(ranks, use.pop("longest_r"))
@@ -237,7 +252,7 @@ def _low_backward(
     launch(
         low_backward_kernel, (blocks, splits, tiles_r),
         dy, lora_B, low, task, *parts, m, n, ranks, max(rank, 1), chunk, scale,
-        *dy.stride(), *((0, 0, 0) if task is None else lora_B.stride()), _stride(task),
+        *dy.stride(), *((0, 0, 0) if route is None else lora_B.stride()), task_m, one_task,
         NEEDS_LOW=wanted[0], NEEDS_B=wanted[1], NEEDS_BIAS=wanted[2],
         **_dot_flags(dy.dtype if lora_B is None else lora_B.dtype, target), BLOCK_R=step_r, **use,
     )  # fmt: skip
@@ -277,6 +292,11 @@ def _sum(parts: Tensor, out: Tensor, rank: int, out_m: int, out_task: int, out_r
 
 def _stride(vector: Tensor | None) -> int:
     return 0 if vector is None else vector.stride(0)
+
+
+def _route(route: Route | None) -> tuple[Tensor | None, int, int]:
+    """task, one_task and task's stride."""
+    return (None, -1, 0) if route is None else (*route, _stride(route.task))
 
 
 def _dropout_flags(dropout: Dropout | None, m: int, n: int) -> dict[str, bool]:

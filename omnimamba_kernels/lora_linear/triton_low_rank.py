@@ -20,9 +20,9 @@ import triton.language as tl
 from .triton_parts import kept, multiply, routed
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["one_task", "seed", "threshold"])
 def narrow_kernel(
-    a, b, task, parts, M, K, ranks, rank, chunk, scale, a_m, a_k, b_k, b_task, b_rank, task_m, width,
+    a, b, task, parts, M, K, ranks, rank, chunk, scale, a_m, a_k, b_k, b_task, b_rank, task_m, one_task, width,
     seed, threshold, keep,
     ROUTE: tl.constexpr, DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr, BIG: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,14 +50,14 @@ def narrow_kernel(
     if DROPOUT:
         acc /= keep
     if ROUTE:
-        acc = routed(acc, tl.load(task + row * task_m, mask=row < M, other=-1), r, rank, scale)
+        acc = routed(acc, task, task_m, one_task, row, M, r, rank, scale)
     tl.store(parts + (split * M + row)[:, None] * ranks + r[None, :], acc, mask=row_in & r_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one_task"])
 def low_backward_kernel(
     dy, lora_B, low, task, parts_low, parts_B, parts_bias, M, N, ranks, rank, chunk, scale,
-    dy_m, dy_n, B_task, B_n, B_rank, task_m,
+    dy_m, dy_n, B_task, B_n, B_rank, task_m, one_task,
     NEEDS_LOW: tl.constexpr, NEEDS_B: tl.constexpr, NEEDS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -84,7 +84,7 @@ def low_backward_kernel(
                 parts_bias + block * N + col, tl.sum(tile.to(tl.float32), 0), mask=(col < N) & (tl.program_id(2) == 0)
             )
     if NEEDS_LOW:
-        acc = routed(acc, tl.load(task + row * task_m, mask=row < M, other=-1), r, rank, scale)
+        acc = routed(acc, task, task_m, one_task, row, M, r, rank, scale)
         tl.store(parts_low + (split * M + row)[:, None] * ranks + r[None, :], acc, mask=row_in & r_in)
 
 

@@ -26,9 +26,14 @@ def multiply(a, b, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def routed(low, task, r, rank, scale):
-    """low (rows, ranks) times ``scale`` in the columns of each row's own task, 0 in the others."""
-    return tl.where(task[:, None] == (r // rank)[None, :], low * scale, 0.0)
+def routed(low, task, task_m, one_task, row, M, r, rank, scale):
+    """low (rows, ranks) times ``scale`` in the columns of each row's own task, 0 in the others. Where ``task`` is None
+    ``one_task`` is that of all rows."""
+    if task is None:
+        own = (r // rank == one_task)[None, :]
+    else:
+        own = tl.load(task + row * task_m, mask=row < M, other=-1)[:, None] == (r // rank)[None, :]
+    return tl.where(own, low * scale, 0.0)
 
 
 @triton.jit

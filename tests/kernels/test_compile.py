@@ -186,7 +186,7 @@ def operator_calls():
         ),
     )
     a = tensors(x=(L, DIM), weight=(11, DIM), lora_A=(2, 3, DIM), lora_B=(2, 11, 3))
-    yield ops.lora_linear, (*a.values(), None, torch.arange(L, dtype=torch.int32) % 3 - 1, None, 2.0, 0.0, 0, None)
+    yield ops.lora_linear, (*a.values(), None, torch.arange(L, dtype=torch.int32) % 3 - 1, None, -1, 2.0, 0.0, 0, None)
     yield ops.mamba_mixer_step, (*mixer_arguments().values(), P, G, None, 1e-5, True, "silu", None, None)
     u = step_arguments()
     yield ops.selective_state_update, (*u.values(), None, None, True, None, None)

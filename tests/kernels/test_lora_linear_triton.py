@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from common import check
+from common import check, same_bits
 from counting import counted
 from test_lora_linear import FLOATS, hashed, layer, oracle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimamba_kernels import lora_linear, use_backend
 from omnimamba_kernels.cost import Cost
@@ -33,6 +34,7 @@ def launched(rows: int, tasks: int, needs: tuple[str, ...] = (), arch: str = "sm
          "lora_B": empty(tasks, 8512, 8), "task": torch.empty(rows, dtype=torch.int32, device="meta")}  # fmt: skip
     if not tasks:
         t |= {"lora_A": None, "lora_B": None, "task": None}
+    t |= {key: options.pop(key) for key in ("task",) if key in options}
     for key in needs:
         t[key].requires_grad_()
     with recording(TARGETS[arch]) as found, use_backend("triton"):
@@ -60,6 +62,47 @@ def test_backward_reads_dy_once_for_the_adapters():
     assert launched(8192, 0, ("x",)) == ["matmul_kernel"]
     with_everything = launched(8192, 2, ("x", "weight", "lora_A", "lora_B"))
     assert with_everything.count("low_backward_kernel") == 1 and with_everything.count("matmul_kernel") == 2
+
+
+class Seen(TorchDispatchMode):
+    """The names of torch's own operations within the block, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 8192])
+def test_one_task_of_all_rows_is_a_number(rows):
+    """The launches that a task for each row has, and memory for what they write: torch fills nothing."""
+    everything = ("x", "weight", "lora_A", "lora_B")
+    for one_task in (0, 1):
+        with Seen() as seen:
+            assert launched(rows, 2, task=one_task) == launched(rows, 2)
+        assert seen.names <= {"empty", "empty_like", "new_empty"}, seen.names
+        assert launched(rows, 2, everything, task=one_task) == launched(rows, 2, everything)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [Case((4,), 40, 37, tasks=3, rank=4), Case((70,), 40, 37, tasks=3, rank=7),
+                                  Case((4,), 40, 37, tasks=3, rank=30)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("one_task", [0, 2])
+def test_one_task_of_all_rows_has_the_bits_of_a_tensor(case, one_task):
+    found = []
+    for task in (one_task, torch.full(case.lead, one_task)):
+        leaves = {k: t if k == "bias" else t.requires_grad_() for k, t in inputs(case, *[torch.float32] * 2).items()
+                  if k != "task"}  # fmt: skip
+        with use_backend("triton"):
+            y = lora_linear(**leaves, task=task, scale=2.0, dropout_p=0.2, dropout_seed=3)
+            y.square().sum().backward()
+        found.append([y, *(leaves[k].grad for k in ("x", "weight", "lora_A", "lora_B"))])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+    assert not found[0][3][1].any() and found[0][3][one_task].any()  # only its adapter has a gradient
 
 
 @interpreted
@@ -109,10 +152,14 @@ COUNTED = (*SMALL, Case((4,), 40, 37, tasks=3, rank=30), Case((130,), 70, 37, ta
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.float16, torch.float16),
                                   (torch.float32, torch.float16)], ids=str)  # fmt: skip
-@pytest.mark.parametrize("case", COUNTED, ids=str)
-def test_the_cost_model_counts_what_moves(case, pair, dropout_p):
+@pytest.mark.parametrize(
+    ("case", "one_task"), [*((c, False) for c in COUNTED), (SMALL[2], True), (COUNTED[-1], True)], ids=str
+)
+def test_the_cost_model_counts_what_moves(case, pair, dropout_p, one_task):
     t = inputs(case, *pair)
-    flat = t | {"x": t["x"].reshape(-1, case.width), "task": None if t["task"] is None else t["task"].flatten().int()}
+    t |= {"task": case.tasks - 1} if one_task else {}
+    by_row = t["task"].flatten().int() if isinstance(t["task"], torch.Tensor) else None
+    flat = t | {"x": t["x"].reshape(-1, case.width), "task": by_row}
     options = {"dropout_p": dropout_p, "dropout_seed": 3}
     leaves = {k: v.requires_grad_() if v is not None and k in FLOATS else v for k, v in t.items()}
     with use_backend("triton"), counted() as forward:
