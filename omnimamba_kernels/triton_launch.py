@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -70,6 +71,9 @@ class Launch:
     options: tuple[tuple[str, Any], ...]
 
 
+_HERE = nullcontext()
+_compiled: set[tuple] = set()  # what ``together`` has seen: kernels with their constants and options
+_waiting: ContextVar[list[tuple] | None] = ContextVar("omnimamba_waiting_launches", default=None)
 _recorded: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("omnimamba_recorded_launches", default=None)
 
 
@@ -191,12 +195,54 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs_and_opti
         return
     if interpreting():
         _let_interpreter_count()
+    waiting = _waiting.get()
+    if waiting is not None:
+        kind = (kernel.fn, *constexprs_and_options.values())
+        if waiting or kind not in _compiled:
+            waiting.append((kind, kernel, grid, args, constexprs_and_options))
+            return
+    _start(kernel, grid, args, constexprs_and_options)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Kernels of the block that are new are compiled side by side, in threads; from the first of them on all start at
+    the block's end, in their order. The block's host code must not read what its kernels write."""
+    if _waiting.get() is not None or interpreting():
+        yield
+        return
+    waiting: list[tuple] = []
+    token = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    new = {kind: call for kind, *call in waiting if kind not in _compiled}
+    if len(new) > 1:
+        _compile(list(new.values()))
+    for _, *call in waiting:
+        _start(*call)
+    _compiled.update(new)
+
+
+def _compile(calls: list[list]) -> None:
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    with ThreadPoolExecutor(len(calls)) as pool, AsyncCompileMode(pool):
+        for kernel, grid, args, named in calls:
+            with _device_of(args):
+                kernel.warmup(*args, grid=grid, **named)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], args: tuple, named: dict[str, Any]) -> None:
+    with _device_of(args):
+        kernel[grid](*args, **named)
+
+
+def _device_of(args: tuple) -> AbstractContextManager:
     device = next(a for a in args if isinstance(a, Tensor)).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **constexprs_and_options)
-    else:
-        kernel[grid](*args, **constexprs_and_options)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _HERE
 
 
 @cache

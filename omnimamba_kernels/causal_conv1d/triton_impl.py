@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import launch
+from ..triton_launch import launch, together
 from .layout import alignment, channel_last, empty_like
 from .triton_backward import backward_kernel, sum_kernel
 from .triton_decode import update_kernel, varlen_states_kernel
@@ -46,6 +46,7 @@ def forward(
     return (y, final), (x, weight, bias, initial_states, seq_idx) if save else ()
 
 
+@together()
 def backward(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, Tensor | None],

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import launch
+from ..triton_launch import launch, together
 
 
 @triton.jit
@@ -242,6 +242,7 @@ def forward(
     return (y,), (x, weight, bias, z) if save else ()
 
 
+@together()
 def backward(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None],

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import Target, launch, settings, target_of
+from ..triton_launch import Target, launch, settings, target_of, together
 from .tiles import FEW_ROWS, block_r, fused, low_backward_bytes, pairs, product_bytes, split
 from .triton_few_rows import few_rows_kernel
 from .triton_low_rank import low_backward_kernel, narrow_kernel, sum_kernel
@@ -61,6 +61,7 @@ def why_not(*tensors: Tensor | None, **_: object) -> str | None:
     return triton_launch.cannot_store(*tensors)
 
 
+@together()
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -87,6 +88,7 @@ def forward(
     return (y,), (x, weight, lora_A, lora_B, bias, task, low) if save else ()
 
 
+@together()
 def backward(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None],

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import launch
+from ..triton_launch import launch, together
 from . import tiles
 from .tiles import CHUNK, Tile
 from .triton_backward_chunks import ssd_back_chunks
@@ -143,6 +143,7 @@ class _Scan:
         return tiles.tile(kernel, triton_launch.target_of(self.x), self.x, self.B.shape[3], self.narrow)
 
 
+@together()
 def backward(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, ...],

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor, float32, int32
 
 from .. import triton_launch
-from ..triton_launch import launch
+from ..triton_launch import launch, together
 from . import tiles
 from .tiles import CHUNK
 from .triton_backward import backward
@@ -28,6 +28,7 @@ def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None
     return triton_launch.cannot_store(x, dt, A, B, *tensors)
 
 
+@together()
 def forward(
     x: Tensor,
     dt: Tensor,

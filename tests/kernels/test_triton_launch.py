@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import Counter
+from threading import Barrier, get_ident
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ import torch
 from omnimamba_kernels import backends, rmsnorm_fn, triton_launch
 from omnimamba_kernels.backends import choose
 from omnimamba_kernels.report.calls import calls
-from omnimamba_kernels.triton_launch import TARGETS, Target, cannot_store, interpreting, recording, settings, target_of
+from omnimamba_kernels.triton_launch import (
+    TARGETS,
+    Target,
+    cannot_store,
+    interpreting,
+    launch,
+    recording,
+    settings,
+    target_of,
+    together,
+)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 X, WEIGHT = torch.ones(2, 4), torch.ones(4)
@@ -127,3 +138,85 @@ def test_host_code_runs_on_meta_tensors():
     assert x.grad.shape == x.shape and x.grad.device.type == "meta"
     with pytest.raises(RuntimeError):
         rmsnorm_fn(x, weight, None, backend="triton")
+
+
+class Chip:
+    """A driver of Triton's for a chip that is not here: kernels are compiled for it, none is started."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """The kernels that are started, by name, where an H200 is made believe and Triton's cache is empty."""
+    import triton
+
+    found = []
+    monkeypatch.setattr(triton_launch, "_start", lambda kernel, *_: found.append(kernel.fn.__name__))
+    monkeypatch.setattr(triton_launch, "_compiled", set())
+    monkeypatch.setattr(triton.runtime.driver, "_active", Chip())
+    with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        yield found
+
+
+def two_kernels():
+    """Kernels of this call alone, which Triton has not compiled yet."""
+    import triton
+    import triton_kernels
+
+    return triton.jit(triton_kernels.double.fn), triton.jit(triton_kernels.square.fn)
+
+
+@needs_triton
+@pytest.mark.skipif(interpreting(), reason="Triton interprets kernels in this process and compiles none")
+def test_new_kernels_compile_side_by_side_and_start_in_order(started):
+    import triton
+
+    double, square = two_kernels()
+    threads, meet = [], Barrier(2, timeout=60)  # passed by two that are compiled at the same time, or not at all
+
+    def compiled(**_):
+        threads.append(get_ident())
+        meet.wait()
+
+    triton.knobs.compilation.listener = compiled
+    for _ in range(2):
+        with together():
+            launch(double, (1,), X, N=8)
+            launch(square, (1,), X, N=8)
+            launch(double, (1,), X, N=8)
+        assert started == ["double", "square", "double"]
+        del started[:]
+    assert len(set(threads)) == 2 and get_ident() not in threads  # once each, neither in this one
+
+
+@needs_triton
+@pytest.mark.skipif(interpreting(), reason="Triton interprets kernels in this process and compiles none")
+def test_known_kernels_start_at_once_and_those_of_a_failed_block_do_not(started):
+    double, square = two_kernels()
+    with together():
+        launch(double, (1,), X, N=8)
+        with together():  # one within another belongs to it
+            launch(square, (1,), X, N=8)
+        assert not started
+    with together():
+        launch(double, (1,), X, N=8)
+        assert started[2:] == ["double"]
+        launch(double, (1,), X, N=16)
+        launch(square, (1,), X, N=8)
+        assert started[3:] == []  # a new one, and what comes after it, wait
+    assert started[3:] == ["double", "square"]
+    with pytest.raises(ValueError, match="no"), together():
+        launch(double, (1,), X, N=32)
+        raise ValueError("no")
+    assert len(started) == 5
