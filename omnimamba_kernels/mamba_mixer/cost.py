@@ -1,13 +1,14 @@
-"""What the mixer's decode step in Triton loads and stores (triton_step.py), against what nobody can do without.
-
-Whole sequences are made of the other operations; so is their cost.
-"""
+"""What the mixer in Triton loads and stores, against what nobody can do without: its decode step (triton_step.py), and
+whole sequences, which are made of the other operations (triton_impl.py)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ..causal_conv1d import cost as conv
 from ..cost import Cost, blocks, nbytes
+from ..gated_norm import cost as norm
+from ..ssd_scan import cost as scan
 from ..triton_launch import Target, settings
 
 
@@ -55,3 +56,40 @@ def forward(
         loaded += 4 * programs + b * dim * (4 + rmsnorm_weight.element_size())
         stored += 4 * programs + 4 * b * dim
     return {"step_kernel": Cost(loaded, stored)}
+
+
+def sequence_floor(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor,
+    D: Tensor | None, rmsnorm_weight: Tensor | None, *, headdim: int, ngroups: int = 1, **_: object,
+) -> Cost:  # fmt: skip
+    """Each input once, the output and the last states once, from zxbcdt without leading columns to the normed y."""
+    b, l, _ = zxbcdt.shape
+    dim = A.shape[0] * headdim
+    n = (conv1d_weight.shape[0] - dim) // (2 * ngroups)
+    small = nbytes(conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight)
+    return Cost(nbytes(zxbcdt) + small, b * l * dim * zxbcdt.element_size() + 4 * b * dim * n, 4 * b * l * dim * n)
+
+
+def sequence(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor,
+    D: Tensor | None, rmsnorm_weight: Tensor | None, *,
+    target: Target, headdim: int, ngroups: int = 1, norm_before_gate: bool = True, save: bool = False, **_: object,
+) -> dict[str, Cost]:  # fmt: skip
+    """The launches from zxbcdt without leading columns to the normed y."""
+    dim = A.shape[0] * headdim
+    channels = conv1d_weight.shape[0]
+    n = (channels - dim) // 2
+    z, xBC, dt = zxbcdt.split([dim, channels, A.shape[0]], -1)
+    mixed = xBC.new_empty(xBC.shape, device="meta")
+    x, B, C = (
+        t.unflatten(-1, (k, -1))
+        for t, k in zip(mixed.split([dim, n, n], -1), (A.shape[0], ngroups, ngroups), strict=True)
+    )
+    gate = None if rmsnorm_weight is not None else z.unflatten(-1, x.shape[2:])
+    found = conv.forward(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, None, None, target=target,
+                         return_final_states=False)  # fmt: skip
+    found |= scan.forward(x, dt, A, B, C, D, gate, dt_bias, None, None, target=target, save=save)
+    if rmsnorm_weight is not None:
+        found |= norm.forward(mixed[..., :dim], rmsnorm_weight, None, z, target=target, group_size=dim // ngroups,
+                              norm_before_gate=norm_before_gate)  # fmt: skip
+    return found

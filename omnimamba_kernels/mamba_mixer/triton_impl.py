@@ -1,13 +1,26 @@
 """One decode step of the mixer in Triton, host side.
 
 Whole sequences (``mamba_split_conv1d_scan_combined``) are made of the public functions of the other operations, on
-every back end alike. Elements moved a position, dim = h p:
+every back end alike, four launches forward. Nothing is copied: x, B, C, z and dt are read where they lie. Bytes from
+and to memory a position, 64 heads of 64, n 128, one group, 16 bits, 8 x 2048 (cost.sequence, but B, C and weights
+once, as L2 hands them out); cost.sequence_floor is 26 KB:
 
-    convolution    dim + 2 g n in, dim + 2 g n out: a view of zxbcdt in, channel-last out, as the scan reads it
-    scan           dim + 2 g n + h in, dim out; without a norm weight it also reads z, gates, and is the end
-    gated norm     dim and z, dim, in, dim out: z a view of zxbcdt
+    convolution    8.7 + 8.7 KB    a view of zxbcdt in, channel-last out, as the scan reads it
+    steps          0.1 + 1.0 KB
+    walk           10 + 8.2 KB     without a norm weight also z, 8.2 KB: it gates, and is the end
+    gated norm     16.4 + 8.2 KB   y and z, a view of zxbcdt: 61 KB in all, 45 KB without
 
-7 dim + 6 g n + h with a norm: 59 KB at 64 heads of 64, n 128, 16 bits; 5 dim + 6 g n + h without. Nothing is copied.
+Where more could go, and what it costs:
+
+    gate and squares in the walk  nothing: z is read there instead of by the norm, y still goes out, in and out
+    norm in the walk              16.4 KB less, but it needs a position's heads, which are other programs', and none may
+                                  wait for another. One program for a group would hold 2 MiB of states; states from
+                                  memory at every 256th position are 2 x 8.2 KB, as much as is saved
+    norm in the projection        16.4 KB less where there is one: factors of rows from squares that the walk sums, the
+                                  norm's weight on the projection's columns, a pass over that for each call
+    convolution of x in the walk  16.4 KB less where no gradient is wanted (which needs the convolved x): w reads and a
+                                  SiLU an element in a walk that has 254 of 255 registers on sm_90 already. To be tried
+                                  beside a GPU, as is the line above it
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counts what Triton's interpreter loads, stores and multiplies, by kernel."""
+"""Counts what Triton's interpreter loads, stores and multiplies, by kernel; sees what torch does beside kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimamba_kernels.cost import Cost
 
@@ -55,3 +56,16 @@ def counted() -> Iterator[dict[str, Cost]]:
         mock.patch.object(executor, "__call__", counting_start),
     ):
         yield found
+
+
+class Seen(TorchDispatchMode):
+    """The names of torch's own operations within the block, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))

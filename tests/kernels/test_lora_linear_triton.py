@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from common import check, same_bits
-from counting import counted
+from counting import Seen, counted
 from test_lora_linear import FLOATS, hashed, layer, oracle
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimamba_kernels import lora_linear, use_backend
 from omnimamba_kernels.cost import Cost
@@ -62,19 +61,6 @@ def test_backward_reads_dy_once_for_the_adapters():
     assert launched(8192, 0, ("x",)) == ["matmul_kernel"]
     with_everything = launched(8192, 2, ("x", "weight", "lora_A", "lora_B"))
     assert with_everything.count("low_backward_kernel") == 1 and with_everything.count("matmul_kernel") == 2
-
-
-class Seen(TorchDispatchMode):
-    """The names of torch's own operations within the block, views apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.names.add(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("rows", [1, 64, 8192])

@@ -1,4 +1,4 @@
-"""The Triton decode step: one launch, whatever the order of its programs; its tickets; its cost model."""
+"""The Triton decode step: one launch, whatever the order of its programs; its tickets. The cost models of the mixer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import random
 import pytest
 import torch
 from common import running, same_bits
-from counting import counted
+from counting import Seen, counted
 from test_mamba_mixer_step import OPTIONS, arguments, stepper
 
-from omnimamba_kernels import mamba_mixer_step, use_backend
+from omnimamba_kernels import mamba_mixer_step, mamba_split_conv1d_scan_combined, use_backend
+from omnimamba_kernels.cost import Cost
 from omnimamba_kernels.mamba_mixer import cost, tickets
-from omnimamba_kernels.mamba_mixer.cases import SMALL, Case, rows
+from omnimamba_kernels.mamba_mixer.cases import GPU_SEQUENCE, SMALL, Case, rows, weights
+from omnimamba_kernels.report.calls import Made
 from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting, recording
 
 pytest.importorskip("triton")
@@ -100,3 +102,29 @@ def test_the_cost_model_counts_what_moves(case, dtype, options):
     assert found == cost.forward(**tensors, **plain, target=INTERPRETER)
     floor = cost.forward_floor(**tensors, **plain)
     assert found["step_kernel"].loaded >= floor.loaded and found["step_kernel"].stored >= floor.stored
+
+
+@interpreted
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "gate alone"])
+@pytest.mark.parametrize("case", [Case(2, 130, 4, 8, 16, g=2), Case(1, 19, 3, 5, 7, w=3)], ids=str)
+def test_the_cost_model_of_a_sequence_counts_what_moves(case, norm):
+    tensors = {"zxbcdt": rows(case, torch.float16), **weights(case, torch.float16)}
+    tensors |= {} if norm else {"rmsnorm_weight": None}
+    plain = {"headdim": case.p, "ngroups": case.g, "norm_before_gate": False}
+    with use_backend("triton"), counted() as found:
+        mamba_split_conv1d_scan_combined(**tensors, **plain, chunk_size=64)
+    assert found == cost.sequence(**tensors, **plain, target=INTERPRETER)
+    floor, moved = cost.sequence_floor(**tensors, **plain), sum(found.values(), Cost())
+    assert moved.loaded >= floor.loaded and moved.stored >= floor.stored
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("case", GPU_SEQUENCE, ids=str)
+def test_a_sequence_is_four_launches_and_copies_nothing(case, arch):
+    """x, B, C, z and dt are read where they lie; memory is made for what kernels write, and for nothing else."""
+    with Made("meta"):
+        tensors = {"zxbcdt": rows(case, torch.bfloat16), **weights(case, torch.float32)}
+    with recording(TARGETS[arch]) as found, use_backend("triton"), Seen() as seen:
+        mamba_split_conv1d_scan_combined(**tensors, chunk_size=256, headdim=case.p)
+    assert [each.kernel.__name__ for each in found] == ["forward_kernel", "ssd_ends", "ssd_walk", "_forward"]
+    assert seen.names <= {"empty", "empty_like", "empty_strided", "new_empty"}, seen.names
