@@ -59,17 +59,17 @@ OM_INLINE vf taps(const float* x, const vf* tap, vf bias, vi bits) {
   return a;
 }
 
-// body(T{}, width, activation) with x's storage type and the compile-time flags of one kernel.
+// body(T{}, width) with x's storage type and the width as a compile-time constant. The activation is a branch that is always
+// taken or never: as a flag it would double what is compiled.
 template <class Body>
 void for_instance(const CausalConv1dParams& p, Body&& body) {
+  check_width(p.width);
   for_float_type(p.x.dtype, [&](auto type) {
-    auto with_width = [&](auto width) {
-      if (p.activation)
-        body(type, width, std::true_type{});
-      else
-        body(type, width, std::false_type{});
-    };
-    for_conv_width(p.width, with_width);
+    switch (p.width) {
+      case 2: return body(type, std::integral_constant<int, 2>{});
+      case 3: return body(type, std::integral_constant<int, 3>{});
+      default: return body(type, std::integral_constant<int, 4>{});
+    }
   });
 }
 
