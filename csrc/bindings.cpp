@@ -22,7 +22,7 @@ using namespace omnimamba;
 
 namespace {
 
-#define FIELD(name) .add<&Params::name>(#name)
+#define FIELD(name) .add(#name, &Params::name)
 
 void bind_causal_conv1d(py::module_& m) {
   {

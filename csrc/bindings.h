@@ -105,47 +105,90 @@ inline int torch_threads() {
   return py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get_num_threads)).cast<int>();
 }
 
+// A member of a Params struct: its name, its place in the struct and what it takes.
+enum class Kind { VIEW, FLAG, INT, LONG, UNSIGNED_LONG, FLOAT };
+
+inline void assign(Kind kind, void* member, PyObject* value) {
+  switch (kind) {
+    case Kind::VIEW: return assign(*static_cast<View*>(member), value);
+    case Kind::FLAG: return assign(*static_cast<bool*>(member), value);
+    case Kind::INT: return assign(*static_cast<int32_t*>(member), value);
+    case Kind::LONG: return assign(*static_cast<int64_t*>(member), value);
+    case Kind::UNSIGNED_LONG: return assign(*static_cast<uint64_t*>(member), value);
+    case Kind::FLOAT: return assign(*static_cast<float*>(member), value);
+  }
+}
+
+template <class Member>
+constexpr Kind kind_of() {
+  if constexpr (std::is_same_v<Member, View>) return Kind::VIEW;
+  if constexpr (std::is_same_v<Member, bool>) return Kind::FLAG;
+  if constexpr (std::is_same_v<Member, int32_t> || std::is_same_v<Member, uint32_t>) return Kind::INT;
+  if constexpr (std::is_same_v<Member, int64_t>) return Kind::LONG;
+  if constexpr (std::is_same_v<Member, uint64_t>) return Kind::UNSIGNED_LONG;
+  if constexpr (std::is_same_v<Member, float>) return Kind::FLOAT;
+}
+
 // The members of a Params struct by name. It lives as long as the process, as the kernels that refer to it do.
-template <class Params>
 struct Fields {
   struct Field {
     PyObject* name;
-    void (*set)(Params&, PyObject*);
+    std::ptrdiff_t place;
+    Kind kind;
   };
   std::vector<Field> all;
 
-  template <auto member>
-  Fields& add(const char* name) {
-    all.push_back({PyUnicode_InternFromString(name), [](Params& p, PyObject* value) { assign(p.*member, value); }});
-    return *this;
-  }
-
   // Keywords written in Python source are interned, so the first loop nearly always finds them.
-  void set(Params& p, PyObject* name, PyObject* value) const {
+  void set(void* params, PyObject* name, PyObject* value) const {
     for (const Field& field : all)
-      if (field.name == name) return field.set(p, value);
+      if (field.name == name) return assign(field.kind, static_cast<char*>(params) + field.place, value);
     for (const Field& field : all)
-      if (PyUnicode_Compare(field.name, name) == 0) return field.set(p, value);
+      if (PyUnicode_Compare(field.name, name) == 0)
+        return assign(field.kind, static_cast<char*>(params) + field.place, value);
     throw py::type_error("this kernel has no field " + py::handle(name).cast<std::string>());
   }
 };
 
-template <class Params, class Result>
+template <class Params>
+struct FieldsOf : Fields {
+  static_assert(std::is_trivially_copyable_v<Params>);
+
+  template <class Member>
+  FieldsOf& add(const char* name, Member Params::* member) {
+    static Params params;
+    const auto* at = reinterpret_cast<const char*>(&(params.*member));
+    all.push_back({PyUnicode_InternFromString(name), at - reinterpret_cast<const char*>(&params), kind_of<Member>()});
+    return *this;
+  }
+};
+
+// ---- kernels in a row, their arguments fixed beforehand: program.add(name, x=x, batch=b, ...), program.run() ----
+
+using Bound = std::function<void(int threads)>;
+
+// A kernel whatever its Params. What knows these is kept small: it is compiled for each kernel.
 struct Kernel {
-  const Fields<Params>* fields;
-  Result (*function)(const Params&);
+  const Fields* fields;
+  void (*function)();
+  PyObject* (*start)(const Kernel&, PyObject* const* values, PyObject* names);
+  Bound (*bind)(const Kernel&, const py::kwargs& values);  // null: it has a result
   PyMethodDef definition;
+
+  void set(void* params, PyObject* const* values, PyObject* names) const {
+    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++)
+      fields->set(params, PyTuple_GET_ITEM(names, i), values[i]);
+  }
+
+  void set(void* params, const py::kwargs& values) const {
+    for (const auto& [key, value] : values) fields->set(params, key.ptr(), value.ptr());
+  }
 
   static PyObject* call(PyObject* self, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
     try {
       auto* kernel = static_cast<Kernel*>(PyCapsule_GetPointer(self, nullptr));
       if (positional) throw py::type_error("kernels take keywords only");
-      Params p;
       const Return at_the_end;
-      for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++)
-        kernel->fields->set(p, PyTuple_GET_ITEM(names, i), values[i]);
-      p.threads = torch_threads();
-      return run(kernel->function, p).release().ptr();
+      return kernel->start(*kernel, values, names);
     } catch (py::error_already_set& error) {
       error.restore();
     } catch (const py::builtin_exception& error) {
@@ -157,29 +200,11 @@ struct Kernel {
     }
     return nullptr;
   }
-
-  // The interpreter is free for other threads while a kernel runs.
-  static py::object run(Result (*function)(const Params&), const Params& p) {
-    auto released = [&] {
-      py::gil_scoped_release free;
-      return function(p);
-    };
-    if constexpr (std::is_void_v<Result>) {
-      released();
-      return py::none();
-    } else {
-      return py::cast(released());
-    }
-  }
 };
 
-// ---- kernels in a row, their arguments fixed beforehand: program.add(name, x=x, batch=b, ...), program.run() ----
-
-using Bound = std::function<void(int threads)>;
-
-// What fixes the arguments of a kernel without a result, by name.
-inline std::map<std::string, std::function<Bound(const py::kwargs&)>>& binders() {
-  static auto* all = new std::map<std::string, std::function<Bound(const py::kwargs&)>>;
+// The kernels without a result by name.
+inline std::map<std::string, const Kernel*>& bindable() {
+  static auto* all = new std::map<std::string, const Kernel*>;
   return *all;
 }
 
@@ -188,9 +213,10 @@ struct Program {
 
   // Whether the kernel was added; one with a result (the size of a workspace) is called at once instead.
   bool add(const std::string& name, const py::kwargs& values) {
-    const auto binder = binders().find(name);
-    if (binder == binders().end()) return false;
-    steps.push_back(binder->second(values));
+    const auto kernel = bindable().find(name);
+    if (kernel == bindable().end()) return false;
+    const Return at_the_end;
+    steps.push_back(kernel->second->bind(*kernel->second, values));
     return true;
   }
 
@@ -201,29 +227,62 @@ struct Program {
   }
 };
 
+inline void publish(py::module_& m, Kernel* kernel) {
+  auto self = py::reinterpret_steal<py::object>(PyCapsule_New(kernel, nullptr, nullptr));
+  auto function = py::reinterpret_steal<py::object>(PyCFunction_New(&kernel->definition, self.ptr()));
+  py::object kernels = m.attr("kernels");
+  if (PyDict_SetItemString(kernels.ptr(), kernel->definition.ml_name, function.ptr())) throw py::error_already_set();
+  if (kernel->bind) bindable()[kernel->definition.ml_name] = kernel;
+}
+
 template <class Params>
-Fields<Params>& params() {
-  return *new Fields<Params>;
+FieldsOf<Params>& params() {
+  return *new FieldsOf<Params>;
+}
+
+// The interpreter is free for other threads while a kernel runs.
+template <class Params, class Result>
+PyObject* start(const Kernel& kernel, PyObject* const* values, PyObject* names) {
+  const auto function = reinterpret_cast<Result (*)(const Params&)>(kernel.function);
+  Params p;
+  kernel.set(&p, values, names);
+  p.threads = torch_threads();
+  if constexpr (std::is_void_v<Result>) {
+    {
+      const py::gil_scoped_release free;
+      function(p);
+    }
+    Py_RETURN_NONE;
+  } else {
+    static_assert(std::is_integral_v<Result>);
+    Result result;
+    {
+      const py::gil_scoped_release free;
+      result = function(p);
+    }
+    return PyLong_FromLongLong(result);
+  }
+}
+
+template <class Params>
+Bound bind(const Kernel& kernel, const py::kwargs& values) {
+  Params p;
+  kernel.set(&p, values);
+  return [p, function = reinterpret_cast<void (*)(const Params&)>(kernel.function)](int threads) mutable {
+    p.threads = threads;
+    function(p);
+  };
 }
 
 template <class Params, class Result>
-void kernel(py::module_& m, const Fields<Params>& fields, const char* name, Result (*function)(const Params&)) {
-  using Called = Kernel<Params, Result>;
-  auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Called::call));
-  auto* bound = new Called{&fields, function, {name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}};
-  auto self = py::reinterpret_steal<py::object>(PyCapsule_New(bound, nullptr, nullptr));
-  py::dict kernels = m.attr("kernels");
-  kernels[name] = py::reinterpret_steal<py::object>(PyCFunction_New(&bound->definition, self.ptr()));
-  if constexpr (std::is_void_v<Result>)
-    binders()[name] = [&fields, function](const py::kwargs& values) -> Bound {
-      Params p;
-      const Return at_the_end;
-      for (const auto& [key, value] : values) fields.set(p, key.ptr(), value.ptr());
-      return [p, function](int threads) mutable {
-        p.threads = threads;
-        function(p);
-      };
-    };
+void kernel(py::module_& m, const FieldsOf<Params>& fields, const char* name, Result (*function)(const Params&)) {
+  auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Kernel::call));
+  const auto binder = std::is_void_v<Result> ? bind<Params> : nullptr;
+  publish(m, new Kernel{&fields,
+                        reinterpret_cast<void (*)()>(function),
+                        start<Params, Result>,
+                        binder,
+                        {name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}});
 }
 
 }  // namespace omnimamba

@@ -31,10 +31,11 @@ set_source_files_properties(${kernels} PROPERTIES COMPILE_OPTIONS "${machine_cod
 set(definitions OMNIMAMBA_MODULE=_native_cuda OMNIMAMBA_CUDA)
 if(hopper)
   set_source_files_properties(${kernels_sm90} PROPERTIES COMPILE_OPTIONS "${hopper}")
-  list(APPEND kernels ${kernels_sm90})
+  list(PREPEND kernels ${kernels_sm90})  # they take longest: first
   list(APPEND definitions OMNIMAMBA_SM90)
 endif()
 set(CMAKE_CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/csrc/keep_log.py")
+set_source_files_properties("${CMAKE_SOURCE_DIR}/csrc/bindings.cpp" PROPERTIES COMPILE_OPTIONS -O1)
 pybind11_add_module(_native_cuda MODULE NO_EXTRAS "${CMAKE_SOURCE_DIR}/csrc/bindings.cpp" ${kernels})
 target_compile_features(_native_cuda PRIVATE cxx_std_17 cuda_std_17)
 target_include_directories(_native_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
