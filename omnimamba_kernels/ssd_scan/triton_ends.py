@@ -13,7 +13,7 @@ Plan: one launch with two roles. Steps: a program takes a chunk and BLOCK_H head
 along the positions. Ends, only where the walk is cut into segments: a program takes a head, a tile of its state and a
 piece of the sequence, which it walks backward from its end. A position's weight is its decay to that end, so that
 nothing is rescaled, and the walk stops, GROUP chunks at a time, where a sequence begins or the decay leaves nothing.
-The state after a packed sequence is found the same way, from the sequence's end.
+The state after a packed sequence is found the same way, from the sequence's end, by programs after those of pieces.
 
 Traffic a position and head: dt read and 16 bytes written; ends reads x and B once more, 2 p bytes of 16-bit x and B
 through the cache, as far as it goes.
@@ -27,6 +27,7 @@ import triton.language as tl
 from .triton_common import centred, decay_sums, run_ids, split_dot, step_sizes
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
+SPILLS = {("ssd_ends", "sm_80"): (4, "of float16, where pieces and packed sequences share the launch")}
 
 
 @triton.jit
@@ -121,8 +122,15 @@ def walk_back(
 
 
 @triton.jit
+def _store_end(ends, decays, index, state, after, at, inside, p_block, n_block, SIZE: tl.constexpr):
+    tl.store(ends + index * SIZE + at, state, mask=inside)
+    if (p_block == 0) & (n_block == 0):
+        tl.store(decays + index, after)
+
+
+@triton.jit
 def ssd_ends(
-    x, dt, A, B, dt_bias, initial, seq, cu_seqlens, steps, lasts, ends, decays,
+    x, dt, A, B, dt_bias, initial, seq, cu_seqlens, steps, lasts, ends, decays, varlen,
     l, h, per_group, step_programs, pieces, piece, dt_low, dt_high,
     x_b, x_l, x_h, dt_b, dt_l, dt_h, A_h, B_b, B_l, B_g, bias_h, initial_h, initial_p, initial_n, seq_b, seq_l, cu_i,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -130,8 +138,8 @@ def ssd_ends(
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
     VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``step_programs`` write steps, the others ends: of ``pieces`` pieces of ``piece`` positions from
-    the row's start, or (VARLEN) of packed sequences, whose initial state then counts."""
+    """Programs below ``step_programs`` write steps, the next the ends of ``pieces`` pieces of ``piece`` positions from
+    the row's start, the last (VARLEN, of one row) those of packed sequences, with what is left of the initial state."""
     pid = tl.program_id(0)
     if pid < step_programs:
         write_steps(pid, dt, A, dt_bias, seq, steps, lasts, l, h, tl.cdiv(l, CHUNK), dt_low, dt_high, dt_b, dt_l, dt_h,
@@ -143,16 +151,21 @@ def ssd_ends(
         n_block, pid = pid % N_BLOCKS, pid // N_BLOCKS
         p_block, pid = pid % P_BLOCKS, pid // P_BLOCKS
         head, pid = (pid % h).to(tl.int64), pid // h
-        which, row = pid % pieces, (pid // pieces).to(tl.int64)
+        if VARLEN:
+            packed, row = pid >= pieces, tl.full((), 0, tl.int64)
+            which = tl.where(packed, pid - pieces, pid)
+        else:
+            which, row = pid % pieces, (pid // pieces).to(tl.int64)
         ps, ns = p_block * BLOCK_P + tl.arange(0, BLOCK_P), n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         p_in, n_in = ps < P, ns < N
         inside = p_in[:, None] & n_in[None]
         start = which * piece
         end = start + piece
         if VARLEN:
-            start, begins = 0, tl.load(cu_seqlens + which * cu_i).to(tl.int32)
-            end = tl.load(cu_seqlens + (which + 1) * cu_i).to(tl.int32)
-            end = tl.where(end > begins, end, 0)
+            begins = tl.load(cu_seqlens + which * cu_i, mask=packed, other=0).to(tl.int32)
+            finish = tl.load(cu_seqlens + (which + 1) * cu_i, mask=packed, other=0).to(tl.int32)
+            start = tl.where(packed, 0, start)
+            end = tl.where(packed, tl.where(finish > begins, finish, 0), end)
         rate = tl.load(A + head * A_h).to(tl.float32)
         bias = tl.load(dt_bias + head * bias_h).to(tl.float32) if HAS_BIAS else 0.0
         state, after = walk_back(
@@ -163,13 +176,15 @@ def ssd_ends(
         )  # fmt: skip
         at = ps[:, None] * N + ns[None]
         if VARLEN:
-            if HAS_INITIAL:
-                if ~(after < NOTHING) & ((end > 0) | (which == 0)):
-                    initial_at = head * initial_h + ps[:, None].to(tl.int64) * initial_p + ns[None] * initial_n
-                    state += tl.exp2(after) * tl.load(initial + initial_at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(ends + (which * h + head) * P * N + at, state, mask=inside)
+            if packed:
+                if HAS_INITIAL:
+                    if ~(after < NOTHING) & ((end > 0) | (which == 0)):
+                        initial_at = head * initial_h + ps[:, None].to(tl.int64) * initial_p + ns[None] * initial_n
+                        state += tl.exp2(after) * tl.load(initial + initial_at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(varlen + (which * h + head) * P * N + at, state, mask=inside)
+            else:
+                _store_end(ends, decays, (row * h + head) * pieces + which, state, after, at, inside, p_block, n_block,
+                           P * N)  # fmt: skip
         else:
-            index = (row * h + head) * pieces + which
-            tl.store(ends + index * P * N + at, state, mask=inside)
-            if (p_block == 0) & (n_block == 0):
-                tl.store(decays + index, after)
+            _store_end(ends, decays, (row * h + head) * pieces + which, state, after, at, inside, p_block, n_block,
+                       P * N)  # fmt: skip

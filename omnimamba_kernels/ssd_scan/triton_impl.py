@@ -68,7 +68,7 @@ def forward(
     if seq_idx is not None:
         lasts = x.new_empty(b, walk.chunks, walk.chunk, dtype=int32)
     work = (steps, lasts, floats(b, h, walk.pieces, p, n), floats(b, h, walk.pieces))
-    _start_ends(walk, inputs, None, work, dt_softplus, dt_limit)
+    _start_ends(walk, inputs, cu_seqlens, (*work, varlen), dt_softplus, dt_limit)
     if l:
         launch(
             ssd_walk, (b * h * walk.tile.p_blocks * walk.segments,),
@@ -80,8 +80,6 @@ def forward(
             HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk,
             EVEN=lasts is None and l % walk.chunk == 0, **_constants(walk.tile),
         )  # fmt: skip
-    if varlen is not None:
-        _start_ends(walk, inputs, cu_seqlens, (None, None, varlen, None), dt_softplus, dt_limit)
     return (y, final, varlen), saved if save else ()
 
 
@@ -93,23 +91,21 @@ def _start_ends(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
 ) -> None:
-    """Launches ssd_ends: steps and the ends of pieces, or with ``cu_seqlens`` the states after packed sequences."""
+    """Launches ssd_ends: steps, the ends of pieces and, with ``cu_seqlens``, the states after packed sequences."""
     x, dt, A, B, dt_bias, initial_states, seq_idx = inputs
     b, l, h, _ = x.shape
     block_h = tiles.block(h, walk.ends.use["BLOCK_H"], 1)
-    varlen = cu_seqlens is not None
-    pieces, step_programs = walk.pieces, b * walk.chunks * triton.cdiv(h, block_h)
-    if varlen:
-        pieces, step_programs = cu_seqlens.shape[0] - 1, 0
+    step_programs = b * walk.chunks * triton.cdiv(h, block_h)
+    ends = b * walk.pieces + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     launch(
-        ssd_ends, (step_programs + b * pieces * h * walk.ends.p_blocks * walk.ends.n_blocks,),
+        ssd_ends, (step_programs + ends * h * walk.ends.p_blocks * walk.ends.n_blocks,),
         x, dt, A, B, dt_bias, initial_states, seq_idx, cu_seqlens, *work,
-        l, h, h // B.shape[2], step_programs, pieces, walk.piece, *dt_limit,
+        l, h, h // B.shape[2], step_programs, walk.pieces, walk.piece, *dt_limit,
         *x.stride()[:3], *dt.stride(), *A.stride(), *B.stride()[:3], *_strides(dt_bias, 1),
         *_strides(initial_states, 4)[1:], *_strides(seq_idx, 2), *_strides(cu_seqlens, 1),
         CHUNK=walk.chunk, BLOCK_H=block_h, GROUP=walk.ends.use["GROUP"], SOFTPLUS=dt_softplus,
         HAS_BIAS=dt_bias is not None, HAS_INITIAL=initial_states is not None, HAS_SEQ=seq_idx is not None,
-        VARLEN=varlen, ENDS=pieces > 0, **_constants(walk.ends),
+        VARLEN=cu_seqlens is not None, ENDS=ends > 0, **_constants(walk.ends),
     )  # fmt: skip
 
 

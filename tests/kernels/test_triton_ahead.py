@@ -35,7 +35,8 @@ WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
 
 def representative(op: str) -> list[ahead.Job]:
     """Of each own kernel the first large bfloat16 launch for every chip; for Hopper the first float32 launch and, where
-    a call without gradients differs, that; where float16 is computed as float32, that for the chips with the least."""
+    a call without gradients differs, that; where float16 is computed as float32, that for the chips with the least, and
+    there the states after packed sequences."""
     all_calls = list(calls(op))
     large = [call for call in all_calls if call.large]
     large.sort(key=lambda call: not call.name.startswith("1 x "))  # of one row the scan is cut into segments
@@ -43,6 +44,7 @@ def representative(op: str) -> list[ahead.Job]:
         "bf16": ([call for call in large if call.name.endswith("bf16")], TARGETS),
         "fp32": ([call for call in all_calls if not call.large and call.name.endswith("fp32")], ["sm_90"]),
         "inference": ([call for call in large if call.name.endswith("inference, bf16")], ["sm_90"]),
+        "packed": ([call for call in all_calls if call.name == "packed by offsets, inference, fp16"], ["sm_80"]),
         "fp16": ([call for call in large if call.name.endswith("fp16") and op == "ssd_scan"], ["sm_80", "sm_120"]),
     }
     found: dict[tuple, ahead.Job] = {}
