@@ -3,7 +3,7 @@
 Optional: the reason where llama-cpp-python is not installed. A child process runs the engine, so that a crash or a
 hang of it is a refusal that names signal or seconds, and its OpenMP threads never meet torch's.
 
-    python -m bench.llama_cpp FILE LONGEST THREADS      the child: a line of JSON in, a line or bytes out
+    python -m bench.llama_cpp FILE LONGEST THREADS REORDER   the child: a line of JSON in, a line or bytes out
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ def need() -> None:
 class LlamaCpp:
     """One sequence of one model, on as many threads as torch; at most ``longest`` tokens are taken at a time.
 
+    ``reorder``: weights may be laid out anew for the processor's own instructions, as llama.cpp does by itself.
     RuntimeError that says "cannot run" and why: no package, a crash, ``timeout`` seconds without an answer.
     """
 
     def __init__(
-        self, path: Path, longest: int, timeout: float = TIMEOUT, command: tuple[str, ...] = ("-m", "bench.llama_cpp")
-    ) -> None:
-        self.timeout, self._child = timeout, None
+        self, path: Path, longest: int, timeout: float = TIMEOUT, command: tuple[str, ...] = ("-m", "bench.llama_cpp"),
+        reorder: bool = True,
+    ) -> None:  # fmt: skip
+        self.timeout, self.reorder, self._child = timeout, reorder, None
         if command[0] == "-m":
             need()
         self._child = subprocess.Popen(
-            [sys.executable, *command, str(path), str(longest), str(torch.get_num_threads())],
+            [sys.executable, *command, str(path), str(longest), str(torch.get_num_threads()), str(int(reorder))],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         )  # fmt: skip
         self.vocab = int(json.loads(self._line())["vocab"])
@@ -122,10 +124,27 @@ class LlamaCpp:
         raise RuntimeError(f"cannot run: llama.cpp: {what}")
 
 
+def started(path: Path, longest: int, **options: object) -> LlamaCpp:
+    """A process that has taken tokens in, its weights reordered where that works: version 0.3.36 dies of SIGILL in the
+    kernels for AMX on some processors, on Q8_0 alone. RuntimeError as above."""
+    for reorder in (True, False):
+        try:
+            engine = LlamaCpp(path, longest, reorder=reorder, **options)
+            engine.reset()
+            engine.take([1, 2, 3])
+            engine.take([4])
+            engine.reset()
+            return engine
+        except RuntimeError:
+            if not reorder:
+                raise
+    raise AssertionError
+
+
 class _Engine:
     """The child's side, through the functions of llama-cpp-python."""
 
-    def __init__(self, path: str, longest: int, threads: int) -> None:
+    def __init__(self, path: str, longest: int, threads: int, reorder: bool) -> None:
         import llama_cpp as api
 
         from omnimamba_model.gguf import LONGEST
@@ -135,7 +154,7 @@ class _Engine:
         api.llama_log_set(self._quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
         storage = api.llama_model_default_params()
-        storage.use_extra_bufts = False  # version 0.3.36 crashes on the weights that it reorders for AMX
+        storage.use_extra_bufts = reorder
         self.model = api.llama_model_load_from_file(path.encode(), storage)
         if not self.model:
             raise RuntimeError(f"could not read {path}")
@@ -179,5 +198,5 @@ def serve(engine: object) -> None:
 
 
 if __name__ == "__main__":
-    file, longest, threads = sys.argv[1:]
-    serve(_Engine(file, int(longest), int(threads)))
+    file, longest, threads, reorder = sys.argv[1:]
+    serve(_Engine(file, int(longest), int(threads), bool(int(reorder))))
