@@ -37,7 +37,7 @@ class Session:
         self.started, self.clock = datetime.now(timezone.utc), time.perf_counter()
         self.minutes = config.getoption("--minutes") or (QUICK if self.quick else WHOLE)
         self.bench = Bench(self.quick, limit=FULL_ROUNDS * 60 * self.minutes)
-        self.machine = machine.describe()
+        self.machine = machine.describe(gpu=False)
         self.collected: set[str] = set()
         self.chosen = False
         """Whether some benchmarks were left out by -k, -m or --deselect."""
@@ -193,7 +193,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
-    machine_info["omnimamba"] = machine.describe()
+    machine_info["omnimamba"] = machine.describe(gpu=False)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -25,10 +25,11 @@ from xml.etree import ElementTree
 import torch
 
 from omnimamba_kernels import backends
-from omnimamba_kernels.backends import NAMES, OPS
+from omnimamba_kernels.backends import NAMES
 
 from . import gpu_claims, machine, results
 from .gpu_ops import NO_TIME
+from .gpu_problems import OPERATIONS
 from .tables import duration, table
 
 PEERS = ("transformers", "mamba_ssm", "causal_conv1d", "fla", "flashinfer")
@@ -132,7 +133,9 @@ def text(content: dict[str, Any]) -> str:
     return "\n\n".join([
         "# GPU check", *said, table(["part", "status", "time", "detail"], lines), *failures,
         table(["to be shown on an H200", "at least", "by", "measured", "met"], shown),
-        table(["operation", "case", "by", "time", "against ours", "of the floor", "first call"], rows(content["rows"])),
+        table(
+            ["operation", "case", "by", "time", "against ours", "of the floor", "first call", "as a graph", "memory",
+             "SM clock", "joules"], rows(content["rows"])),
     ]) + "\n"  # fmt: skip
 
 
@@ -148,7 +151,12 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
         else:
             shown = [f"not timed: {row['reason']}", "", ""]
         first = duration(row["first_call"]) if "first_call" in row else ""
-        lines.append([row["group"], row["case"], row["who"], *shown, first])
+        graph = duration(row["graph_seconds"]) if "graph_seconds" in row else ""
+        held = f"{row['peak_bytes'] / 1e9:.2f} GB" if row.get("peak_bytes") else ""
+        clock = f"{row['clock_mhz']} MHz" if "clock_mhz" in row else ""
+        clock = ", ".join([clock, *row.get("throttled", [])])
+        energy = f"{row['joules']:.2g}" if "joules" in row else ""
+        lines.append([row["group"], row["case"], row["who"], *shown, first, graph, held, clock, energy])
     return lines
 
 
@@ -188,9 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, report.md and the logs")
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything (default: 500)")
     parser.add_argument("--tests", default=TESTS, help=f"a file or folder of tests (default: {TESTS})")
-    parser.add_argument("--op", action="append", choices=OPS, help="time only this operation (may be repeated)")
+    parser.add_argument("--op", action="append", choices=OPERATIONS, help="time only this (may be repeated)")
     options = parser.parse_args(arguments)
-    content = check(options.out, options.seconds, options.tests, tuple(options.op or ORDER))
+    content = check(options.out, options.seconds, options.tests, tuple(options.op or (*ORDER, "models")))
     print(f"\n{options.out / 'report.md'}\n")
     return int(any(part["status"] in ("failed", "out of time") for part in content["parts"]))
 

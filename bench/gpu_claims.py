@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .gpu_problems import models
+from .published import AT_ONCE
+
 Rows = list[dict[str, Any]]
 Verdict = tuple[str, bool | None]
 COPY, NOT_SLOWER, LORA_LONGER, FIRST_CALL = 0.85, 1.0, 1.08, 3.0
+TOKENS, FLAT, PICTURES, GIGABYTES = 1100.0, 1.05, 40.0, 4.6
+MODELS = (models.DECODE, models.IMAGES, models.LAYER, models.TRAINING)
 BASE = "torch, the base alone"
 STEP, LORA = "1.3B, b 64, state float32", "8192-2048-8512-tasks2-r8"
 """Cases of the decode step and of the LoRA linear layer."""
@@ -40,6 +45,12 @@ def _claims() -> list[tuple[str, str, Callable[[Rows, str], Verdict]]]:
     claims.append((what, f"{COPY:g}", _share("state_update", STEP)))
     claims.append(("lora_linear, 8192 tokens, 2048 to 8512, two tasks mixed, over the bare product",
                    f"at most {LORA_LONGER:g}x", _lora))  # fmt: skip
+    claims.append(
+        ("1.3B, batch 1, tokens a second from 4K to 128K of context, the fewest", f"over {TOKENS:g}", _tokens)
+    )
+    claims.append(("1.3B, batch 1, time of a token at 128K over that at 4K", f"at most {FLAT:g}x", _flat))
+    claims.append((f"1.3B, {AT_ONCE} images at once, images a second", f"over {PICTURES:g}", _pictures))
+    claims.append(("1.3B, memory at 128K of context, 16 bits", f"under {GIGABYTES:g} GB", _memory))
     claims.append(("first call with a cold cache, the slowest", f"under {FIRST_CALL:g} s", _first_call))
     return claims
 
@@ -75,8 +86,48 @@ def _lora(rows: Rows, who: str) -> Verdict:
     return f"{ratio:.3f}x", ratio <= LORA_LONGER
 
 
+def _decode(rows: Rows, who: str) -> list[dict[str, Any]]:
+    """Our row at each context, in their order; empty unless all were timed."""
+    found = _pick(rows, models.DECODE, "", who)
+    mine = [found.get(f"1.3B, {models.context_case(context)}") for context in models.CONTEXTS]
+    return mine if all(mine) else []
+
+
+def _tokens(rows: Rows, who: str) -> Verdict:
+    mine = _decode(rows, who)
+    if not mine:
+        return f"no time of {who} at every context", None
+    fewest = min(1 / row["seconds"] for row in mine)
+    return f"{fewest:.0f}", fewest > TOKENS
+
+
+def _flat(rows: Rows, who: str) -> Verdict:
+    mine = _decode(rows, who)
+    if not mine:
+        return f"no time of {who} at every context", None
+    ratio = mine[-1]["seconds"] / mine[0]["seconds"]
+    return f"{ratio:.3f}x", ratio <= FLAT
+
+
+def _pictures(rows: Rows, who: str) -> Verdict:
+    mine = [row for case, row in _pick(rows, models.IMAGES, "", who).items() if case.startswith("1.3B")]
+    if not mine:
+        return f"no time of {who}", None
+    rate = AT_ONCE / mine[0]["seconds"]
+    return f"{rate:.1f}", rate > PICTURES
+
+
+def _memory(rows: Rows, who: str) -> Verdict:
+    mine = _decode(rows, who)
+    if not mine or "peak_bytes" not in mine[-1]:
+        return f"no memory of {who}", None
+    held = mine[-1]["peak_bytes"] / 1e9
+    return f"{held:.2f} GB", held < GIGABYTES
+
+
 def _first_call(rows: Rows, who: str) -> Verdict:
-    first = {f"{r['group']} {r['case']}": r["first_call"] for r in rows if r["who"] == who and "first_call" in r}
+    mine = [r for r in rows if r["who"] == who and "first_call" in r and r["group"] not in MODELS]
+    first = {f"{r['group']} {r['case']}": r["first_call"] for r in mine}
     if not first:
         return f"no call of {who}", None
     slowest = max(first, key=first.get)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+from . import gpu_board
+
+SHORT = 1e-3
+"""Seconds below which launches can be what a call takes: such a one is also timed as a CUDA graph."""
+ENERGY_FOR = 0.3
 
 
 class Clock:
@@ -16,6 +25,7 @@ class Clock:
         self.device, self.budget = device, seconds
         self.cuda = device.type == "cuda"
         size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28) if self.cuda else 0
+        self.board = gpu_board.find(device) if self.cuda else None
         self._other = torch.empty(size // 4, dtype=torch.int32, device=device)
 
     def wait(self) -> None:
@@ -43,6 +53,60 @@ class Clock:
         after.record()
         after.synchronize()
         return before.elapsed_time(after) * 1e-3
+
+    def held(self) -> int:
+        """Bytes of tensors on a GPU now; ``peak`` begins here."""
+        if not self.cuda:
+            return 0
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """Bytes of tensors at their height since ``held``; 0 on a CPU, whose memory is not counted here."""
+        return torch.cuda.max_memory_allocated(self.device) if self.cuda else 0
+
+    @contextlib.contextmanager
+    def watched(self, row: dict[str, Any]) -> Iterator[None]:
+        """Adds clocks and what slowed them, as the driver tells them while the block runs."""
+        yield
+        if self.board is not None:
+            row.update(self.board.state())
+
+    def more(self, call: Callable[[], object], taken: float) -> dict[str, Any]:
+        """Of a GPU: joules a call where they can be read; seconds as a CUDA graph of what is over in a millisecond."""
+        found: dict[str, Any] = {}
+        if self.board is not None:
+            found["joules"] = self._joules(call, taken)
+        if self.cuda and taken < SHORT:
+            try:
+                found["graph_seconds"] = self.median(self._captured(call))
+            except Exception as error:  # what a graph cannot hold is told
+                found["graph_reason"] = (str(error).strip().splitlines() or ["no message"])[0]
+        return found
+
+    def _joules(self, call: Callable[[], object], taken: float) -> float:
+        """Back to back for ENERGY_FOR seconds, over which the driver counts energy in steps of some milliseconds."""
+        count = max(1, round(ENERGY_FOR / max(taken, 1e-6)))
+        self.wait()
+        start = self.board.joules()
+        for _ in range(count):
+            call()
+        self.wait()
+        return (self.board.joules() - start) / count
+
+    def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call's kernels as a graph: its replay."""
+        beside = torch.cuda.Stream(self.device)
+        beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(self.device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
     def rates(self) -> dict[str, float]:
         """What the device can do at best: bytes a second copied, read and written, and FLOPs a second of a product."""

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from omnimamba_kernels.backends import OPS
-
 from .gpu_clock import Clock
 from .gpu_problems import OPERATIONS, Problem
 
@@ -35,16 +33,23 @@ def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: floa
         if time.monotonic() > until:
             row["reason"] = NO_TIME
             continue
+        call = found = None  # what the contender before held is freed
+        before = clock.held()
         try:
             call, start = make(), time.perf_counter()
             found = call()
             clock.wait()
             row["first_call"] = time.perf_counter() - start
             row["error"] = problem.errors.get(who, problem.error)(found)
+            found = None
+            clock.held()
             if not row["error"] <= problem.bound:
                 row["reason"] = f"failed its check: relative error {row['error']:.1e}, {problem.bound:.0e} accepted"
                 continue
-            row["seconds"] = clock.median(call)
+            with clock.watched(row):
+                row["seconds"] = clock.median(call)
+            row["peak_bytes"] = clock.peak() - before
+            row.update(clock.more(call, row["seconds"]))
         except Exception as error:  # a peer may fail in any way; its words are kept
             row["reason"] = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
@@ -60,7 +65,7 @@ def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: floa
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_ops", description=__doc__.splitlines()[0])
-    parser.add_argument("op", choices=OPS)
+    parser.add_argument("op", choices=OPERATIONS)
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write, after every problem")
     parser.add_argument("--seconds", type=float, default=60.0, help="after which nothing new is begun")
     options = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from functools import cache
@@ -49,13 +50,15 @@ def _git(*arguments: str) -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def describe() -> dict[str, Any]:
-    """The machine as plain data: device, threads, instruction set, caches, memory, versions, commit."""
+def describe(gpu: bool = True) -> dict[str, Any]:
+    """The machine as plain data: device (a GPU where there is one and it counts), threads, instruction set, caches,
+    memory, versions, commit."""
     known = info.collect()
     processor = known["processor"]
     return {
-        "device": known["gpu"] or processor["name"],
+        "device": (gpu and known["gpu"]) or processor["name"],
         "threads": torch.get_num_threads(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instruction_set": known["instruction_sets"]["chosen"],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache": last_level_cache(),

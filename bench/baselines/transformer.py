@@ -70,12 +70,12 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, length: int) -> Tensor:
         """Zeros (layers, 2, b, heads, length, HEADDIM) in the weights' dtype."""
         shape = (len(self.blocks), 2, batch, self.width // HEADDIM, length, HEADDIM)
-        return torch.zeros(shape, dtype=self.table.weight.dtype)
+        return torch.zeros(shape, dtype=self.table.weight.dtype, device=self.table.weight.device)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Tensor, position: int) -> Tensor:
         """Takes ids (b,) in at ``position``; the next one's logits (b, vocab). The cache changes in place."""
-        turn = rotary(torch.tensor([position]))
+        turn = rotary(torch.full((1,), position, device=ids.device))
         u = self.table(ids[:, None])
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
             u = block.step(u, keys, values, position, turn)

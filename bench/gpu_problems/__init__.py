@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import conv, lora, mixer, norm, scan, update
+from . import conv, lora, mixer, models, norm, scan, update
 from .common import Problem
 
 __all__ = ["OPERATIONS", "Problem"]
@@ -18,4 +18,5 @@ OPERATIONS: dict[str, Callable[[torch.device], Iterator[Problem]]] = {
     "gated_norm": norm.problems,
     "lora_linear": lora.problems,
     "mamba_mixer": mixer.problems,
+    "models": models.problems,
 }

@@ -1,0 +1,249 @@
+"""Whole models on one device: decoding at batch 1, sixteen images at once, a layer against attention.
+
+On a GPU the 1.3B shape in bfloat16 at the lengths of the paper's Figure 1, on a CPU a tiny one. Peers: a Transformer of
+as many parameters, with a static key-value cache and, as in the paper, with none; mamba_ssm's model on our weights;
+torch's attention by flash and by cuDNN. Each contender builds its own model, so that its memory is its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from omnimamba_kernels import use_backend
+from omnimamba_model import BASE, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, cast_matrices, draw
+
+from .. import inputs
+from ..baselines.attention import Attention
+from ..baselines.transformer import Transformer
+from ..measure import relative_error, worst_error
+from ..published import AT_ONCE
+from .common import Call, Problem, backends, dtype_of, sizes
+
+DECODE, IMAGES, LAYER, TRAINING = "decode", "images", "layer forward", "layer forward + backward"
+CONTEXTS, LENGTHS = (4096, 16384, 131072), (4096, 16384, 131072)
+LONGEST_UNCACHED = 16384
+CACHED, UNCACHED = "Transformer, KV cache", "Transformer, no cache"
+TINY = MambaConfig(d_model=64, n_layer=2, vocab_size=128, d_state=16, headdim=32)
+SMALL = MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)
+PROMPT, SLICE = 24, 128
+"""Tokens that a Transformer's step is checked on; positions of a layer's output that are checked."""
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    for context in sizes(device, CONTEXTS, (64,)):
+        yield _decode(device, context)
+    yield _images(device)
+    for length in sizes(device, LENGTHS, (256,)):
+        for training in (False, True):
+            yield _layer(device, length, training)
+
+
+def context_case(context: int) -> str:
+    return f"{context} tokens of context"
+
+
+def case(device: torch.device, rest: str) -> str:
+    return f"{'1.3B' if device.type == 'cuda' else 'tiny'}, {rest}"
+
+
+def language(device: torch.device) -> MambaLM:
+    torch.manual_seed(0)
+    with device:
+        model = MambaLM(MambaConfig() if device.type == "cuda" else TINY)
+    return cast_matrices(model, dtype_of(device)).eval()
+
+
+def transformer(device: torch.device) -> Transformer:
+    torch.manual_seed(0)
+    large = device.type == "cuda"
+    with device:
+        model = Transformer(2048, 24, 8192) if large else Transformer(64, 2, 128, 128)
+    return model.to(dtype_of(device)).eval()
+
+
+def _token(device: torch.device) -> Tensor:
+    return torch.full((1,), 7, device=device)
+
+
+@torch.inference_mode()
+def _ours(device: torch.device, context: int) -> Call:
+    """One step from a state of zeros at ``context``: what a state holds does not change the time."""
+    model = language(device)
+    state = model.backbone.new_state(1)
+    state.position = context
+    step, token = model.backbone.bind_step(state), _token(device)
+    return torch.inference_mode()(lambda: model.head(step(model.backbone.embedding(token))))
+
+
+@torch.inference_mode()
+def _exact_step(device: torch.device, context: int) -> Tensor:
+    """The same as a sequence of one token, on the reference."""
+    model = language(device)
+    state = model.backbone.new_state(1)
+    state.position = context
+    with use_backend("reference"):
+        return model.head(model.backbone.prefill(model.backbone.embedding(_token(device)[None]), state))
+
+
+def _theirs(device: torch.device, context: int) -> Call:
+    """mamba_ssm's model on our weights, from states of zeros too."""
+    from mamba_ssm.models.config_mamba import MambaConfig as Config
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    from mamba_ssm.utils.generation import InferenceParams
+
+    ours = language(device)
+    sizes = MambaConfig()
+    config = Config(
+        d_model=sizes.d_model, n_layer=sizes.n_layer, vocab_size=sizes.vocab_size, ssm_cfg={"layer": "Mamba2"},
+        pad_vocab_size_multiple=1, tie_embeddings=True,
+    )  # fmt: skip
+    model = MambaLMHeadModel(config, device=device, dtype=dtype_of(device)).eval()
+    weights = ours.state_dict()
+    model.load_state_dict(weights | {"lm_head.weight": weights["backbone.embedding.weight"]})
+    held = InferenceParams(max_seqlen=context + 1024, max_batch_size=1, seqlen_offset=context)
+    token = _token(device)[None]
+    step = lambda: model(token, inference_params=held, num_last_tokens=1).logits[:, 0]  # noqa: E731
+    return torch.inference_mode()(step)
+
+
+def _cached(device: torch.device, context: int) -> Call:
+    model, token = transformer(device), _token(device)
+    cache = model.new_cache(1, context + 1)
+    return lambda: model.step(token, cache, context)
+
+
+def _uncached(device: torch.device, context: int) -> Call:
+    model, ids = transformer(device), _token(device).expand(1, context + 1)
+    return lambda: model.last(ids)
+
+
+@torch.inference_mode()
+def transformer_error(device: torch.device) -> float:
+    """A short prompt token by token with a cache, against all of it at once in fp32."""
+    model = transformer(device)
+    ids = torch.arange(PROMPT, device=device)[None]
+    cache = model.new_cache(1, PROMPT)
+    steps = [model.step(ids[:, i], cache, i) for i in range(PROMPT)]
+    return relative_error(steps[-1], copy.deepcopy(model).float().last(ids))
+
+
+def _decode(device: torch.device, context: int) -> Problem:
+    sizes = MambaConfig() if device.type == "cuda" else TINY
+    with torch.device("meta"):
+        matrices = sum(p.numel() for p in MambaLM(sizes).parameters() if p.ndim == 2)
+    bytes_each = torch.empty((), dtype=dtype_of(device)).element_size()
+    contenders = {backends(device)[0]: functools.partial(_ours, device, context)}
+    if device.type == "cuda":
+        contenders["mamba_ssm"] = functools.partial(_theirs, device, context)
+    contenders[CACHED] = functools.partial(_cached, device, context)
+    if context <= LONGEST_UNCACHED:
+        contenders[UNCACHED] = functools.partial(_uncached, device, context)
+    theirs = lambda found: transformer_error(device)  # noqa: E731
+    return Problem(
+        DECODE, case(device, context_case(context)), bytes_each * matrices, 2.0 * matrices, contenders,
+        lambda found: relative_error(found, _exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
+        {CACHED: theirs, UNCACHED: theirs},
+    )  # fmt: skip
+
+
+def omnimamba_config(device: torch.device) -> OmniMambaConfig:
+    return OmniMambaConfig() if device.type == "cuda" else OmniMambaConfig(SMALL, image_tokens=9)
+
+
+def omnimamba(device: torch.device) -> OmniMamba:
+    torch.manual_seed(0)
+    with device:
+        model = OmniMamba(omnimamba_config(device))
+    return cast_matrices(model, dtype_of(device)).eval()
+
+
+def _captions(device: torch.device, model: OmniMamba) -> Tensor:
+    shape, most = (AT_ONCE, model.config.text_slots), model.config.backbone.vocab_size
+    return torch.randint(1, min(most, 50000), shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _drawing(device: torch.device) -> Call:
+    model = omnimamba(device)
+    captions = _captions(device, model)
+    return lambda: draw(model, captions)
+
+
+@torch.inference_mode()
+def first_tokens_error(device: torch.device, drawn: Tensor) -> float:
+    """Infinite unless all was drawn; else the first token's logits against the reference."""
+    model = omnimamba(device)
+    captions = _captions(device, model)
+    if drawn.shape != (AT_ONCE, model.config.image_tokens):
+        return float("inf")
+
+    def logits() -> Tensor:
+        state = model.backbone.new_state(AT_ONCE)
+        return model.image_head(model.backbone.prefill(model.t2i_opening(captions), state, 1))
+
+    found = logits()
+    with use_backend("reference"):
+        return relative_error(found, logits())
+
+
+def _images(device: torch.device) -> Problem:
+    config = omnimamba_config(device)
+    with torch.device("meta"):
+        layers = OmniMamba(config).backbone.layers.named_parameters()
+        matrices = sum(p.numel() for name, p in layers if p.ndim == 2 and "_lora_" not in name)
+    steps, each = config.image_tokens, torch.empty((), dtype=dtype_of(device)).element_size()
+    return Problem(
+        IMAGES, case(device, f"{AT_ONCE} images of {steps} tokens at once"), each * steps * matrices,
+        2.0 * AT_ONCE * steps * matrices, {backends(device)[0]: functools.partial(_drawing, device)},
+        functools.partial(first_tokens_error, device), 2 * inputs.BOUND[dtype_of(device)],
+    )  # fmt: skip
+
+
+def _layer(device: torch.device, length: int, training: bool) -> Problem:
+    """One layer of each kind; of training, gradients under an output gradient that is zero after the first positions,
+    which they alone determine."""
+    config = MambaConfig(n_layer=1) if device.type == "cuda" else MambaConfig(64, 1, 8, d_state=16, headdim=32)
+    dtype, width = dtype_of(device), config.d_model
+    torch.manual_seed(0)
+    with device:
+        mixer = cast_matrices(MambaLM(config), dtype).backbone.layers[0].mixer
+        attention = Attention(width).to(dtype)
+        u = torch.randn(1, length, width, dtype=dtype)
+        upstream = torch.zeros(1, length, width, dtype=dtype)
+        upstream[:, :SLICE].normal_()
+
+    def ours(u: Tensor) -> Tensor:
+        return mixer(u, BASE)
+
+    def exact(layer: Callable[[Tensor], Tensor]) -> Tensor:
+        start = u[:, :SLICE].double().requires_grad_()
+        with use_backend("reference"):
+            y = layer(start)
+        return torch.autograd.grad(y, start, upstream[:, :SLICE].double())[0] if training else y.detach()
+
+    def error(layer: nn.Module, call: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], float]:
+        truth = functools.cache(lambda: exact(call(copy.deepcopy(layer).double())))
+        return lambda found: worst_error((found[:, :SLICE],), (truth(),))
+
+    def run(layer: Callable[[Tensor], Tensor]) -> Call:
+        if not training:
+            return torch.no_grad()(lambda: layer(u))
+        leaf = u.clone().requires_grad_()
+        return lambda: torch.autograd.grad(layer(leaf), leaf, upstream.to(dtype))[0]
+
+    contenders = {backends(device)[0]: lambda: run(ours)}
+    errors = {}
+    for name, kind in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+        who = f"attention, {name}"
+        contenders[who] = lambda kind=kind: run(sdpa_kernel(kind)(attention.forward))
+        errors[who] = error(attention, lambda layer: layer.plain)
+    flops = 2.0 * length * width * (config.in_proj_dim + config.d_inner) + inputs.scan_flops(1, length, config.nheads)
+    return Problem(
+        TRAINING if training else LAYER, f"width {width}, 1 x {length}", 0.0, flops * (3 if training else 1),
+        contenders, error(mixer, lambda layer: lambda u: layer(u, BASE)), 2 * inputs.BOUND[dtype], errors,
+    )  # fmt: skip

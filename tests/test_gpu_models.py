@@ -1,0 +1,132 @@
+"""Whole models in the GPU check, the board's words and CUDA graphs, as far as a machine without a GPU can run them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import gpu_board, gpu_check, gpu_claims, gpu_ops  # noqa: E402
+from bench.gpu_clock import Clock  # noqa: E402
+from bench.gpu_problems import models  # noqa: E402
+from omnimamba_kernels import backends  # noqa: E402
+
+CPU = torch.device("cpu")
+OURS = "native" if backends()["native"] is None else "reference"
+
+
+@pytest.fixture(scope="module")
+def problems() -> list:
+    return list(models.problems(CPU))
+
+
+def test_models_pass_their_checks_or_say_why_they_cannot_run(problems):
+    clock, timed = Clock(CPU, 0.0), set()
+    for problem in problems:
+        for row in gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf")):
+            assert "seconds" in row or row["who"] == "attention, cuDNN", row
+            timed |= {(row["group"], row["who"])} if "seconds" in row else set()
+    ours = {(group, OURS) for group in gpu_claims.MODELS}
+    assert (
+        ours | {("decode", models.CACHED), ("decode", models.UNCACHED), ("layer forward", "attention, flash")} <= timed
+    )
+
+
+def test_a_wrong_model_fails_its_check(problems):
+    decode, images, forward, training = problems
+    for problem, found in ((decode, torch.zeros(1, 128)), (forward, torch.zeros(1, 256, 64))):
+        assert not problem.error(found) <= problem.bound
+    assert not training.error(torch.zeros(1, 256, 64)) <= training.bound
+    assert not images.error(torch.zeros(16, 8)) <= images.bound
+
+
+def rows(step: float, long: float, draw: float, held: float) -> list[dict]:
+    times = dict(zip(models.CONTEXTS, (step, step, long), strict=True))
+    found = [
+        {"group": models.DECODE, "case": f"1.3B, {models.context_case(n)}", "who": "cuda", "seconds": t,
+         "first_call": 9.0, "peak_bytes": held}
+        for n, t in times.items()
+    ]  # fmt: skip
+    return [*found, {"group": models.IMAGES, "case": "1.3B, 16", "who": "cuda", "seconds": draw}]
+
+
+@pytest.mark.parametrize(
+    ("found", "met"),
+    [
+        (rows(0.8e-3, 0.82e-3, 0.3, 3.5e9), [True, True, True, True]),
+        (rows(0.8e-3, 0.95e-3, 0.5, 5.0e9), [False, False, False, False]),
+        (rows(0.8e-3, 0.82e-3, 0.3, 3.5e9)[1:], [None, None, True, None]),
+        ([], [None] * 4),
+    ],
+)
+def test_the_claims_of_models(found, met):
+    claims = gpu_claims.judge(found, "cuda")
+    assert [c["met"] for c in claims if c["what"].startswith("1.3B")] == met
+    (first,) = [c for c in claims if c["what"].startswith("first call")]
+    assert first["met"] is None  # it is of the operations
+
+
+class Driver:
+    """nvidia-ml-py as far as it is used; energy grows by 2 J at every look."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+    millijoules = 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return 0x1 | 0x4 | 0x40
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        return {1: 1980, 2: 3201}[kind]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        self.millijoules += 2000
+        return self.millijoules
+
+
+def test_the_board_tells_clocks_what_holds_them_back_and_energy():
+    clock = Clock(CPU, 0.0)
+    clock.board = gpu_board.Board(Driver(), None)
+    calls, row = [], {}
+    with clock.watched(row):
+        pass
+    assert row == {"clock_mhz": 1980, "memory_clock_mhz": 3201, "throttled": ["power cap", "thermal, hardware"]}
+    assert clock.more(lambda: calls.append(1), 0.1) == {"joules": pytest.approx(2.0 / 3)} and len(calls) == 3
+    shown = gpu_check.rows([{"group": "g", "case": "c", "who": "cuda", "seconds": 1.0, "times_ours": 1.0, **row,
+                             "floor_share": 0.5, "limit": "memory", "joules": 0.25,
+                             "graph_seconds": 5e-6}])  # fmt: skip
+    assert "5 us" in shown[0] and "1980 MHz, power cap, thermal, hardware" in shown[0] and "0.25" in shown[0]
+
+
+def test_a_short_call_is_also_timed_as_a_graph_or_says_why_not(monkeypatch):
+    clock = Clock(CPU, 0.0)
+    clock.cuda = True
+    monkeypatch.setattr(clock, "median", lambda call: call())
+    monkeypatch.setattr(clock, "_captured", lambda call: lambda: 5e-6)
+    assert clock.more(lambda: None, 1e-4) == {"graph_seconds": 5e-6}
+    assert clock.more(lambda: None, 1e-2) == {}
+
+    def refused(call):
+        raise RuntimeError("operation not permitted\nmore")
+
+    monkeypatch.setattr(clock, "_captured", refused)
+    assert clock.more(lambda: None, 1e-4) == {"graph_reason": "operation not permitted"}
+
+
+def test_a_machine_without_the_driver_has_no_board(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(gpu_board, "import_module", missing)
+    assert gpu_board.find(CPU) is None
+    there = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid)
+    monkeypatch.setattr(gpu_board, "import_module", lambda name: there)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-c"))
+    assert gpu_board.find(CPU).handle == "GPU-ab-c"
