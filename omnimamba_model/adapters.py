@@ -6,6 +6,7 @@ PEFT adds ``lora_alpha / r * B A x`` to each target module, as this model does t
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _NAME = re.compile(
 )
 _PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
 """Options of PEFT that change the maths, and the values under which it is ours."""
+_EMPTY = ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
+"""Others, which are ours where they are empty."""
 
 
 def save_adapter(model: OmniMamba, task: str, folder: str | Path) -> None:
@@ -91,10 +94,13 @@ def _read_config(folder: Path, most: int) -> tuple[int, float]:
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} must be an object with r and lora_alpha: {error!r}") from error
     other = [f"{name} = {values[name]!r}" for name, plain in _PLAIN.items() if values.get(name, plain) != plain]
+    other += [f"{name} = {values[name]!r}" for name in _EMPTY if values.get(name)]
     if values.get("peft_type", "LORA") != "LORA" or other:
         raise CheckpointError(f"{path} describes no plain LoRA: {', '.join(other) or values['peft_type']}")
     if type(rank) is not int or not 1 <= rank <= most:
         raise CheckpointError(f"{path}: r must lie in 1..{most}, the model's own rank, got {rank!r}")
+    if not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha must be finite, got {alpha}")
     return rank, alpha / rank
 
 

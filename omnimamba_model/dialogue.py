@@ -81,9 +81,11 @@ class Dialogue:
                 about = file.metadata() or {}
             found, position = load_file(path, device=str(fresh.ssm.device)), int(about["position"])
             config, conv, ssm = json.loads(about["config"]), found["conv"], found["ssm"]
+            if position < 0:
+                raise ValueError(f"position must be 0 or more, got {position}")
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no dialogue's state: {error!r}") from error
         alike = conv.shape == fresh.conv.shape and ssm.shape == fresh.ssm.shape
         if config != json.loads(json.dumps(model.config.to_dict())) or not alike:

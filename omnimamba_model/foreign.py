@@ -141,6 +141,8 @@ def _backbone_config(tensors: Mapping[str, Tensor], path: Path, **known: Any) ->
     conv_dim, _, d_conv = _shape(tensors, layer + "conv1d.weight", path, 3)
     inner = _shape(tensors, layer + "out_proj.weight", path, 2)[1]
     groups = known.get("ngroups", 1)
+    if type(groups) is not int or groups < 1:
+        raise CheckpointError(f"{path}: ngroups must be a whole number of at least 1, got {groups!r}")
     layers = [int(m[1]) for m in (re.match(r"backbone\.layers\.(\d+)\.", name) for name in tensors) if m]
     sizes = dict(
         d_model=d_model, n_layer=max(layers) + 1, vocab_size=vocab, d_state=(conv_dim - inner) // (2 * groups),

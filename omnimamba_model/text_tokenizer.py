@@ -58,12 +58,13 @@ class BpeTokenizer:
         ValueError where an addition gets another id than the published one.
         """
         path = Path(source) / "tokenizer.json"
-        if path.exists():
-            tokenizer = _library().Tokenizer.from_file(str(path))
-        elif Path(source).exists():
+        if Path(source).exists() and not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        else:
-            tokenizer = _library().Tokenizer.from_pretrained(str(source))
+        library = _library().Tokenizer
+        try:
+            tokenizer = library.from_file(str(path)) if path.exists() else library.from_pretrained(str(source))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{source} gives no tokenizer of the tokenizers library: {error}") from error
         first = SpecialTokens().pad
         tokenizer.add_special_tokens(list(ADDED))
         wanted = {token: first + i for i, token in enumerate(ADDED)}

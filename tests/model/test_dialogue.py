@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling
 from omnimamba_model.cli import main
@@ -49,6 +50,13 @@ def test_a_saved_dialogue_goes_on(model, features, tmp_path):
         Dialogue.load(model, tmp_path / "state")
     with pytest.raises(CheckpointError, match="does not exist"):
         Dialogue.load(model, tmp_path / "none")
+    config = json.dumps(model.config.to_dict())
+    for about in ({"position": "-1", "config": config}, {"position": "1", "config": "[" * 100_000}, {}):
+        save_file({"conv": dialogue.state.conv, "ssm": dialogue.state.ssm}, tmp_path / "state", metadata=about)
+        with pytest.raises(CheckpointError, match="no dialogue's state"):
+            Dialogue.load(model, tmp_path / "state")
+    with pytest.raises(CheckpointError, match="no dialogue's state"):
+        Dialogue.load(model, tmp_path)  # a folder
     dialogue.save(tmp_path / "state")
     other = OmniMamba(OmniMambaConfig.preset("tiny", lora_rank=2))
     with pytest.raises(CheckpointError, match="another model"):

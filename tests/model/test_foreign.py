@@ -134,6 +134,11 @@ def test_a_mamba2_of_mamba_ssm(lm, tmp_path):
     torch.save(lm.state_dict() | {"lm_head.weight": lm.backbone.embedding.weight.data}, tmp_path / "pytorch_model.bin")
     found = MambaLM.from_pretrained(tmp_path)
     assert same(found, lm) and (found.config.ngroups, found.config.d_state) == (cfg.ngroups, cfg.d_state)
+    for groups in (0, "2", None):
+        ssm = {"layer": "Mamba2", "ngroups": groups}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"ssm_cfg": ssm}))
+        with pytest.raises(CheckpointError, match="ngroups must be a whole number"):
+            read_foreign(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values | {"ssm_cfg": {"layer": "Mamba1"}}))
     with pytest.raises(CheckpointError, match="another architecture"):
         read_foreign(tmp_path)
@@ -189,6 +194,8 @@ def test_unfit_adapters_change_nothing(model, tmp_path):
         (lambda: weights.write_bytes(b"x"), "not a whole"),
         (lambda: config.write_text(json.dumps(values | {"use_dora": True})), "use_dora = True"),
         (lambda: config.write_text(json.dumps(values | {"r": 999})), "r must lie in"),
+        (lambda: config.write_text(json.dumps(values | {"alpha_pattern": {"in_proj": 3}})), "alpha_pattern = "),
+        (lambda: config.write_text(json.dumps(values | {"lora_alpha": float("nan")})), "lora_alpha must be finite"),
         (lambda: config.write_text("[]"), "object with r"),
         (lambda: config.unlink(), "no PEFT adapter"),
     ]:

@@ -91,6 +91,9 @@ def test_another_tokenizer_is_not_the_published_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         (tmp_path / "empty").mkdir()
         BpeTokenizer.published(tmp_path / "empty")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="gives no tokenizer"):
+        BpeTokenizer.published(tmp_path)
 
 
 def test_a_trained_tokenizer_survives_json_and_any_text():
