@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..omnimamba import OmniMamba
+from ..weights import usable
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,12 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str | None = None) -> Iterator[Ranks]:
-    """This process's place under torchrun, or alone. ``device`` is "cpu" or "cuda"; None takes a GPU where one is."""
+    """This process's place under torchrun, or alone. ``device`` is "cpu" or "cuda"; None takes a GPU where one is.
+
+    ValueError where it is not there.
+    """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    usable(kind)
     if not dist.is_torchelastic_launched():
         yield Ranks(device=torch.device(kind))
         return

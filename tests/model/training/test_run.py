@@ -244,6 +244,13 @@ def test_a_file_that_is_no_settings_file(tmp_path, capsys):
         read(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there(settings, values, device):
+    with pytest.raises(ValueError, match="device .*(is not there|must be cpu or cuda)"):
+        run(settings(device=device), quietly)
+    assert not Path(values["out"]).exists()
+
+
 def test_a_model_of_another_width_than_its_tokenizers_is_refused(settings, values):
     wrong = values["fresh"] | {"image_vocab_size": 17}
     with pytest.raises(CheckpointError, match="image_vocab_size is 17"):
