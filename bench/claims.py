@@ -159,7 +159,7 @@ def _model(rows: list[Row]) -> list[Claim]:
     decode = [r.times_ours for r in _pick(rows, "130M decode", "bf16", "transformers")]
     floor = [r.floor_share for r in _pick(rows, "130M decode", "bf16", ours=True)]
     return [
-        _least("130M, prefill of 2048, against transformers fp32", 2.3, prefill, "x"),
+        _least("130M, prefill of 2048, against transformers fp32", 2.6, prefill, "x"),
         _least("130M, decode with bf16 weights, against transformers fp32", 7, decode, "x"),
         _least("130M, decode with bf16 weights, share of the DRAM read rate", 0.65, floor, ""),
         _least("130M, prefill of 2048, against llama.cpp F32", 1.15, _llama(rows, "130M prefill", "2048"), "x"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import torch
 
-from . import claims, machine, results, tables
+from . import claims, machine, results, scaling, tables
 from .measure import WRONG, Bench
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +72,8 @@ class Session:
         return content
 
     def content(self) -> dict:
-        rows, scores = self.bench.rows, claims.demo_scores()
+        rows, scores, rates = self.bench.rows, claims.demo_scores(), self.bench.rates.summary()
+        judged = [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
         return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.clock, 1),
@@ -79,9 +81,9 @@ class Session:
             "complete": self.complete(),
             "minutes_allowed": self.minutes,
             "machine": self.machine,
-            "rates": self.bench.rates.summary(),
+            "rates": rates,
             "demo": scores,
-            "claims": claims.judge(rows, scores),
+            "claims": judged,
             "exponents": claims.exponents(rows),
             "durations": self.durations,
             "rows": results.as_json(rows),
@@ -178,8 +180,15 @@ class _Progress:
             self.out.write_line(_line(row))
         session.shown = len(session.bench.rows)
         if session.bench.rows:
-            session.keep()
+            self._keep()
         self.out.write_line(bar(session.done, session.total, time.perf_counter() - session.clock))
+
+    def _keep(self) -> None:
+        """A disk that is full for a while must not end a run."""
+        try:
+            self.session.keep()
+        except OSError as error:
+            self.out.write_line(f"not kept so far: {error}")
 
 
 def _line(row: results.Row) -> str:
@@ -200,10 +209,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
     if not session.bench.rows:
         return
-    content = session.keep()
-    path = session.path(content["complete"])
+    try:
+        content = session.keep()
+        said = f"kept in {session.path(content['complete'])}"
+    except OSError as error:
+        content, said = session.content(), f"NOT kept: {error}"
     content["rows"] = session.bench.rows
     for title, text in tables.sections(content).items():
         terminalreporter.section(title)
         terminalreporter.write_line(text)
-    terminalreporter.write_line(f"\nkept in {path}")
+    terminalreporter.write_line(f"\n{said}")

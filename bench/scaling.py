@@ -23,6 +23,7 @@ from typing import Any
 from omnimamba_model import MambaConfig
 
 from . import counts, results
+from .claims import Claim
 from .counts import Decoder, Part
 from .integrated import positions
 from .published import CACHED, OURS, UNCACHED
@@ -195,6 +196,20 @@ def checked_memory(content: dict[str, Any]) -> list[Checked]:
 
 def median_error(found: list[Checked]) -> float | None:
     return statistics.median(c.error for c in found) if found else None
+
+
+def claim(content: dict[str, Any]) -> Claim:
+    """How right the model is of a run; not judged where that measured too little of what the model is made of."""
+    found = Claim(
+        "scaling model against measurement, median error of time", f"under {MOST_ERROR:.0%}", "not measured", None
+    )
+    try:
+        error = median_error(checked(content))
+    except (KeyError, ZeroDivisionError):  # no rates, or none of a kind
+        error = None
+    if error is not None:
+        found.measured, found.passed = f"{error:.1%}", error < MOST_ERROR
+    return found
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,17 @@ def test_the_median_error_decides(slower, status, shown, tmp_path, capsys):
     assert f"Median error of {shown}" in printed and "PREDICTION, not measured" in printed
 
 
+@pytest.mark.parametrize(("slower", "passed"), [(1.0, True), (1.5, False)])
+def test_the_claim_is_judged_on_the_run(slower, passed):
+    assert scaling.claim(whole_run(slower)).passed is passed
+
+
+@pytest.mark.parametrize("missing", ["rows", "rates"])
+def test_the_claim_admits_what_is_missing(missing):
+    found = scaling.claim(whole_run() | {missing: type(whole_run()[missing])()})
+    assert (found.passed, found.measured) == (None, "not measured")
+
+
 def test_rates_come_from_rows_that_are_not_checked():
     assert not {c.row.group for c in scaling.checked(whole_run())} & {"lora_linear", "ssd_scan forward"}
     lengths = {

@@ -46,6 +46,19 @@ def test_a_run_that_is_cut_off_leaves_what_it_had_and_a_whole_one_leaves_one_fil
     assert "partial" not in name and results.load(session.path(True))["rows"][0].seconds == 1.0
 
 
+def test_a_disk_that_is_full_does_not_end_a_run(session, monkeypatch):
+    def full(path, content):
+        raise OSError("No space left on device")
+
+    said = []
+    monkeypatch.setattr(results, "save", full)
+    progress = conftest._Progress.__new__(conftest._Progress)
+    progress.session, progress.out = session, SimpleNamespace(write=said.append, write_line=said.append)
+    report = SimpleNamespace(nodeid="a", failed=False, duration=1.0, when="teardown")
+    progress.pytest_runtest_logreport(report)
+    assert session.done == 1 and "not kept so far: No space left on device" in said
+
+
 @pytest.mark.parametrize("change", [{"chosen": True}, {"broken": True}, {"done": 1}, {"collected": {"bench_layer.py"}}])
 def test_what_left_something_out_is_partial(session, change):
     session.done = 2
