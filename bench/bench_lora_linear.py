@@ -125,7 +125,8 @@ def lazy(make):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @full
 def test_training(bench, benchmark, dtype):
-    """Forward and backward with the base frozen: gradients of the input and of both halves of the adapter."""
+    """Forward and backward with the base frozen: gradients of the input and of both halves of the adapter, the halves in
+    their own dtype."""
     rows = 512
     values = problem(rows, dtype, True)
     weight, upstream = values.pop("weight"), torch.randn(rows, OUT, generator=torch.Generator().manual_seed(1))
@@ -143,7 +144,7 @@ def test_training(bench, benchmark, dtype):
         return Contender(name, run, lambda: worst_error(run(), exact), bound)
 
     flops = 2.0 * rows * IN * OUT * 2
-    contenders = [contender(name, ours(name), inputs.BOUND[torch.float32]) for name in inputs.own_backends()]
+    contenders = [contender(name, ours(name), inputs.BOUND[dtype]) for name in inputs.own_backends()]
     slow = peers.too_slow(dtype, rows, flops)
     if slow:
         bench.absent(TRAINING, case(rows, dtype, True), "torch", slow)
