@@ -125,7 +125,7 @@ def lazy(make):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @full
 def test_training(bench, benchmark, dtype):
-    """Forward and backward with the base frozen: gradients of the input and of both halves of the adapter, the halves in
+    """Forward and backward with the base frozen: gradients of the input and of both halves of the adapter, these in
     their own dtype."""
     rows = 512
     values = problem(rows, dtype, True)
