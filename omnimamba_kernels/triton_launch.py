@@ -194,7 +194,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs_and_opti
         noted[1].append(_note(kernel, grid, args, constexprs_and_options))
         return
     if interpreting():
-        _let_interpreter_count()
+        _mend_interpreter()
     waiting = _waiting.get()
     if waiting is not None:
         kind = (kernel.fn, *constexprs_and_options.values())
@@ -246,17 +246,24 @@ def _device_of(args: tuple) -> AbstractContextManager:
 
 
 @cache
-def _let_interpreter_count() -> None:
-    """The interpreter of Triton 3.6 takes int() of arrays of one element, which numpy has refused since 2.4."""
+def _mend_interpreter() -> None:
+    """The interpreter of Triton 3.6 takes int() of arrays of one element, which numpy has refused since 2.4; 3.9's
+    refuses masks in which it holds the comparison of two numbers as integers."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    builder, patch = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
+    load, store = builder.create_masked_load, builder.create_masked_store
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def booleans(mask: Any) -> Any:
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
     interpreter._patch_lang_tensor = patch_with_index
+    builder.create_masked_load = lambda self, at, mask, *rest: load(self, at, booleans(mask), *rest)
+    builder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, booleans(mask), *rest)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import importlib.util
 from collections import Counter
 from threading import Barrier, get_ident
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,3 +221,25 @@ def test_known_kernels_start_at_once_and_those_of_a_failed_block_do_not(started)
         launch(double, (1,), X, N=32)
         raise ValueError("no")
     assert len(started) == 5
+
+
+@needs_triton
+@pytest.mark.skipif(not interpreting(), reason="Triton is not interpreting")
+def test_masks_of_numbers_and_rows_reach_the_interpreter_as_booleans(monkeypatch):
+    """Triton 3.9's refuses others."""
+    from triton.runtime import interpreter
+    from triton_kernels import double_first
+
+    memory, kinds = interpreter._interpreter, []
+
+    def noted(name):
+        def call(*arguments):
+            kinds.append(arguments[{"load": 1, "store": 2}[name]].dtype)
+            return getattr(memory, name)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(load=noted("load"), store=noted("store")))
+    x = torch.ones(8)
+    launch(double_first, (2,), x, N=8)
+    assert x.tolist() == [2.0] * 8 and {str(kind) for kind in kinds} == {"bool"} and len(kinds) == 4

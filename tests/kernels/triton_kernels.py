@@ -1,4 +1,4 @@
-"""Two small kernels for the tests of their start."""
+"""Small kernels for the tests of their start."""
 
 import triton
 import triton.language as tl
@@ -15,3 +15,11 @@ def square(x, N: tl.constexpr):
     i = tl.arange(0, N)
     value = tl.load(x + i)
     tl.store(x + i, value * value)
+
+
+@triton.jit
+def double_first(x, N: tl.constexpr):
+    """Doubles the first program's numbers."""
+    i = tl.arange(0, N)
+    inside = (i < N) & (tl.program_id(0) == 0)
+    tl.store(x + i, tl.load(x + i, mask=inside, other=0.0) * 2, mask=inside)
