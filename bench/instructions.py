@@ -113,7 +113,7 @@ def _packed(value: Any) -> Any:
     return held, kind, tuple(value.stride()), value.storage_offset() * value.element_size()
 
 
-CALLED = "*Kernel<*::call(*"
+CALLED = "*Kernel::call(*"
 """The function of csrc/bindings.h through which Python calls every kernel: each time it ends, callgrind writes what it
 has counted since the last time."""
 REPLAY = """

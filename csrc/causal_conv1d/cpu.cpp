@@ -68,7 +68,7 @@ void channel_last(const CausalConv1dParams& p) {
   });
 }
 
-template <class T, int N>
+template <class T, int N, bool Masked, bool Silu>
 void time_last(const CausalConv1dParams& p) {
   parallel_for(p.threads, p.batch * p.channels, [&](int64_t item, int) {
     const int64_t b = item / p.channels, c = item % p.channels;
@@ -80,12 +80,12 @@ void time_last(const CausalConv1dParams& p) {
     for (int64_t t = 0; t < p.length; t += PIECE) {
       const int count = static_cast<int>(p.length - t < PIECE ? p.length - t : PIECE);
       read_piece<T, N>(p, b, c, t - (N - 1), count + N - 1, x);
-      const int32_t* live = p.live ? p.live.at<int32_t>(b, t) : nullptr;
+      const int32_t* live = Masked ? p.live.at<int32_t>(b, t) : nullptr;
       for (int i = 0; i < count; i += W) {
         const int n = count - i < W ? count - i : W;
-        vf a = taps<N>(x + i, tap, bias, live ? load_bits(live + i, n) : splat_int(-1));
-        if (p.activation) a = silu(a);
-        if (live) a = select(load_bits(live + i, n) != 0, a, vf{});
+        vf a = taps<N>(x + i, tap, bias, Masked ? load_bits(live + i, n) : splat_int(-1));
+        if (Silu) a = silu(a);
+        if (Masked) a = select(load_bits(live + i, n) != 0, a, vf{});
         store_some(y + t + i, a, n);
       }
     }
@@ -100,8 +100,10 @@ void causal_conv1d_forward(const CausalConv1dParams& p) {
     using T = decltype(type);
     if (p.x.stride[1] == 1)
       channel_last<T, width.value>(p);
+    else if (p.activation)
+      p.live ? time_last<T, width.value, true, true>(p) : time_last<T, width.value, false, true>(p);
     else
-      time_last<T, width.value>(p);
+      p.live ? time_last<T, width.value, true, false>(p) : time_last<T, width.value, false, false>(p);
   });
 }
 
