@@ -49,7 +49,7 @@ class Settings:
     stage2: int = 3400
     staged: bool = True
     """False is the control: as many steps, everything learning both tasks from the start."""
-    drawings: int = 200
+    drawings: int = 1000
     """Drawings asked for when scoring, spread over digits and phrasings."""
     temperature: float = 0.8
     guidance: float = 2.0
