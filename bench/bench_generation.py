@@ -11,6 +11,8 @@ weights, cache or state, step; measured of the whole generation, at its last tok
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from . import machine, memory
@@ -52,7 +54,8 @@ def test_whole(bench, benchmark, total):
     if total <= LONGEST_UNCACHED:
         contenders.append(generating(bench, UNCACHED, total))
     rows = bench.compare(benchmark, WHOLE, whole_case(total), contenders, first, tokens=total)
-    contenders.clear()  # and with them the cache: the child that measures memory has one of its own
+    contenders.clear()
+    gc.collect()  # and with them the cache: the child that measures memory has one of its own
     for row in rows:
         row.note = f"{dtype_of(row.who)} weights; {POSITIONS} steps measured, summed by Gauss and Legendre's rule"
         if row.who == UNCACHED and row.seconds:

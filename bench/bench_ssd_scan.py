@@ -74,7 +74,7 @@ class Problem:
     def leaves(self) -> dict[str, Tensor]:
         return inputs.with_gradients(self.values)
 
-    def contenders(self, training: bool) -> list[Contender]:
+    def contenders(self, training: bool, quick: bool) -> list[Contender]:
         """The reference runs at the smallest shape only, as does transformers' fallback under torch.compile, whose
         compilation takes longer than all that is timed."""
         own = inputs.own_backends()
@@ -82,7 +82,7 @@ class Problem:
             own.remove("reference")
         found = [(name, lambda name=name: ours(name)) for name in own]
         found.append((peers.label(), transformers))
-        if self.shape == SHAPES[0] and not training:
+        if self.shape == SHAPES[0] and not training and not quick:
             found.append((plain.COMPILED, functools.cache(lambda: plain.compiled(transformers()))))
         return [self.contender(name, make, training) for name, make in found]
 
@@ -99,13 +99,15 @@ class Problem:
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_forward(bench, benchmark, shape, dtype):
     work = Work("sgemm", flops=inputs.scan_flops(*shape))
-    bench.compare(benchmark, FORWARD, case(*shape, dtype), Problem(*shape, dtype).contenders(False), work)
+    bench.compare(benchmark, FORWARD, case(*shape, dtype), Problem(*shape, dtype).contenders(False, bench.quick), work)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_training(bench, benchmark, shape, dtype):
     """FLOPs are three times the forward's: the backward counts as two forwards. Peak memory is taken in children."""
     work = Work("sgemm", flops=3 * inputs.scan_flops(*shape))
-    rows = bench.compare(benchmark, TRAINING, case(*shape, dtype), Problem(*shape, dtype).contenders(True), work)
+    rows = bench.compare(
+        benchmark, TRAINING, case(*shape, dtype), Problem(*shape, dtype).contenders(True, bench.quick), work
+    )
     if shape in SHAPES and shape[2] == 24 and dtype == torch.float32:
         bench.peaks(benchmark, rows, "scan_training", b=shape[0], l=shape[1], h=shape[2])

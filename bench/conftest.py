@@ -25,7 +25,7 @@ ORDER = (
     "bench_omnimamba.py",
 )  # fmt: skip
 """Short cases first: what runs after the time for all rounds is gone takes too long for many anyway."""
-FULL_ROUNDS = 0.7
+FULL_ROUNDS = 0.6
 """Share of them in which contenders are timed in as many rounds as their own budget pays for; then once."""
 
 

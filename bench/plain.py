@@ -43,9 +43,11 @@ def lora(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` under torch.compile for fixed shapes; RuntimeError that says why where no code can be generated."""
+    import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
     inductor.compile_threads = 1  # no pool of compiler processes that stays beside the measurements
+    functorch.donated_buffer = False  # a backward that is repeated keeps its graph
     torch.compiler.reset()  # a case is one shape: no others are kept, so that none counts as a recompilation
     fast = torch.compile(function, dynamic=False)
 
