@@ -6,15 +6,16 @@ READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 BUILD := MAKEFLAGS= $(BIN)/python setup.py
 NATIVE := $(BUILD) -q build_ext --inplace --strict
-PYTEST := OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test bench native modules check test-interpreted test-sanitize test-emulated gpu-check format clean
+.PHONY: demo test bench native modules modules-native modules-sanitized modules-emulated check test-interpreted \
+    test-sanitize test-emulated gpu-check format clean
 
 demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 	$(BIN)/omnimamba demo --out demo-out
 
 test: $(TOOLS)  ## style, all tests, and the kernels once more under sanitizers
-	$(MAKE) -j2 $(READY) modules  # packages are fetched while the kernels compile
+	$(MAKE) -j3 $(READY) modules  # packages are fetched meanwhile, and one build's last file leaves no processor idle
 	$(MAKE) check
 	$(PYTEST) tests
 	$(MAKE) test-interpreted test-sanitize
@@ -22,7 +23,7 @@ test: $(TOOLS)  ## style, all tests, and the kernels once more under sanitizers
 # The Triton kernels on the CPU, in Triton's interpreter; where Triton does not exist there is nothing to do.
 test-interpreted: $(READY)
 	! $(BIN)/python -c "import triton" 2> /dev/null || \
-	    TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -q tests/kernels -k triton
+	    TRITON_INTERPRET=1 $(PYTEST) -q tests/kernels -k triton
 
 # On a machine with a GPU, with the Python, torch and Triton that are there: nothing is installed or fetched.
 OUT ?= gpu-check-out
@@ -38,9 +39,15 @@ native: $(READY)  ## incremental build of the native modules into omnimamba_kern
 	@$(NATIVE)
 
 # Every module that the tests load: of the kernels, of the CUDA kernels on the emulator, and with sanitizers.
-modules: $(TOOLS)
+modules: modules-native modules-sanitized modules-emulated
+
+modules-native: $(TOOLS)
 	$(NATIVE)
+
+modules-sanitized: $(TOOLS)
 	$(SANITIZE)
+
+modules-emulated: $(TOOLS)
 	$(BUILD) -q build_emulator
 
 check: $(READY)
