@@ -90,6 +90,19 @@ def test_a_claim_is_judged_on_what_was_measured_and_says_what_was_not():
     assert all(claim["met"] is None for claim in gpu_claims.judge(rows, "cuda"))
 
 
+def test_the_worst_case_counts_and_one_without_a_time_does_not():
+    times = {("triton", "a"): 1.0, ("triton", "b"): 1.0, ("causal_conv1d", "a"): 2.0, ("causal_conv1d", "b"): 0.5}
+    rows = [
+        {"group": "causal_conv1d forward", "case": case, "who": who, "seconds": seconds, "floor_share": 0.9}
+        for (who, case), seconds in times.items()
+    ]
+    rows += [{"group": "causal_conv1d forward", "case": "c", "who": who, "reason": "x"} for who in ("triton", "peer")]
+    found = {claim["what"]: claim for claim in gpu_claims.judge(rows, "triton")}
+    claim = found["causal_conv1d forward in all cases, against causal_conv1d"]
+    assert (claim["measured"], claim["met"]) == ("0.50x", False)
+    assert found["causal_conv1d forward, share of the copy speed"]["met"] is True
+
+
 def test_claims_name_cases_that_a_gpu_is_measured_at():
     asked = " ".join(claim["what"] for claim in gpu_claims.judge([], "triton"))
     assert all(case.name in asked for case in scan_cases.GPU[:3])
