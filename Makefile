@@ -78,7 +78,7 @@ test-emulated: $(READY)
 	$(BUILD) -q build_emulator --sanitize=address
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels tests/test_emulator.py \
-	    -k "(cuda-emulated and matches_the_definition) or sanitizer"
+	    -k "(cuda-emulated and (matches_the_definition or (matches_the_recurrence and (short or packed)))) or sanitizer"
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)

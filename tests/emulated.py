@@ -75,6 +75,13 @@ def latest() -> str:
     return name().decode()
 
 
+def started() -> list[str]:
+    """The names of the kernels in module() that were started since this was last asked."""
+    names = ctypes.CDLL(module().__file__).omnimamba_emulator_started
+    names.restype = ctypes.c_char_p
+    return names().decode().splitlines()
+
+
 SHARED = {80: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory a block, by the compute capability that the emulator shows; 80 stands for all but Hopper."""
 

@@ -168,6 +168,12 @@ OM_DEVICE void hold(float (&registers)[N]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// v; the compiler does not know that, and so computes what comes of it where it stands.
+OM_DEVICE int unknown(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 #define OM_R8 "{%0, %1, %2, %3, %4, %5, %6, %7"
 #define OM_R16 OM_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define OM_R32 OM_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

@@ -101,6 +101,7 @@ void wgmma_wait() {
 }
 template <int N>
 void hold(float (&)[N]) {}
+inline int unknown(int v) { return v; }
 
 template <class T, int N, bool A_MN = false, bool B_MN = false>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {

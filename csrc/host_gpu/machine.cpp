@@ -35,7 +35,8 @@ struct Run {
 };
 
 Run* run = nullptr;
-std::string latest;  // the last kernel that was started
+std::string latest;   // the last kernel that was started
+std::string started;  // all since they were asked for, a line each
 
 uint64_t next_random() {  // xorshift64*
   uint64_t& s = run->random;
@@ -253,6 +254,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(one_at_a_time);
   check_launch(launch);
   latest = launch.kernel;
+  started += latest + "\n";
   Run mine{};
   mine.launch = &launch;
   mine.body = &body;
@@ -313,4 +315,12 @@ void check_shared(const void* p, std::size_t bytes, const char* what) {
 // For the tests, through ctypes: the name of the last kernel that was started.
 extern "C" __attribute__((visibility("default"), used)) const char* omnimamba_emulator_latest() {
   return omnimamba::host_gpu::latest.c_str();
+}
+
+// Of all that were started since this was last called, a line each.
+extern "C" __attribute__((visibility("default"), used)) const char* omnimamba_emulator_started() {
+  static std::string found;
+  found.swap(omnimamba::host_gpu::started);
+  omnimamba::host_gpu::started.clear();
+  return found.c_str();
 }

@@ -168,6 +168,30 @@ struct Factors {
   float scale, dot;
 };
 
+// sum += scale_t Y_t, and into dots[t] the sum over the warp's 16 states, from column n0 of `with` on, of with_t dot_t Y_t.
+template <int REACH, class T, int WIDTH, class Factor>
+OM_DEVICE void share_out(float (&sum)[REACH / 16][2][4], float* dots, const float (&Y)[REACH / 16][2][4],
+                         const Rows<T, WIDTH>& with, int n0, int t0, Factor&& factor) {
+#pragma unroll
+  for (int t = 0; t < REACH / 16; t++) {
+    const Block<T> block = load_block<true>(with, t0 + 16 * t, n0);
+    float dot[4] = {};  // of four positions
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const Factors f = factor(t0 + 16 * t + block_column(i));
+      const float y = Y[t][i / 4][i % 4];
+      sum[t][i / 4][i % 4] += scaled(y, f.scale);
+      dot[i / 4 * 2 + i % 2] += scaled(y * block.value(i), f.dot);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+      for (int bits = 4; bits < WARP; bits *= 2) dot[i] += shuffle_xor(dot[i], bits);
+      if (lane_id() < 4) dots[t0 + 16 * t + i / 2 * 8 + lane_id() * 2 + i % 2] = dot[i];
+    }
+  }
+}
+
 // Of states: Y^T (the 16 states from n0 on by REACH positions) = state^T times rows^T, summed over `terms` tiles of rows.
 // sum += scale_t Y_t, and into dots[t] the sum over the states of with_t dot_t Y_t. Returns <state, other>, where there is one.
 template <class T, int N, int PART, int REACH, class Tile, class Factor>
@@ -197,24 +221,7 @@ OM_DEVICE float through_state(float (&sum)[REACH / 16][2][4], float* dots, const
       }
     }
   }
-#pragma unroll
-  for (int t = 0; t < REACH / 16; t++) {
-    const Block<T> block = load_block<true>(with, t0 + 16 * t, n0);
-    float dot[4] = {};  // of four positions
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const Factors f = factor(t0 + 16 * t + block_column(i));
-      const float y = Y[t][i / 4][i % 4];
-      sum[t][i / 4][i % 4] += scaled(y, f.scale);
-      dot[i / 4 * 2 + i % 2] += scaled(y * block.value(i), f.dot);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-      for (int bits = 4; bits < WARP; bits *= 2) dot[i] += shuffle_xor(dot[i], bits);
-      if (lane_id() < 4) dots[t0 + 16 * t + i / 2 * 8 + lane_id() * 2 + i % 2] = dot[i];
-    }
-  }
+  share_out<REACH>(sum, dots, Y, with, n0, t0, factor);
   return W;
 }
 

@@ -175,6 +175,20 @@ BackCover back_cover(const SsdScanParams& q) {
   return {static_cast<int>(part_heads), static_cast<int>(ceil_div(per_group, part_heads)), narrow && q.z ? 3 : 1, 2};
 }
 
+void launch_back_chunks(const SsdScanParams& q, BackCover cover) {
+#if defined(OMNIMAMBA_SM90)
+  if (suits_hopper_backward(q)) return launch_hopper_back_chunks(q, cover.part_heads, cover.parts);
+#endif
+  for_instance(q, [&](auto type, auto states) {
+    using T = decltype(type);
+    constexpr int N = states.value;
+    if (BackLayout<T, N>(cover).bytes() > static_cast<size_t>(q.shared_limit)) cover.stages = 1;
+    launch<ssd_back_chunk_kernel<T, N>>({grid(q.batch * chunks_of(q.length, CHUNK<T>) * q.groups * cover.parts),
+                                         MOST_THREADS, q.stream, BackLayout<T, N>(cover).bytes()},
+                                        q, cover);
+  });
+}
+
 }  // namespace
 
 #endif
@@ -188,16 +202,9 @@ int64_t ssd_scan_parts(const SsdScanParams& q) { return ssd::back_cover(q).parts
 void ssd_scan_backward(const SsdScanParams& q) {
   using namespace ssd;
   launch_back_walk(q);
-  BackCover cover = back_cover(q);
+  const BackCover cover = back_cover(q);
   const int64_t chunks = chunks_of(q.length, chunk_of(q));
-  for_instance(q, [&](auto type, auto states) {
-    using T = decltype(type);
-    constexpr int N = states.value;
-    if (BackLayout<T, N>(cover).bytes() > static_cast<size_t>(q.shared_limit)) cover.stages = 1;
-    launch<ssd_back_chunk_kernel<T, N>>(
-        {grid(q.batch * chunks * q.groups * cover.parts), MOST_THREADS, q.stream, BackLayout<T, N>(cover).bytes()}, q,
-        cover);
-  });
+  launch_back_chunks(q, cover);
   const int64_t columns = q.heads * (2 + q.headdim), size = q.batch * q.length * q.groups * q.state;
   sum_parts(q.sums.at<float>(), static_cast<int>(q.batch * chunks), columns, columns, q.dA.at<float>(), nullptr,
             q.stream);

@@ -107,6 +107,9 @@ void launch_back_walk(const SsdScanParams& q);
 bool suits_hopper(const SsdScanParams& q);
 int64_t hopper_blocks(const SsdScanParams& q);
 void launch_hopper_walk(const SsdScanParams& q);
+// cuda_sm90_backward.cu: whether it takes the gradients of this call's chunks, and that launch.
+bool suits_hopper_backward(const SsdScanParams& q);
+void launch_hopper_back_chunks(const SsdScanParams& q, int part_heads, int parts);
 
 #endif
 

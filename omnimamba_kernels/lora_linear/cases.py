@@ -43,6 +43,9 @@ SMALL = (
 )
 """Few and many rows, primes, one of everything, more of each than one block of a product, rows of whole packs."""
 
+LARGE = Case((1100,), 72, 1000, tasks=2, rank=8, bias=True)
+"""Enough tiles for Hopper's own product on a chip of 132 multiprocessors, with edges on every side."""
+
 
 def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
     """Arguments of ``lora_linear`` by name; rows alternate over all tasks and -1."""

@@ -18,6 +18,7 @@ ROOM = 128 << 10  # bytes of shared memory that every backward fits into (BackLa
 # What the report holds to the matrix units: all kernels but the one of the steps.
 MATRIX = (
     "ssd_walk_kernel", "ssd_ends_kernel", "ssd_hopper_walk_kernel", "ssd_back_walk_kernel", "ssd_back_chunk_kernel",
+    "ssd_hopper_back_chunk_kernel",
 )  # fmt: skip
 
 

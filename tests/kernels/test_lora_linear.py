@@ -9,6 +9,7 @@ from common import (
     THREAD_COUNTS,
     assert_within_budget,
     check,
+    device_of,
     evaluate,
     framed,
     hostile_memory,
@@ -20,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnimamba_kernels import lora_linear
-from omnimamba_kernels.lora_linear.cases import SMALL, Case, inputs
+from omnimamba_kernels.lora_linear.cases import LARGE, SMALL, Case, inputs
 from omnimamba_kernels.lora_linear.reference import dropout_mask
 
 SCALE = 1.5
@@ -59,6 +60,14 @@ def name(pair):
 @pytest.mark.parametrize("pair", PAIRS, ids=name)
 def test_forward_and_gradients(run, case, pair):
     check(run, layer, oracle, inputs(case, *pair), wanted=FLOATS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_enough_rows_for_a_whole_gpu(run, dtype):
+    """The emulator shows in test_lora_linear_sm90.py that such a product is left to Hopper's own kernel."""
+    if device_of(run).type != "cuda":
+        pytest.skip("a real GPU alone chooses its kernels by its size")
+    check(run, layer, oracle, inputs(LARGE, dtype, dtype), wanted=FLOATS)
 
 
 @pytest.mark.parametrize("pair", PAIRS[:4], ids=name)

@@ -9,7 +9,7 @@ from common import check, placing, running, same_bits
 from test_lora_linear import layer, oracle
 
 from omnimamba_kernels import lora_linear
-from omnimamba_kernels.lora_linear.cases import Case, inputs
+from omnimamba_kernels.lora_linear.cases import LARGE, SMALL, Case, inputs
 from omnimamba_kernels.lora_linear.reference import dropout_mask
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
@@ -181,6 +181,13 @@ def test_small_products_are_left_to_smaller_tiles():
     for chip, own in ((16, True), (132, False)):
         c, want = product(140, 264, 72, chip=chip)
         assert torch.equal(c, want) and hopper() == own
+
+
+@pytest.mark.parametrize("rows, own", [(LARGE.lead[0], True), (SMALL[-1].lead[0], False)])
+def test_what_a_whole_gpu_is_given_reaches_this_kernel(rows, own):
+    """The shapes that test_lora_linear.py runs on a real one: an H200 has 132 multiprocessors."""
+    c, want = product(rows, LARGE.out, LARGE.width, ranks=(LARGE.tasks, LARGE.rank), bias=True, chip=132)
+    assert torch.equal(c, want) and hopper() == own
 
 
 def test_other_chips_never_take_hoppers_kernel():

@@ -3,7 +3,7 @@
 import emulated
 import pytest
 import torch
-from common import check, evaluate, running, same_bits
+from common import check, evaluate, running, runs, same_bits
 from test_ssd_scan import GRADS, exact, scan
 
 from omnimamba_kernels import cuda
@@ -11,6 +11,7 @@ from omnimamba_kernels.ssd_scan.cases import Case
 from omnimamba_kernels.ssd_scan.cuda_impl import too_large
 
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+RUNS = [run for run in runs("ssd_scan") if run in ("cuda-emulated90", "cuda")]
 SLOW = 0.01, 0.05  # steps so small that a chunk sees what earlier ones left
 HOPPER = (
     Case("two heads", 1, 150, 2, 64, n=128, skip=1, gate=True, initial_states=True),
@@ -24,6 +25,13 @@ HOPPER = (
     Case("eight chunks", 1, 500, 2, 64, n=128, gate=True, limit=SLOW),
     Case("segments", 1, 700, 1, 32, n=64, skip=1, limit=SLOW, initial_states=True),
 )  # fmt: skip
+BACKWARD = (
+    Case("five heads", 1, 70, 5, 64, n=128, skip=2, limit=(0.05, 0.2), initial_states=True),
+    Case("two batch rows, packed with padding", 2, 130, 6, 64, g=2, n=64, skip=1, initial_states=True,
+         sequences="seq_idx"),
+    Case("narrow heads, packed by offsets", 1, 170, 3, 40, n=40, skip=1, initial_states=True, sequences="cu_seqlens"),
+    Case("no D", 2, 131, 2, 32, n=96, limit=(0.02, 0.1)),
+)  # fmt: skip
 PACKED, PARTS, EIGHT = HOPPER[1], HOPPER[5], HOPPER[7]
 
 
@@ -33,11 +41,63 @@ def one_multiprocessor(monkeypatch):
     monkeypatch.setattr(cuda, "limits", lambda _: (1, emulated.SHARED[90]))
 
 
-@needs_emulator
 @pytest.mark.parametrize("case", HOPPER, ids=lambda c: c.name)
-def test_hoppers_kernel_matches_the_recurrence(case):
+def test_hoppers_kernel_matches_the_recurrence(run, case):
     wanted = GRADS if case in HOPPER[:2] else ()  # what a backward needs is saved
-    check("cuda-emulated90", scan(case.options), exact(case.options), case.tensors(torch.bfloat16), wanted)
+    check(run, scan(case.options), exact(case.options), case.tensors(torch.bfloat16), wanted)
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=lambda c: c.name)
+def test_hoppers_backward_matches_the_recurrence(run, case):
+    real = run == "cuda"
+    if not real:
+        emulated.started()
+    check(run, scan(case.options), exact(case.options), case.tensors(torch.bfloat16), GRADS)
+    assert real or "ssd_hopper_back_chunk_kernel" in emulated.started()
+
+
+@needs_emulator
+@pytest.mark.parametrize("case, seeds", [(BACKWARD[0], 2), (BACKWARD[1], 2)], ids=lambda c: getattr(c, "name", ""))
+def test_hoppers_backward_gives_the_same_bits_in_any_order_of_threads(case, seeds, one_multiprocessor):
+    tensors, found = case.tensors(torch.bfloat16), []
+    check("cuda-emulated90", scan(case.options), exact(case.options), tensors, GRADS)
+    for seed in range(seeds, 0, -1):
+        emulated.configure(seed)
+        with running("cuda-emulated90"):
+            found.append(evaluate(scan(case.options), tensors, GRADS))
+    assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)
+
+
+@needs_emulator
+def test_hoppers_backward_leaves_garbage_in_the_padding():
+    case = BACKWARD[1]
+    tensors = case.tensors(torch.bfloat16)
+    dirty, padded = dict(tensors), tensors["seq_idx"] < 0
+    for name in ("x", "dt", "B", "C"):
+        dirty[name] = tensors[name].clone()
+        dirty[name][padded] = float("nan")
+    with running("cuda-emulated90"):
+        got, plain = evaluate(scan(case.options), dirty, GRADS), evaluate(scan(case.options), tensors, GRADS)
+    assert padded.any() and all(same_bits(got[name], plain[name]) for name in plain)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    "change",
+    [{"p": 24}, {"p": 96}, {"n": 132}, {"n": 38}, {"n": 16}, {"gate": True}],
+    ids=str,
+)
+def test_what_does_not_suit_hoppers_backward_goes_to_the_other(change):
+    def kernels(**options):
+        case = Case("chosen", 1, 20, 1, **{"p": 32, "n": 32} | options)
+        emulated.started()
+        with running("cuda-emulated90"):
+            evaluate(scan(case.options), case.tensors(torch.bfloat16), ("x",))
+        return emulated.started()
+
+    assert "ssd_hopper_back_chunk_kernel" in kernels()
+    found = kernels(**change)
+    assert "ssd_back_chunk_kernel" in found and "ssd_hopper_back_chunk_kernel" not in found
 
 
 @needs_emulator

@@ -1,0 +1,281 @@
+// How a block of the scan's backward on Hopper is laid out, what feeds its workers, and who gathers what they sum.
+#pragma once
+#include "back_roles.cuh"
+#include "hopper_block.cuh"
+
+namespace omnimamba::ssd {
+
+constexpr int BACK_STAGES = 2, GATHER_SLOTS = 2, WORKERS = 2;  // warpgroups that multiply, after that of FETCH_TEAM
+constexpr int WORKER_WARPS = WORKERS * TEAM / WARP, BLOCK_THREADS = (1 + WORKERS) * TEAM;
+constexpr int HALF_SIDE = SIDE / 2,
+              HALF_BYTES = TILE_BYTES / 2;  // positions that one of the workers has, of a tile's rows
+
+// The tensors as bulk copies see them, as Maps. The states between chunks and those of packed sequences are (n, p, all chunks
+// or sequences of all heads) float32.
+struct BackMaps {
+  TensorMap x, dy, dx, B, C, S, dS, V;
+  int heads_apart, groups_apart;
+};
+
+// S or dS' of a head in shared memory: panels of 32 states, 64 rows of channels each, their pieces exchanged as bulk copies do.
+// Blocks of 16 x 16 of it, channels from 16 k on or states from 16 k on, k known to the compiler, as elements of fragment::a16:
+// of what a lane's addresses consist, the part that differs between lanes is computed once.
+constexpr int PANEL_STATES = 32, PANEL_BYTES = SIDE * 128;
+
+// Rows of the block are the states from n on, a multiple of 16.
+struct TurnedState {
+  int lane;
+  OM_DEVICE explicit TurnedState(int n)
+      : lane(
+            n / PANEL_STATES * PANEL_BYTES +
+            static_cast<int>(swizzled(lane_id() % 4 * 256 + n % PANEL_STATES * 4 + lane_id() / 4 * 4, Swizzle::B128))) {
+  }
+  OM_DEVICE float at(const unsigned char* state, int k, int i) const {
+    const int odd = i % 2, lower = i / 2 % 2, right = i / 4;  // channel + 1, state + 8, channel + 8
+    return *reinterpret_cast<const float*>(state + (lane ^ (odd << 4 | lower << 5)) + 128 * odd + 1024 * right +
+                                           2048 * k);
+  }
+};
+
+// Rows of the block are the channels from p on.
+struct PlainState {
+  int lane;
+  OM_DEVICE explicit PlainState(int p)
+      : lane(static_cast<int>(swizzled((p + lane_id() / 4) * 128 + lane_id() % 4 * 8, Swizzle::B128))) {}
+  OM_DEVICE Pack<float, 2> at(const unsigned char* state, int k, int i) const {  // elements i and i + 1
+    const int lower = i / 2 % 2, right = i / 4;                                  // channel + 8, state + 8
+    const unsigned char* panel = state + k / 2 * PANEL_BYTES;
+    return load_pack<Pack<float, 2>>(
+        reinterpret_cast<const float*>(panel + (lane ^ (right << 5 | k % 2 << 6)) + 1024 * lower));
+  }
+};
+
+// Sums of a head over its states that become the gradient of its steps; a part of 16 states each.
+template <int N>
+struct Dots {
+  float R[N / 16 * SIDE], U[N / 16 * SIDE], W[N / 16];
+};
+
+struct BackSignals {
+  Mbarrier group_landed, group_clean;
+  Mbarrier landed[BACK_STAGES], clean[BACK_STAGES], empty[BACK_STAGES];
+  Mbarrier S_landed[2], S_empty[2], dS_landed[2], dS_empty[2];
+  Mbarrier dots_full[GATHER_SLOTS], dots_empty[GATHER_SLOTS], tiles_full[GATHER_SLOTS], tiles_empty[GATHER_SLOTS];
+};
+
+// What the warpgroups of a block agree on. Everything that comes round again is counted: of things i = 0, 1, ... thing i is in
+// slot i % slots, for the (i / slots)th time.
+template <int N>
+struct BackBlock {
+  static constexpr int PANELS = N / SIDE, STATE_BYTES = N / PANEL_STATES * PANEL_BYTES;
+  static constexpr int TILES = SIDE / 16 * (SIDE / 16 + 1) / 2;
+  static constexpr int S_SLOTS = N > 64 ? 1 : 2, DS_SLOTS = 2;
+  static_assert(BACK_STAGES == 2 && GATHER_SLOTS == 2 && S_SLOTS <= 2 && DS_SLOTS == 2, "set_up");
+  // In bytes: tiles of B, C; stages of x, dy and steps; M; dx on its way out; S and dS'; the rest.
+  static constexpr int STAGE_STEPS = 2 * TILE_BYTES, STAGE_BYTES = STAGE_STEPS + (STEP_BYTES + 1023) / 1024 * 1024;
+  static constexpr int C = PANELS * TILE_BYTES, STAGE = 2 * C, M = STAGE + BACK_STAGES * STAGE_BYTES,
+                       OUT = M + TILE_BYTES, S = OUT + TILE_BYTES, DS = S + S_SLOTS * STATE_BYTES,
+                       SMALL = DS + DS_SLOTS * STATE_BYTES;
+  struct Small {
+    StepGradient<bf16> gathered;
+    Dots<N> dots[GATHER_SLOTS];
+    TileSums tiles[GATHER_SLOTS][TILES];
+    float G[TILES][8][WARP], dG[TILES][8][WARP];
+    float scratch[WORKER_WARPS][16 * OUT_PITCH];
+  };
+  static constexpr int BYTES = SMALL + static_cast<int>(sizeof(Small));
+
+  const SsdScanParams& q;
+  const BackMaps& maps;
+  unsigned char* memory;
+  BackSignals& signal;
+  Hand at;
+  int first, items;                   // heads
+  int first_sequence, last_sequence;  // packed ones that end in the chunk
+  int chunks;
+
+  OM_DEVICE BackBlock(const SsdScanParams& q, const BackMaps& maps, unsigned char* memory, BackSignals& signal,
+                      const BackCover& cover)
+      : q(q), maps(maps), memory(memory), signal(signal), chunks(static_cast<int>(chunks_of(q.length, SIDE))) {
+    uint32_t rest = blockIdx.x;
+    auto next = [&rest](int64_t count) {
+      const auto n = static_cast<uint32_t>(count);
+      const auto found = static_cast<int>(rest % n);
+      rest /= n;
+      return found;
+    };
+    at.part = next(cover.parts);
+    at.group = next(q.groups);
+    at.chunk = next(chunks);
+    at.b = static_cast<int>(rest);
+    at.used = used_bits<bf16>(q, at.b, at.chunk);
+    at.p0 = 0;
+    at.width = static_cast<int>(q.headdim);
+    const auto per_group = static_cast<int>(q.heads / q.groups);
+    const int left = per_group - at.part * cover.part_heads;
+    first = at.group * per_group + at.part * cover.part_heads;
+    items = left < cover.part_heads ? left : cover.part_heads;
+    const int64_t start = int64_t{at.chunk} * SIDE;
+    first_sequence = q.dvarlen_states ? sequences_before(q, start) : 0;
+    last_sequence = q.dvarlen_states ? sequences_before(q, start + SIDE) : 0;
+  }
+
+  OM_DEVICE Small& small() const { return *reinterpret_cast<Small*>(memory + SMALL); }
+  OM_DEVICE unsigned char* stage(int item) const { return memory + STAGE + item % BACK_STAGES * STAGE_BYTES; }
+  OM_DEVICE const float* steps(int item) const { return reinterpret_cast<const float*>(stage(item) + STAGE_STEPS); }
+  OM_DEVICE unsigned char* S_of(int item) const { return memory + S + item % S_SLOTS * STATE_BYTES; }
+  OM_DEVICE unsigned char* dS_of(int turn) const { return memory + DS + turn % DS_SLOTS * STATE_BYTES; }
+  OM_DEVICE float* sums_of(int h) const {
+    return q.sums.template at<float>() + ((int64_t{at.b} * chunks + at.chunk) * q.heads + h) * (2 + q.headdim);
+  }
+
+  // What was put into slot i % slots for the (i / slots)th time; until that can be put there.
+  OM_DEVICE static void wait_full(Mbarrier* full, int i, int slots) { mbarrier_wait(full + i % slots, i / slots % 2); }
+  OM_DEVICE static void wait_empty(Mbarrier* empty, int i, int slots) {
+    if (i >= slots) mbarrier_wait(empty + i % slots, (i / slots - 1) % 2);
+  }
+  // All lanes of a warp are done.
+  OM_DEVICE static void signal_warp(Mbarrier* bar) {
+    sync_warp();
+    if (lane_id() == 0) mbarrier_arrive(bar);
+  }
+  OM_DEVICE void wait_for_group() const { mbarrier_wait(q.seq_idx ? &signal.group_clean : &signal.group_landed, 0); }
+  OM_DEVICE void wait_for_stage(int item) const {
+    wait_full(q.seq_idx ? signal.clean : signal.landed, item, BACK_STAGES);
+  }
+
+  // body(sequence or -1, the last position before the state): of the state after the chunk, then of those after packed
+  // sequences that end here.
+  template <class Body>
+  OM_DEVICE void each_state(Body&& body) const {
+#pragma unroll 1
+    for (int sequence = first_sequence - 1; sequence < last_sequence; sequence++) {
+      int last = SIDE - 1;
+      const bool own = sequence < first_sequence;
+      if (!own) {
+        const int64_t end = integer_at(q.cu_seqlens, sequence + 1);
+        if (end == integer_at(q.cu_seqlens, sequence)) continue;
+        last = static_cast<int>(end - int64_t{at.chunk} * SIDE) - 1;
+      }
+      body(own ? -1 : sequence, last);
+    }
+  }
+
+  OM_DEVICE void set_up() const {
+    mbarrier_init(&signal.group_landed, 1);
+    mbarrier_init(&signal.group_clean, 1);
+    auto set = [](Mbarrier* bars, int count) {
+      mbarrier_init(bars, count);
+      mbarrier_init(bars + 1, count);
+    };
+    set(signal.landed, 1);
+    set(signal.clean, 1);
+    set(signal.empty, WORKER_WARPS + 1);  // the gathering warp reads steps
+    set(signal.S_landed, 1);
+    set(signal.S_empty, WORKER_WARPS);
+    set(signal.dS_landed, 1);
+    set(signal.dS_empty, WORKER_WARPS);
+    set(signal.dots_full, WORKER_WARPS);
+    set(signal.dots_empty, 1);
+    set(signal.tiles_full, WORKER_WARPS);
+    set(signal.tiles_empty, 1);
+    mbarrier_publish();
+  }
+};
+
+// One thread: B and C, and then what each head needs, as far as there are free slots.
+template <int N>
+OM_DEVICE void fetch_heads(const BackBlock<N>& block) {
+  using Block = BackBlock<N>;
+  const SsdScanParams& q = block.q;
+  const BackMaps& maps = block.maps;
+  BackSignals& signal = block.signal;
+  const int b = block.at.b, t0 = block.at.chunk * SIDE, group = block.at.group;
+  const int n0 = group * maps.groups_apart, own_group = maps.groups_apart ? 0 : group;
+  mbarrier_arrive_expect(&signal.group_landed, 2 * Block::PANELS * TILE_BYTES);
+  for (int panel = 0; panel < Block::PANELS; panel++) {
+    unsigned char* to = block.memory + panel * TILE_BYTES;
+    tensor_load(to, maps.B, &signal.group_landed, n0 + panel * SIDE, own_group, t0, b);
+    tensor_load(to + Block::C, maps.C, &signal.group_landed, n0 + panel * SIDE, own_group, t0, b);
+  }
+  auto load_state = [](unsigned char* to, const TensorMap& map, Mbarrier* landed, int64_t row) {
+    mbarrier_arrive_expect(landed, Block::STATE_BYTES);
+    for (int n = 0; n < N; n += PANEL_STATES)
+      tensor_load(to + n / PANEL_STATES * PANEL_BYTES, map, landed, n, 0, static_cast<int>(row));
+  };
+  int turn = 0;
+#pragma unroll 1
+  for (int item = 0; item < block.items; item++) {
+    const int h = block.first + item, p0 = h * maps.heads_apart, own_head = maps.heads_apart ? 0 : h;
+    const int64_t row = (int64_t{b} * block.chunks + block.at.chunk) * q.heads + h;
+    unsigned char* stage = block.stage(item);
+    Mbarrier* landed = signal.landed + item % BACK_STAGES;
+    Block::wait_empty(signal.empty, item, BACK_STAGES);
+    mbarrier_arrive_expect(landed, 2 * TILE_BYTES + STEP_BYTES);
+    tensor_load(stage, maps.x, landed, p0, own_head, t0, b);
+    tensor_load(stage + TILE_BYTES, maps.dy, landed, p0, own_head, t0, b);
+    bulk_load(stage + Block::STAGE_STEPS, steps_of<bf16>(q, b, h, block.at.chunk), STEP_BYTES, landed);
+    Block::wait_empty(signal.S_empty, item, Block::S_SLOTS);
+    load_state(block.S_of(item), maps.S, signal.S_landed + item % Block::S_SLOTS, row);
+    block.each_state([&](int sequence, int) {
+      Block::wait_empty(signal.dS_empty, turn, Block::DS_SLOTS);
+      load_state(block.dS_of(turn), sequence < 0 ? maps.dS : maps.V, signal.dS_landed + turn % Block::DS_SLOTS,
+                 sequence < 0 ? row : sequence * q.heads + h);
+      turn++;
+    });
+  }
+}
+
+// One warp, where there may be padding: what lies in its rows becomes zeros, before anybody multiplies.
+template <int N>
+OM_DEVICE void clean_heads(const BackBlock<N>& block) {
+  const uint64_t used = block.at.used;
+  auto clean = [used](unsigned char* tiles, int count) {
+#pragma unroll 1
+    for (int row = 0; row < SIDE && used != ~uint64_t{0}; row++) {
+      if (used >> row & 1) continue;
+#pragma unroll 1
+      for (int i = lane_id(); i < count * 8; i += WARP)
+        store_pack(tiles + i / 8 * TILE_BYTES + row * 128 + i % 8 * 16, Pack<unsigned char, 16>{});
+    }
+    async_fence();
+  };
+  mbarrier_wait(&block.signal.group_landed, 0);
+  clean(block.memory, 2 * block.PANELS);
+  block.signal_warp(&block.signal.group_clean);
+#pragma unroll 1
+  for (int item = 0; item < block.items; item++) {
+    block.wait_full(block.signal.landed, item, BACK_STAGES);
+    clean(block.stage(item), 2);
+    block.signal_warp(block.signal.clean + item % BACK_STAGES);
+  }
+}
+
+// One warp: the gradient of the steps, from what the workers have summed.
+template <int N>
+OM_DEVICE void gather_heads(const BackBlock<N>& block) {
+  typename BackBlock<N>::Small& small = block.small();
+  BackSignals& signal = block.signal;
+  int turn = 0;
+#pragma unroll 1
+  for (int item = 0; item < block.items; item++) {
+    const int h = block.first + item;
+    const float* dt = block.steps(item) + DT * SIDE;
+    small.gathered.clear();
+    block.wait_full(signal.landed, item, BACK_STAGES);
+    block.each_state([&](int sequence, int last) {
+      const Dots<N>& dots = small.dots[turn % GATHER_SLOTS];
+      block.wait_full(signal.dots_full, turn, GATHER_SLOTS);
+      small.gathered.add(dots.R, dots.U, dots.W, N / 16, sequence < 0, last, dt);
+      block.signal_warp(signal.dots_empty + turn % GATHER_SLOTS);
+      turn++;
+    });
+    block.wait_full(signal.tiles_full, item, GATHER_SLOTS);
+    small.gathered.finish(block.q, block.at.b, h, block.at.chunk, small.tiles[item % GATHER_SLOTS], dt, block.at.used,
+                          block.sums_of(h));
+    block.signal_warp(signal.tiles_empty + item % GATHER_SLOTS);
+    block.signal_warp(signal.empty + item % BACK_STAGES);
+  }
+}
+
+}  // namespace omnimamba::ssd
