@@ -24,7 +24,7 @@ from omnimamba_model.gguf import save_gguf
 from . import llama_cpp, peers
 from .generators import TOKENS, ids, weight_bytes
 from .inputs import scan_flops
-from .llama_cpp import LlamaCpp, started
+from .llama_cpp import LlamaCpp
 from .measure import Contender, Work, relative_error
 
 PREFILL, DECODE = "130M prefill", "130M decode"
@@ -116,7 +116,7 @@ def llama(kind: str, longest: int) -> LlamaCpp:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "130m.gguf"
         save_gguf(ours(torch.float32), path, kind)
-        return started(path, longest)  # it maps the file, which lives until it is unmapped
+        return LlamaCpp(path, longest)  # it maps the file, which lives until it is unmapped
 
 
 def llama_prefill(prompt: torch.Tensor) -> None:
@@ -214,5 +214,5 @@ def test_decode(bench, benchmark, dtype):
     gguf = {"bf16": "bfloat16", "int8": "q8_0", "fp32": "float32"}[kind]
     contenders.append(llama_contender(gguf))
     for row in bench.compare(benchmark, DECODE, f"{kind} weights", contenders, floors[0], tokens=TOKENS):
-        if "llama" in row.who and row.seconds and not llama(gguf, PROMPT).reorder:
-            row.note = "its weights not reordered for AMX, in whose kernels it dies here"
+        if "llama" in row.who and kind == "int8":
+            row.note = "its weights not reordered for AMX: it dies or errs there"
