@@ -59,11 +59,18 @@ OM_INLINE vf taps(const float* x, const vf* tap, vf bias, vi bits) {
   return a;
 }
 
-// body(T{}, width) with x's storage type and the width as a compile-time constant. The activation is not one: where it is a
-// branch that goes always the same way, half as much is compiled.
+// body(T{}, width, activation) with x's storage type and the compile-time flags of one kernel.
 template <class Body>
 void for_instance(const CausalConv1dParams& p, Body&& body) {
-  for_float_type(p.x.dtype, [&](auto type) { for_conv_width(p.width, [&](auto width) { body(type, width); }); });
+  for_float_type(p.x.dtype, [&](auto type) {
+    auto with_width = [&](auto width) {
+      if (p.activation)
+        body(type, width, std::true_type{});
+      else
+        body(type, width, std::false_type{});
+    };
+    for_conv_width(p.width, with_width);
+  });
 }
 
 }  // namespace omnimamba
