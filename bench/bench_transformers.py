@@ -33,7 +33,8 @@ PROMPT = 16
 BOUND = 1e-3
 """Through 24 layers in fp32."""
 GGUF = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
-LLAMA_BOUND = {"float32": BOUND, "bfloat16": 0.05, "q8_0": 0.1}
+LLAMA_BOUND = {"float32": BOUND, "bfloat16": 0.1, "q8_0": 0.33}
+"""Against fp32: twice what the reference itself is off with weights rounded to bf16 (0.051) and to int8 (0.163)."""
 
 
 @functools.cache
@@ -48,14 +49,23 @@ def theirs() -> torch.nn.Module:
         num_heads=sizes.nheads, head_dim=sizes.headdim, vocab_size=sizes.vocab_size, hidden_size=sizes.d_model,
         state_size=sizes.d_state, num_hidden_layers=sizes.n_layer, n_groups=1, tie_word_embeddings=True,
     )  # fmt: skip
-    return Mamba2ForCausalLM(config).eval()
+    return tame(Mamba2ForCausalLM(config).eval())
+
+
+@torch.no_grad()
+def tame(model: torch.nn.Module) -> torch.nn.Module:
+    """Layers that add a tenth: as drawn, 24 of them blow a rounding of the weights to 8 bits up to half of the logits,
+    and no check of narrow weights would mean anything."""
+    for layer in model.backbone.layers:
+        layer.mixer.out_proj.weight.mul_(0.1)
+    return model
 
 
 @functools.cache
 def ours(dtype: torch.dtype) -> MambaLM:
     """Our model on the same weights, or on random ones where transformers is not installed."""
     torch.manual_seed(0)
-    model = MambaLM(MambaConfig.preset("130m")).eval()
+    model = tame(MambaLM(MambaConfig.preset("130m")).eval())
     if not isinstance(peers.mamba2(), str):
         weights = {k.replace("embeddings.", "embedding."): v for k, v in theirs().state_dict().items()}
         weights.pop("lm_head.weight", None)
@@ -215,4 +225,4 @@ def test_decode(bench, benchmark, dtype):
     contenders.append(llama_contender(gguf))
     for row in bench.compare(benchmark, DECODE, f"{kind} weights", contenders, floors[0], tokens=TOKENS):
         if "llama" in row.who and kind == "int8":
-            row.note = "its weights not reordered for AMX: it dies or errs there"
+            row.note = "its weights not reordered for AMX, where it may die"
