@@ -21,6 +21,7 @@ def quicken() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    triton_launch._mend_interpreter()  # now: a test that puts something in place of the mended parts puts them back
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang, interpreter._LangPatchScope, tl)
     interpreter._get_np_dtype = _remembered_dtype(interpreter._get_np_dtype, tl)
     tl.block_type.__init__ = _remembered_type(tl.block_type.__init__, tl)
