@@ -64,6 +64,6 @@ class RecentFeatures:
 
 
 def look_at(image: Image.Image, look: Callable[[list[Image.Image]], Tensor]) -> Tensor:
-    """One picture's features, without gradients."""
+    """One picture's features, on the CPU wherever the encoders are, without gradients."""
     with torch.no_grad():
-        return look([image])[0]
+        return look([image])[0].cpu()

@@ -157,7 +157,7 @@ def _lessons(
         else:
             cache = None if data.cache is None else FeatureCache(data.cache, pixels.describe())
             options = dict(form=data.form, images=data.images, text_length=data.text_length, cache=cache)
-            found[name] = Understanding(*given, pixels, **options, **shared)
+            found[name] = Understanding(*given, pixels.to(ranks.device), **options, **shared)
     return found
 
 

@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from omnimamba_model.omnimamba import IGNORE
 from omnimamba_model.text_tokenizer import SPECIAL
-from omnimamba_model.training.features import FeatureCache, RecentFeatures
+from omnimamba_model.training.features import FeatureCache, RecentFeatures, look_at
 from omnimamba_model.training.lessons import Drawing, Reading, Understanding
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.records import open_records
@@ -156,3 +157,9 @@ def test_plain_text_is_learned_from_end_to_end(config, words):
     assert cut == words.encode("the red")
     with pytest.raises(ValueError, match="length must be 1 or more"):
         Reading(records, 1, config, words, length=0)
+
+
+def test_what_is_seen_elsewhere_is_brought_to_the_cpu():
+    """Nothing can be copied from the meta device, so that an attempt tells itself."""
+    with pytest.raises(NotImplementedError, match="copy out of meta"):
+        look_at(Image.new("L", (6, 4)), lambda images: torch.empty(len(images), 2, 3, device="meta"))

@@ -16,8 +16,9 @@ from omnimamba_model.cli import main
 from omnimamba_model.omnimamba import trained_in
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.training import Trainer, checkpoints
+from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.phase import Phase
-from omnimamba_model.training.run import run
+from omnimamba_model.training.run import _lessons, run
 from omnimamba_model.training.settings import SHIPPED, read
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -255,3 +256,9 @@ def test_a_model_of_another_width_than_its_tokenizers_is_refused(settings, value
     wrong = values["fresh"] | {"image_vocab_size": 17}
     with pytest.raises(CheckpointError, match="image_vocab_size is 17"):
         run(settings(fresh=wrong), quietly)
+
+
+def test_the_encoders_are_where_the_model_is(settings, config, words, pixels):
+    device = torch.device("meta")
+    lessons = _lessons(settings(), config, words, pixels, Ranks(device=device), quietly)
+    assert lessons["mmu"].pixels.codebook.device == device
