@@ -23,6 +23,7 @@ from ..convert import grown
 from ..files import write_whole
 from ..foreign import read_any
 from ..hub import locate
+from ..layers import wide
 from ..omnimamba import OmniMamba
 from ..pipeline import ImageTokenizer, load_tokenizers
 from ..text_tokenizer import TextTokenizer
@@ -120,13 +121,15 @@ def _claim(out: Path, settings: Run) -> None:
 
 
 def _parts(settings: Run) -> tuple[OmniMamba, TextTokenizer, ImageTokenizer]:
-    """The model to start from and both tokenizers."""
+    """The model to start from, in fp32 at least: 16 bits would lose small updates and moments; and both tokenizers."""
     if settings.fresh is not None:
         model, folder = OmniMamba(OmniMambaConfig.from_dict(settings.fresh)), None
     else:
         folder = locate(settings.model)
         model = read_any(folder)
         model = model if isinstance(model, OmniMamba) else grown(model, settings.model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(wide(parameter.dtype))
     place = settings.tokenizers or folder
     if place is None:
         raise ValueError(

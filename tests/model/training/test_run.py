@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from omnimamba_model import GREEDY, CheckpointError, load
+from omnimamba_model import GREEDY, CheckpointError, OmniMamba, load, save
+from omnimamba_model.backbone import cast_matrices
 from omnimamba_model.cli import main
 from omnimamba_model.omnimamba import trained_in
 from omnimamba_model.pipeline import Pipeline
@@ -262,3 +263,13 @@ def test_the_encoders_are_where_the_model_is(settings, config, words, pixels):
     device = torch.device("meta")
     lessons = _lessons(settings(), config, words, pixels, Ranks(device=device), quietly)
     assert lessons["mmu"].pixels.codebook.device == device
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_learn_in_fp32(settings, values, config, tmp_path, dtype):
+    save(cast_matrices(OmniMamba(config), dtype), tmp_path / "narrow")
+    folder = run(settings(fresh=None, model=str(tmp_path / "narrow"), steps=1), quietly)
+    assert {tensor.dtype for tensor in load(folder).state_dict().values()} == {torch.float32}
+    kept = torch.load(checkpoints.kept(Path(values["out"]))[-1][1] / "trainer.pt", weights_only=True)
+    moments = [state[name] for state in kept["optimizer"]["state"].values() for name in ("exp_avg", "exp_avg_sq")]
+    assert {moment.dtype for moment in moments} == {torch.float32}
