@@ -37,7 +37,7 @@ from .loop import Trainer
 from .parallel import Ranks, joined, recompute, spread
 from .phase import Phase
 from .records import open_records
-from .settings import Run
+from .settings import FREE, Run
 
 Say = Callable[[str], None]
 
@@ -111,7 +111,7 @@ def _claim(out: Path, settings: Run) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
-            for name in sorted(mine.keys() | theirs.keys())
+            for name in sorted((mine.keys() | theirs.keys()) - set(FREE))
             if mine.get(name) != theirs.get(name)
         ]
         if changed:

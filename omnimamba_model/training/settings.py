@@ -13,6 +13,10 @@ from ..omnimamba import STAGES
 
 PRECISIONS = ("fp32", "bf16")
 SHIPPED = ("stage1-mmu", "stage1-t2i", "stage2")
+FREE = (
+    "save_every", "keep", "log_every", "tensorboard", "wandb", "device", "threads", "out", "recompute", "side_by_side",
+)  # fmt: skip
+"""Settings that may change between a run's start and its continuation."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,7 @@ class Run:
 
     def fixed(self) -> dict[str, Any]:
         """What may not change between a run's start and its continuation."""
-        free = ("save_every", "keep", "log_every", "tensorboard", "wandb", "device", "threads", "out", "recompute")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
 
 def read(source: str | Path, changes: Sequence[str] = ()) -> Run:

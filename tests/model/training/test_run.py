@@ -190,6 +190,10 @@ def test_another_run_is_not_continued_by_mistake(settings, values, capsys):
     with pytest.raises(ValueError, match=r"another run \(learning_rate was 0.01, is 0.02\)"):
         run(settings(learning_rate=0.02), quietly)
     run(settings(keep=1), quietly)  # what does not change the run may change
+    told = Path(values["out"]) / "settings.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"side_by_side": True}))  # once held fast
+    run(settings(), quietly)
+    assert "side_by_side" not in json.loads(told.read_text())
 
 
 def test_a_damaged_checkpoint_is_named(settings, values):
