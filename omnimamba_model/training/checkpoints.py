@@ -39,13 +39,13 @@ def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) 
     """Write the run's present step; of all kept ones the last ``count`` stay. Every process must call it."""
     tensors = get_model_state_dict(trainer.model, options=_WHOLE)
     moments = get_optimizer_state_dict(trainer.model, trainer.optimizer, options=_WHOLE)
+    counted = {name: dict(trainer.ranks.add(lesson.passed_over)) for name, lesson in _counting(trainer)}
     if trainer.ranks.first:
         name = f"step-{trainer.done:08d}"
         temporary = out / FOLDER / f"{_TEMPORARY}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(trainer.model, tensors, temporary, tokenizer)
-        counted = {name: dict(lesson.passed_over) for name, lesson in _counting(trainer)}
         torch.save({"done": trainer.done, "optimizer": moments, "passed over": counted}, temporary / EXTRA)
         shutil.rmtree(out / FOLDER / name, ignore_errors=True)
         temporary.rename(out / FOLDER / name)
@@ -80,7 +80,7 @@ def resume(trainer: Trainer, out: Path) -> bool:
     set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
     set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_SOME)
     trainer.done = done
-    for name, lesson in _counting(trainer) if trainer.ranks.first else ():
+    for name, lesson in _counting(trainer) if trainer.ranks.first else ():  # the counts of all processes
         lesson.passed_over.update(counted.get(name, {}))
     return True
 

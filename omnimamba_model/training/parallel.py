@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class Ranks:
         total = torch.tensor(value, dtype=torch.float64, device=device)
         dist.all_reduce(total)
         return float(total)
+
+    def add(self, counts: Counter[str]) -> Counter[str]:
+        """The counts of all processes together."""
+        if self.world == 1:
+            return counts
+        found: list[Counter[str]] = [Counter()] * self.world
+        dist.all_gather_object(found, counts)
+        return sum(found, Counter())
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -77,7 +77,7 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progre
             tokens += _tokens(settings, trainer.model.config)
             speed = tokens / (time.perf_counter() - begun)
             bar.update()
-            passed_over = sum(together(trainer.lessons).values())
+            passed_over = int(trainer.ranks.sum(sum(together(trainer.lessons).values())))
             if logs is not None:
                 values = {**{f"loss {k}": v for k, v in losses.items()}, "rate": rate, "tokens/s": round(speed, 1)}
                 logs.add(trainer.done, {**values, "passed over": passed_over, "GiB": round(_memory(trainer.ranks), 3)})
@@ -86,8 +86,9 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progre
                     bar.set_postfix({**shown, "tok/s": f"{speed:.0f}", "GiB": f"{_memory(trainer.ranks):.1f}"})
             if trainer.done % settings.save_every == 0 or trainer.done == steps:
                 checkpoints.keep(trainer, out, settings.keep, words.to_json())
+    reasons = trainer.ranks.add(together(trainer.lessons))
     if logs is not None:
-        logs.close(together(trainer.lessons))
+        logs.close(reasons)
 
 
 def _finish(trainer: Trainer, out: Path, words: TextTokenizer, pixels: ImageTokenizer) -> Path | None:

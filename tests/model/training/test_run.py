@@ -43,6 +43,13 @@ def losses(out) -> list[dict]:
     return [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines if "step" in line]
 
 
+def passed_over(out) -> tuple:
+    """How many records the last step counted, why as the log and as the last checkpoint say."""
+    *_, step, end = (json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines())
+    kept = torch.load(checkpoints.kept(Path(out))[-1][1] / "trainer.pt", weights_only=True)
+    return step["passed over"], end["passed over"], kept["passed over"]["mmu"]
+
+
 def quietly(line: str) -> None:
     pass
 
@@ -120,7 +127,8 @@ def _written(path, values):
     return path
 
 
-def test_two_processes_learn_what_one_learns(values, tmp_path):
+def test_two_processes_learn_what_one_learns(values, data, tmp_path):
+    (data / "3.png").write_bytes(b"no picture")
     one = values | {"out": str(tmp_path / "one"), "accumulate": 2}
     run(read(_written(tmp_path / "one.yaml", one)), quietly)
     two = _written(tmp_path / "two.yaml", one | {"out": str(tmp_path / "two")})
@@ -131,6 +139,8 @@ def test_two_processes_learn_what_one_learns(values, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=2e-4)
+    assert passed_over(tmp_path / "one") == passed_over(tmp_path / "two")
+    assert all(passed_over(tmp_path / "one"))
 
 
 def test_cutting_a_batch_into_pieces_changes_nothing(settings, values, tmp_path):
