@@ -12,7 +12,8 @@ Without accumulation the sums are those of one process, in the same order: the s
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -35,18 +36,20 @@ _ALIGNED = 64
 class Beside:
     """One lesson's process, as the trainer sees it."""
 
-    def __init__(self, name: str, trainer: Trainer, path: str, at: int) -> None:
-        """``path`` is the file of the parameters; this lesson's gradients begin at byte ``at``."""
+    def __init__(self, name: str, trainer: Trainer, file: int, at: int) -> None:
+        """``file`` is the open file of the parameters; this lesson's gradients begin at byte ``at``."""
         self.name, self.lesson, self.parameters = name, trainer.lessons[name], _learning(trainer.model)
-        self.gradients = _views(path, self.parameters, at)
+        self.gradients = _views(file, self.parameters, at)
         self.link, theirs = Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import learn; learn({theirs.fileno()})"
-        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+        told = f"{theirs.fileno()}, {name!r}, {file}, {at}"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import learn; learn({told})"
+        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno(), file])
         theirs.close()
-        phase = dataclasses.replace(trainer.phase, lessons=(name,))
-        given = (trainer.model, phase, {name: self.lesson}, trainer.autocast, trainer.seed, torch.get_num_threads())
+
+    def give(self, packed: bytes) -> None:
+        """What ``_packed`` made, which the process waits for."""
         with suppress(BrokenPipeError):  # add_gradients will say why
-            self.link.send_bytes(pickle.dumps((path, at, given)))
+            self.link.send_bytes(packed)
 
     def begin(self, step: int) -> None:
         with suppress(BrokenPipeError):
@@ -82,51 +85,69 @@ class Beside:
 
 
 @contextmanager
-def side_by_side(trainer: Trainer) -> Iterator[None]:
+def side_by_side(trainer: Trainer, threads: int | None = None) -> Iterator[None]:
     """Give every lesson of the trainer but the first a process, for as long as the context lasts.
 
-    ValueError where the trainer is not the only one of its run, or not on a CPU.
+    Each process has ``threads``; None deals out evenly those that torch has here, one each at least. ValueError where
+    the trainer is not the only one of its run, or not on a CPU; OSError where the temporary folder has no room.
     """
     ranks = trainer.ranks
     if ranks.world > 1 or ranks.device.type != "cpu":
         raise ValueError(f"side_by_side is for one process on a CPU, got {ranks.world} on {ranks.device.type}")
-    parameters = _learning(trainer.model)
-    with tempfile.NamedTemporaryFile(prefix="omnimamba-") as file:
-        size = _bytes(parameters)
-        file.truncate(size * len(trainer.lessons))  # torch.from_file overwrites the first byte of what it makes longer
-        for parameter, shared in zip(parameters, _views(file.name, parameters, 0), strict=True):
+    parameters, others, had = _learning(trainer.model), list(trainer.lessons)[1:], torch.get_num_threads()
+    threads = threads or max(1, had // len(trainer.lessons))
+    packed = _packed(trainer, others, threads)  # first: what cannot be packed leaves no process behind
+    with tempfile.TemporaryFile(prefix="omnimamba-") as opened:  # has no name, so that a kill leaves nothing
+        file, size = opened.fileno(), _bytes(parameters)
+        _reserve(file, size * len(trainer.lessons))  # torch.from_file overwrites the first byte of what it makes longer
+        for parameter, shared in zip(parameters, _views(file, parameters, 0), strict=True):
             parameter.data = shared.copy_(parameter.data)
         started: dict[str, Beside] = {}
         try:
-            for i, name in enumerate(list(trainer.lessons)[1:], 1):
-                started[name] = Beside(name, trainer, file.name, i * size)
+            torch.set_num_threads(threads)
+            for i, name in enumerate(others, 1):
+                started[name] = Beside(name, trainer, file, i * size)
+            for other in started.values():
+                other.give(packed)
+            del packed
             trainer.beside = started
             yield
         finally:
             trainer.beside = {}
+            torch.set_num_threads(had)
             for other in started.values():
                 other.end()
             for parameter in parameters:
                 parameter.data = parameter.data.clone()
 
 
-def learn(descriptor: int) -> None:
+def learn(descriptor: int, name: str, file: int, at: int) -> None:
     """What a lesson's process does, until the trainer is gone."""
     from .loop import Trainer
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides
     link = Connection(descriptor)
     with suppress(EOFError, OSError):  # the trainer is gone
-        path, at, (model, phase, lessons, autocast, seed, threads) = pickle.loads(link.recv_bytes())
+        given = torch.load(io.BytesIO(link.recv_bytes()), weights_only=False)
+        model, phase, lessons, autocast, seed, threads = given
         torch.set_num_threads(threads)
-        trainer = Trainer(model, phase, lessons, autocast=autocast, seed=seed)
-        parameters, (lesson,) = _learning(model), lessons.values()
-        for parameter, shared in zip(parameters, _views(path, parameters, 0), strict=True):
+        lesson = lessons[name]
+        phase = dataclasses.replace(phase, lessons=(name,))
+        trainer = Trainer(model, phase, {name: lesson}, autocast=autocast, seed=seed)
+        parameters = _learning(model)
+        for parameter, shared in zip(parameters, _views(file, parameters, 0), strict=True):
             parameter.data = shared
-        gradients = _views(path, parameters, at)
+        gradients = _views(file, parameters, at)
         while True:
             trainer.done = link.recv()
             link.send(_answer(trainer, parameters, gradients, lesson))
+
+
+def _packed(trainer: Trainer, names: list[str], threads: int) -> bytes:
+    """What the processes are given. torch.save writes a storage once, a pickle again for each tensor that is in it."""
+    lessons, written = {name: trainer.lessons[name] for name in names}, io.BytesIO()
+    torch.save((trainer.model, trainer.phase, lessons, trainer.autocast, trainer.seed, threads), written)
+    return written.getvalue()
 
 
 def _answer(trainer: Trainer, parameters: list[nn.Parameter], gradients: list[Tensor], lesson: object) -> object:
@@ -150,11 +171,19 @@ def _bytes(parameters: list[nn.Parameter]) -> int:
     return sum(-(-parameter.nbytes // _ALIGNED) * _ALIGNED for parameter in parameters)
 
 
-def _views(path: str, parameters: list[nn.Parameter], at: int) -> list[Tensor]:
-    """Tensors like the parameters, one behind the other in a file from byte ``at`` on."""
-    file = torch.from_file(path, shared=True, size=at + _bytes(parameters), dtype=torch.uint8)
+def _reserve(file: int, size: int) -> None:
+    """Make an open file ``size`` bytes long; on a full disk that is an OSError now rather than SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
+def _views(file: int, parameters: list[nn.Parameter], at: int) -> list[Tensor]:
+    """Tensors like the parameters, one behind the other in an open file from byte ``at`` on."""
+    whole = torch.from_file(f"/dev/fd/{file}", shared=True, size=at + _bytes(parameters), dtype=torch.uint8)
     found = []
     for parameter in parameters:
-        found.append(file[at : at + parameter.nbytes].view(parameter.dtype).view(parameter.shape))
+        found.append(whole[at : at + parameter.nbytes].view(parameter.dtype).view(parameter.shape))
         at += _bytes([parameter])
     return found

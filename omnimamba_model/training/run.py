@@ -60,7 +60,7 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
         trainer = Trainer(spread(model, ranks), _phase(settings, lessons), lessons, **options)
         if checkpoints.resume(trainer, out) and ranks.first:
             say(f"going on after step {trainer.done}")
-        with side_by_side(trainer) if settings.side_by_side else nullcontext():
+        with side_by_side(trainer, settings.threads) if settings.side_by_side else nullcontext():
             _go(trainer, settings, out, words, progress)
         return _finish(trainer, out, words, pixels)
 

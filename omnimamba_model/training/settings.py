@@ -77,7 +77,7 @@ class Run:
     seed: int = 0
     device: str | None = None
     threads: int | None = None
-    """Of the CPU, a process; null leaves them as torch has them."""
+    """Of the CPU, a process; null takes those that torch has, dealt out to what runs side by side."""
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10

@@ -1,19 +1,24 @@
 """Lessons in processes of their own: the same losses and parameters as in one process, and no process left behind."""
 
 import dataclasses
+import io
 import json
+import os
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from omnimamba_model import load
-from omnimamba_model.training import Phase, Trainer, checkpoints
+from omnimamba_model import OmniMamba, load
+from omnimamba_model.training import Phase, Trainer, beside, checkpoints
 from omnimamba_model.training.beside import side_by_side
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.run import run
@@ -52,7 +57,7 @@ def until(condition, seconds: float = 300) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_the_same_bits_through_a_kill_and_no_process_stays(values, data, tmp_path):
+def test_the_same_bits_through_a_kill_and_no_process_or_file_stays(values, data, tmp_path):
     """With dropout, for which each step and lesson has its own seed; a bad picture is counted over there too."""
     (data / "3.png").write_bytes(b"no picture")
     values = values | {"steps": 8, "fresh": values["fresh"] | {"lora_dropout": 0.3}}
@@ -60,12 +65,16 @@ def test_the_same_bits_through_a_kill_and_no_process_stays(values, data, tmp_pat
     values |= {"side_by_side": True, "recompute": True}
     settings = read_settings(tmp_path / "two.yaml", values)
     command = [sys.executable, "-m", "omnimamba_model", "train", str(tmp_path / "two.yaml")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(scratch)}, **silent)
     begun = until(lambda: checkpoints.kept(Path(values["out"])))
     theirs = children(process.pid)
     process.send_signal(signal.SIGKILL)
     assert begun and process.wait() == -signal.SIGKILL and theirs
     assert until(lambda: all(map(ended, theirs)))
+    assert not list(scratch.iterdir())
     run(settings, print)
     assert losses(values["out"]) == losses(tmp_path / "one")
     assert losses(values["out"])[-1]["passed over"]
@@ -86,3 +95,51 @@ def test_it_is_for_one_process_on_a_cpu(model, ranks):
     trainer.ranks = dataclasses.replace(ranks)
     with pytest.raises(ValueError, match="one process on a CPU, got"), side_by_side(trainer):
         pass
+
+
+def two_lessons(model, other=int) -> Trainer:
+    """A trainer that takes no step."""
+    return Trainer(model, Phase("a phase", "joint", ("t2i", "mmu"), 1, 1e-3), {"t2i": int, "mmu": other})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not every system can reserve room on a disk")
+def test_a_process_is_sent_the_parameters_once_and_the_file_has_its_room(config, monkeypatch):
+    model = OmniMamba(dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, d_model=128)))
+    sent, made, send, make = [], [], Connection.send_bytes, tempfile.TemporaryFile
+    monkeypatch.setattr(Connection, "send_bytes", lambda link, data: sent.append(data) or send(link, data))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: made.append(make(**options)) or made[-1])
+    with side_by_side(two_lessons(model)):
+        file = os.fstat(made[0].fileno())
+    assert file.st_blocks * 512 >= file.st_size > 0
+    (data,) = sent
+    assert len(data) <= 1.5 * sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_what_cannot_be_sent_leaves_no_process(model, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    trainer = two_lessons(model, lambda place: None)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"), side_by_side(trainer):
+        pass
+
+
+@pytest.mark.parametrize("had, asked, each", [(5, None, 2), (1, None, 1), (5, 4, 4)])
+def test_threads_are_dealt_out_unless_they_are_told(model, monkeypatch, had, asked, each):
+    given = []
+
+    class Noted(beside.Beside):
+        def __init__(self, *_):
+            pass
+
+        def give(self, packed):
+            given.append(torch.load(io.BytesIO(packed), weights_only=False))
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(beside, "Beside", Noted)
+    torch.set_num_threads(had)
+    with side_by_side(two_lessons(model), asked):
+        assert torch.get_num_threads() == each
+    assert torch.get_num_threads() == had
+    ((*_, threads),) = given
+    assert threads == each
