@@ -111,10 +111,10 @@ def _normalised(
         tl.store(out + c, v.to(out.dtype.element_ty), mask=c < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_count"])
 def step_kernel(
     zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, slots, out, u, squares, tickets,
-    heads, groups, p, n, extra, eps,
+    heads, groups, p, n, extra, slot_count, eps,
     row_b, row_c, conv_b, conv_c, conv_l, state_b, state_h, state_p, state_n, weight_c, weight_k, bias_c,
     dt_bias_h, A_h, D_h, D_p, norm_c, slots_b,
     HAS_SLOTS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_D: tl.constexpr,
@@ -135,12 +135,13 @@ def step_kernel(
     slot = b
     if HAS_SLOTS:
         slot = tl.load(slots + b * slots_b).to(tl.int64)
+    live = (slot >= 0) & (slot < slot_count)  # else padding: of a GPU's indices nobody knows more before
     row = zxbcdt + b * row_b
     out += b * (extra + dim)
     if pid % (members * groups) == 0:
-        _bypass(row, out, extra, row_c, slot >= 0, BLOCK)
+        _bypass(row, out, extra, row_c, live, BLOCK)
     out += extra
-    if slot < 0:
+    if ~live:
         tl.store(out + channel, tl.zeros((BLOCK_C,), out.dtype.element_ty), mask=inside)
         return
 
@@ -167,6 +168,7 @@ def step_kernel(
     dt = _softplus(dt)
     decay = _exp(dt * tl.load(A + head * A_h, mask=inside, other=0.0).to(tl.float32))
     S = decay[:, None] * S + (dt * x)[:, None] * B[None, :]
+    tl.debug_barrier()  # threads without an element of their own repeat others' loads
     tl.store(S_at, S.to(ssm_state.dtype.element_ty), mask=both)
     y = tl.sum(S * C[None, :], 1)
     if HAS_D:
