@@ -163,7 +163,7 @@ def ssd_ends(
         end = start + piece
         if VARLEN:
             begins = tl.load(cu_seqlens + which * cu_i, mask=packed, other=0).to(tl.int32)
-            finish = tl.load(cu_seqlens + (which + 1) * cu_i, mask=packed, other=0).to(tl.int32)
+            finish = tl.minimum(tl.load(cu_seqlens + (which + 1) * cu_i, mask=packed, other=0), l).to(tl.int32)
             start = tl.where(packed, 0, start)
             end = tl.where(packed, tl.where(finish > begins, finish, 0), end)
         rate = tl.load(A + head * A_h).to(tl.float32)

@@ -11,8 +11,9 @@ from bfloat16 import interpreted_bfloat16
 from common import check, evaluate, same_bits
 from test_ssd_scan import GRADS as WANTED
 from test_ssd_scan import exact, scan
+from test_triton_addresses import guarded
 
-from omnimamba_kernels import mamba_chunk_scan_combined, triton_launch, use_backend
+from omnimamba_kernels import checks, mamba_chunk_scan_combined, triton_launch, use_backend
 from omnimamba_kernels.ssd_scan import tiles
 from omnimamba_kernels.ssd_scan.cases import CASES, GPU, Case
 from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, Launch, Target, interpreting, recording
@@ -113,6 +114,20 @@ def test_gradients_cross_segments(sequences):
     walk = launches(case, INTERPRETER, torch.float32, WANTED)[1][1]
     assert walk.grid[0] == 4 * uncut(case, walk)
     check("triton", scan(case.options), exact(case.options), tensors, WANTED)
+
+
+@interpreted
+@pytest.mark.parametrize("whole", [torch.int32, torch.int64], ids=str)
+def test_offsets_beyond_the_end_stop_there(whole, monkeypatch):
+    """As the kernels meet them on a GPU, whose offsets are not looked at before."""
+    monkeypatch.setattr(checks, "offsets", lambda *_: None)
+    case = Case("beyond", 1, 90, 2, 8, initial_states=True, sequences="cu_seqlens")
+    tensors, found = case.tensors(), []
+    for ends in ([0, 40, 90, 90], [0, 40, 120, 150]):
+        tensors["cu_seqlens"] = torch.tensor(ends, dtype=whole)
+        with use_backend("triton"), guarded():
+            found.append(mamba_chunk_scan_combined(**tensors, **case.options))
+    assert len(found[0]) == 3 and all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
 @triton.jit
