@@ -61,7 +61,8 @@ class Launch:
 
     ``kinds`` has the type of each argument that is not constant, e.g. ("x", "*fp16 16") for a pointer and ("M", "i32")
     for a number; a second word 16 says that address or value is divisible by 16. ``constants`` has the constexprs and
-    the arguments that are None or 1; ``options`` has num_warps, num_stages and the like.
+    the arguments that are None or 1; ``options`` has num_warps, num_stages and the like. What a kernel says not to
+    specialise is of its type alone, 1 or a multiple of 16 or not.
     """
 
     kernel: Any
@@ -279,11 +280,13 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 def _note(kernel: Any, grid: tuple[int, ...], args: tuple, named: dict[str, Any]) -> Launch:
     kinds, constants = [], [(name, value) for name, value in named.items() if name in kernel.arg_names]
+    general = {each.name for each in getattr(kernel, "params", ()) if each.do_not_specialize}
     for name, value in zip(kernel.arg_names, args, strict=False):
-        if value is None or (type(value) is int and value == 1):
+        if value is None or (type(value) is int and value == 1 and name not in general):
             constants.append((name, value))
         else:
-            kinds.append((name, _kind(value)))
+            kind = _kind(value)
+            kinds.append((name, kind.split()[0] if name in general else kind))
     options = tuple((name, value) for name, value in named.items() if name not in kernel.arg_names)
     return Launch(kernel, tuple(grid), tuple(kinds), tuple(constants), options)
 

@@ -100,6 +100,21 @@ def test_a_recording_notes_what_specialisation_sees():
     assert dict(noted.options) == {"num_warps": 4}
 
 
+@needs_triton
+@pytest.mark.skipif(interpreting(), reason="Triton's interpreter knows no specialisation")
+def test_what_a_kernel_does_not_specialise_is_noted_by_its_type():
+    """One and multiples of 16 too: Triton compiles the same code for them."""
+    from triton_kernels import add_both
+
+    x = torch.empty(64, device="meta")
+    with recording(TARGETS["sm_90"]) as launches:
+        for number in (1, 16, 7):
+            launch(add_both, (1,), x, number, number)
+    assert [dict(noted.kinds).get("m") for noted in launches] == [None, "i32 16", "i32"]
+    assert [dict(noted.kinds).get("n") for noted in launches] == ["i32"] * 3
+    assert [noted.constants for noted in launches] == [(("m", 1),), (), ()]
+
+
 def test_launch_starts_what_is_not_empty_and_fits():
     kernel = Kernel()
     for grid in ((3,), (0,), (2, 0)):
