@@ -5,8 +5,10 @@ A ratio counts only beside a peer of the same run. What a run has not measured i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
+
+from omnimamba_kernels.causal_conv1d import cases as conv_cases
 
 from .gpu_problems import models
 from .published import AT_ONCE
@@ -19,6 +21,8 @@ MODELS = (models.DECODE, models.IMAGES, models.LAYER, models.TRAINING)
 BASE = "torch, the base alone"
 STEP, LORA = "1.3B, b 64, state float32", "8192-2048-8512-tasks2-r8"
 """Cases of the decode step and of the LoRA linear layer."""
+CONV = frozenset(case.name for case in conv_cases.GPU)
+"""All cases of the convolution."""
 
 
 def judge(rows: Rows, who: str) -> list[dict[str, Any]]:
@@ -31,16 +35,17 @@ def judge(rows: Rows, who: str) -> list[dict[str, Any]]:
 
 
 def _claims() -> list[tuple[str, str, Callable[[Rows, str], Verdict]]]:
-    def faster(group: str, case: str, least: float, peer: str = "mamba_ssm") -> tuple[str, str, Callable]:
-        return (f"{group} {case or 'in all cases'}, against {peer}", f"{least:g}x",
-                lambda rows, who: _ratio(rows, who, group, case, peer, least))  # fmt: skip
+    def faster(group: str, cases: Set[str], least: float, peer: str = "mamba_ssm") -> tuple[str, str, Callable]:
+        which = "in all cases" if len(cases) > 1 else min(cases)
+        return (f"{group} {which}, against {peer}", f"{least:g}x",
+                lambda rows, who: _ratio(rows, who, group, cases, peer, least))  # fmt: skip
 
     shapes = {"8 x 2048, 64 heads": (4.0, 2.5), "1 x 2048, 64 heads": (2.5, 2.5), "4 x 32768, 64 heads": (7.0, 2.5)}
-    claims = [faster("ssd_scan forward", case, least) for case, (least, _) in shapes.items()]
-    claims += [faster("ssd_scan backward", case, least) for case, (_, least) in shapes.items()]
+    claims = [faster("ssd_scan forward", {case}, least) for case, (least, _) in shapes.items()]
+    claims += [faster("ssd_scan backward", {case}, least) for case, (_, least) in shapes.items()]
     for group in ("causal_conv1d forward", "causal_conv1d backward"):
         claims.append((f"{group}, share of the copy speed", f"{COPY:g}", _share(group, "")))
-        claims.append(faster(group, "", NOT_SLOWER, "causal_conv1d"))
+        claims.append(faster(group, CONV, NOT_SLOWER, "causal_conv1d"))
     what = "state_update, 64 sequences x 64 heads, fp32 state, share of the copy speed"
     claims.append((what, f"{COPY:g}", _share("state_update", STEP)))
     claims.append(("lora_linear, 8192 tokens, 2048 to 8512, two tasks mixed, over the bare product",
@@ -61,12 +66,17 @@ def _pick(rows: Rows, group: str, case: str, who: str) -> dict[str, dict[str, An
     return {r["case"]: r for r in mine if case in ("", r["case"])}
 
 
-def _ratio(rows: Rows, who: str, group: str, case: str, peer: str, least: float) -> Verdict:
+def _ratio(rows: Rows, who: str, group: str, cases: Set[str], peer: str, least: float) -> Verdict:
+    """The worst ratio. It fails a claim wherever it was measured, and meets one of several cases if all were."""
+    case = "" if len(cases) > 1 else min(cases)
     own, others = _pick(rows, group, case, who), _pick(rows, group, case, peer)
     both = own.keys() & others.keys()
     if not both:
         return f"no time of {peer if own else who}", None
     ratio = min(others[name]["seconds"] / own[name]["seconds"] for name in both)
+    missing = cases - both
+    if missing and ratio >= least:
+        return f"{ratio:.2f}x, without {len(missing)} of {len(cases)} cases", None
     return f"{ratio:.2f}x", ratio >= least
 
 
