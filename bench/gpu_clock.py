@@ -73,12 +73,13 @@ class Clock:
         if self.board is not None:
             row.update(self.board.state())
 
-    def more(self, call: Callable[[], object], taken: float) -> dict[str, Any]:
-        """Of a GPU: joules a call where they can be read; seconds as a CUDA graph of what is over in a millisecond."""
+    def more(self, call: Callable[[], object], taken: float, graph: bool = False) -> dict[str, Any]:
+        """Of a GPU: joules a call where they can be read; seconds as a CUDA graph of what is over in a millisecond,
+        and of any call with ``graph``."""
         found: dict[str, Any] = {}
         if self.board is not None:
             found["joules"] = self._joules(call, taken)
-        if self.cuda and taken < SHORT:
+        if self.cuda and (graph or taken < SHORT):
             try:
                 found["graph_seconds"] = self.median(self._captured(call))
             except Exception as error:  # what a graph cannot hold is told

@@ -49,7 +49,7 @@ def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: floa
             with clock.watched(row):
                 row["seconds"] = clock.median(call)
             row["peak_bytes"] = clock.peak() - before
-            row.update(clock.more(call, row["seconds"]))
+            row.update(clock.more(call, row["seconds"], problem.graph))
         except Exception as error:  # a peer may fail in any way; its words are kept
             row["reason"] = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,71 @@ def test_failures_and_lost_time_are_told(tmp_path):
     log = tmp_path / "log"
     assert gpu_check.child(["-c", "import time; time.sleep(60)"], 1.0, log) is None
     assert gpu_check.child(["-c", "print('words'); raise SystemExit(3)"], 60, log) == 3 and log.read_text() == "words\n"
+
+
+def test_what_a_child_started_ends_with_it(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    started = f"import subprocess; subprocess.run(['sh', '-c', 'exec > {fifo}; echo here; exec sleep 20'])"
+    try:
+        assert gpu_check.child(["-c", started], 3.0, tmp_path / "log") is None
+        assert os.read(reader, 99) == b"here\n"
+        until = time.monotonic() + 5
+        while True:
+            try:
+                assert os.read(reader, 99) == b""  # nobody holds the other end any more
+                break
+            except BlockingIOError:
+                assert time.monotonic() < until, "it lives on"
+                time.sleep(0.05)
+    finally:
+        os.close(reader)
+
+
+def test_tests_that_ran_out_of_time_are_counted(tmp_path):
+    slow = tmp_path / "test_slow.py"
+    slow.write_text(
+        "import time, pytest\n"
+        "def test_reference_a_matches(): pass\n"
+        "def test_reference_b_matches(): assert False\n"
+        "def test_reference_c_matches(): pytest.skip('no')\n"
+        "def test_reference_d_matches(): time.sleep(60)\n"
+    )
+    part = gpu_check.run_tests("reference", tmp_path, 5.0, str(slow))
+    assert part.status == "out of time" and part.detail.startswith("1 passed, 1 failed, 1 skipped; stopped after")
+    log = tmp_path / "log"
+    log.write_text("bringing up nodes...\n" + "." * 60 + "FsEx [ 41%]\n" + "..X" + "\n\n1 passed. F\n")
+    assert gpu_check.so_far(log) == {"passed": 63, "failed": 2, "skipped": 2}
+
+
+def test_a_gpus_time_is_not_spent_on_what_the_host_shows(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu_check, "child", lambda command, *_: commands.append(command) or 1)
+    monkeypatch.setattr(gpu_check, "backends", lambda: {"triton": None})
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        gpu_check.run_tests("triton", tmp_path, 1.0)
+    ignored = [[a.removeprefix("--ignore=") for a in c if a.startswith("--ignore=")] for c in commands]
+    assert ignored == [list(gpu_check.ON_THE_HOST), []]
+    assert "tests/kernels/test_triton_ahead.py" in ignored[0] and all((ROOT / path).exists() for path in ignored[0])
+
+
+def test_one_timed_case_meets_no_claim_of_several():
+    times = {(who, case): 1.0 for who in ("triton", "causal_conv1d") for case in sorted(gpu_claims.CONV)}
+    rows = [
+        {"group": "causal_conv1d forward", "case": case, "who": who, "seconds": seconds, "floor_share": 0.9}
+        for (who, case), seconds in times.items()
+    ]
+
+    def claim(rows):
+        found = {claim["what"]: claim for claim in gpu_claims.judge(rows, "triton")}
+        return found["causal_conv1d forward in all cases, against causal_conv1d"]
+
+    assert len(gpu_claims.CONV) == 4 and claim(rows)["met"] is True
+    few = claim(rows[:5])  # all of ours, the peer's first
+    assert (few["measured"], few["met"]) == ("1.00x, without 3 of 4 cases", None)
+    assert claim([*rows[:4], rows[4] | {"seconds": 0.5}])["met"] is False
 
 
 def test_a_contender_of_ours_that_breaks_is_a_fault_and_a_missing_peer_is_none():

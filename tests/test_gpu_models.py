@@ -35,6 +35,7 @@ def test_models_pass_their_checks_or_say_why_they_cannot_run(problems):
             assert "seconds" in row or row["who"] == "attention, cuDNN", row
             timed |= {(row["group"], row["who"])} if "seconds" in row else set()
     ours = {(group, OURS) for group in gpu_claims.MODELS}
+    assert {problem.group for problem in problems if problem.graph} == {models.DECODE}
     assert (
         ours | {("decode", models.CACHED), ("decode", models.UNCACHED), ("layer forward", "attention, flash")} <= timed
     )
@@ -44,7 +45,11 @@ def test_a_wrong_model_fails_its_check(problems):
     decode, images, forward, training = problems
     for problem, found in ((decode, torch.zeros(1, 128)), (forward, torch.zeros(1, 256, 64))):
         assert not problem.error(found) <= problem.bound
-    assert not training.error(torch.zeros(1, 256, 64)) <= training.bound
+    right = next(iter(training.contenders.values()))()()
+    assert training.error(right) <= training.bound and len(right) == 9
+    for i, part in enumerate(right):
+        wrong = (*right[:i], torch.zeros_like(part), *right[i + 1 :])
+        assert (training.error(wrong) <= training.bound) == (part.ndim == 1)
     assert not images.error(torch.zeros(16, 8)) <= images.bound
 
 
@@ -112,6 +117,7 @@ def test_a_short_call_is_also_timed_as_a_graph_or_says_why_not(monkeypatch):
     monkeypatch.setattr(clock, "_captured", lambda call: lambda: 5e-6)
     assert clock.more(lambda: None, 1e-4) == {"graph_seconds": 5e-6}
     assert clock.more(lambda: None, 1e-2) == {}
+    assert clock.more(lambda: None, 1e-2, graph=True) == {"graph_seconds": 5e-6}
 
     def refused(call):
         raise RuntimeError("operation not permitted\nmore")

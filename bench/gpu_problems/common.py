@@ -32,6 +32,8 @@ class Problem:
     bound: float
     errors: dict[str, Callable[[Any], float]] = field(default_factory=dict)
     """The check of a contender that computes something else than the others: a yardstick."""
+    graph: bool = False
+    """Whether contenders are timed as CUDA graphs too, however long a call takes."""
 
 
 def backends(device: torch.device, tokens: int = 0) -> list[str]:

@@ -148,7 +148,7 @@ def _decode(device: torch.device, context: int) -> Problem:
     return Problem(
         DECODE, case(device, context_case(context)), bytes_each * matrices, 2.0 * matrices, contenders,
         lambda found: relative_error(found, _exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
-        {CACHED: theirs, UNCACHED: theirs},
+        {CACHED: theirs, UNCACHED: theirs}, graph=True,
     )  # fmt: skip
 
 
@@ -205,8 +205,8 @@ def _images(device: torch.device) -> Problem:
 
 
 def _layer(device: torch.device, length: int, training: bool) -> Problem:
-    """One layer of each kind; of training, gradients under an output gradient that is zero after the first positions,
-    which they alone determine."""
+    """One layer of each kind; of training, gradients of the input and of all weights under an output gradient that is
+    zero after the first positions, which they alone determine. Those of matrices are checked."""
     config = MambaConfig(n_layer=1) if device.type == "cuda" else MambaConfig(64, 1, 8, d_state=16, headdim=32)
     dtype, width = dtype_of(device), config.d_model
     torch.manual_seed(0)
@@ -220,27 +220,34 @@ def _layer(device: torch.device, length: int, training: bool) -> Problem:
     def ours(u: Tensor) -> Tensor:
         return mixer(u, BASE)
 
-    def exact(layer: Callable[[Tensor], Tensor]) -> Tensor:
+    def checked(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        first, *others = found if training else (found,)
+        return first[:, :SLICE], *(gradient for gradient in others if gradient.ndim > 1)
+
+    def exact(module: nn.Module, layer: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         start = u[:, :SLICE].double().requires_grad_()
         with use_backend("reference"):
             y = layer(start)
-        return torch.autograd.grad(y, start, upstream[:, :SLICE].double())[0] if training else y.detach()
+        if not training:
+            return (y.detach(),)
+        return checked(torch.autograd.grad(y, [start, *module.parameters()], upstream[:, :SLICE].double()))
 
-    def error(layer: nn.Module, call: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], float]:
-        truth = functools.cache(lambda: exact(call(copy.deepcopy(layer).double())))
-        return lambda found: worst_error((found[:, :SLICE],), (truth(),))
+    def error(module: nn.Module, call: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> Callable[..., float]:
+        wide = copy.deepcopy(module).double()
+        truth = functools.cache(lambda: exact(wide, call(wide)))
+        return lambda found: worst_error(checked(found), truth())
 
-    def run(layer: Callable[[Tensor], Tensor]) -> Call:
+    def run(module: nn.Module, layer: Callable[[Tensor], Tensor]) -> Call:
         if not training:
             return torch.no_grad()(lambda: layer(u))
-        leaf = u.clone().requires_grad_()
-        return lambda: torch.autograd.grad(layer(leaf), leaf, upstream.to(dtype))[0]
+        wanted = [u.clone().requires_grad_(), *module.parameters()]
+        return lambda: torch.autograd.grad(layer(wanted[0]), wanted, upstream.to(dtype))
 
-    contenders = {backends(device)[0]: lambda: run(ours)}
+    contenders = {backends(device)[0]: lambda: run(mixer, ours)}
     errors = {}
     for name, kind in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
         who = f"attention, {name}"
-        contenders[who] = lambda kind=kind: run(sdpa_kernel(kind)(attention.forward))
+        contenders[who] = lambda kind=kind: run(attention, sdpa_kernel(kind)(attention.forward))
         errors[who] = error(attention, lambda layer: layer.plain)
     flops = 2.0 * length * width * (config.in_proj_dim + config.d_inner) + inputs.scan_flops(1, length, config.nheads)
     return Problem(
