@@ -40,6 +40,7 @@ class Dialogue:
         model.backbone.prefill(model.mmu_opening(features[None]), state, MMU)
         return cls(model, state)
 
+    @torch.inference_mode()  # of each step alone: between two, the caller and other threads have modes of their own
     def ask(
         self, question: Tensor, steps: int, sampling: Sampling = GREEDY, stop: tuple[int, ...] | None = None
     ) -> Iterator[int]:
@@ -50,21 +51,20 @@ class Dialogue:
         if question.ndim != 1 or not len(question):
             raise ValueError(f"question must have shape (l,), l at least 1, got {tuple(question.shape)}")
         stops = (self.model.config.tokens.eos,) if stop is None else stop
-        with torch.inference_mode():
-            row = Row(MMU, self._embed(question), steps, stops)
-            last = None
-            try:
-                with closing(stream(self.model, [row], sampling, self.state)) as spoken:
-                    for _, tokens in spoken:
-                        last = tokens
-                        if int(tokens) in stops:
-                            return
-                        yield int(tokens)
-            finally:
-                if last is not None:  # the stream takes a token in when it is asked for the next
-                    step = self.model.backbone.bind_step(self.state, MMU)
-                    step(self._embed(last))
-                    step.release()
+        row = Row(MMU, self._embed(question), steps, stops)
+        last = None
+        try:
+            with closing(stream(self.model, [row], sampling, self.state)) as spoken:
+                for _, tokens in spoken:
+                    last = tokens
+                    if int(tokens) in stops:
+                        return
+                    yield int(tokens)
+        finally:
+            if last is not None:  # the stream takes a token in when it is asked for the next
+                step = self.model.backbone.bind_step(self.state, MMU)
+                step(self._embed(last))
+                step.release()
 
     def save(self, path: str | Path) -> None:
         """Write the state, from which ``load`` goes on."""

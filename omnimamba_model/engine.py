@@ -57,6 +57,7 @@ def generate(model: OmniMamba | MambaLM, rows: Sequence[Row], sampling: Sampling
     return [row[:end] for row, end in zip(found, ends, strict=True)]
 
 
+@torch.inference_mode()  # of each step alone: the caller keeps its own mode between two
 def stream(
     model: OmniMamba | MambaLM, rows: Sequence[Row], sampling: Sampling, state: MambaState | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:

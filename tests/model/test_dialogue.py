@@ -1,6 +1,7 @@
 """Turns on one state: the same tokens as if all of it were read anew, whole, saved or interrupted."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_who_stops_listening_has_heard_what_the_state_knows(model, features):
     said.close()
     known = [*QUESTIONS[0].tolist(), *heard, *QUESTIONS[1].tolist()]
     assert list(dialogue.ask(QUESTIONS[1], 4, stop=(63,))) == reread(model, features[0], known, 4, 63)[1]
+
+
+def test_any_thread_may_take_the_next_token_and_no_ones_mode_is_changed(model, features):
+    expected = list(Dialogue.about(model, features[0]).ask(QUESTIONS[0], 6, stop=()))
+    said, heard = Dialogue.about(model, features[0]).ask(QUESTIONS[0], 6, stop=()), []
+    with ThreadPoolExecutor(1) as other:
+        for i in range(6):
+            heard.append(other.submit(next, said).result() if i % 2 else next(said))
+            assert not torch.is_inference_mode_enabled()
+            assert not other.submit(torch.is_inference_mode_enabled).result()
+        other.submit(said.close).result()
+    assert heard == expected and not torch.is_inference_mode_enabled()
 
 
 def test_questions_are_checked(model, features):

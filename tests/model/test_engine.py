@@ -91,6 +91,13 @@ def test_tokens_stream_as_they_come(model, features, text):
     )
 
 
+def test_a_stream_keeps_no_gradients_and_leaves_the_callers_mode(model, caption):
+    rows = drawing_rows(model, caption)
+    assert rows[0].prompt.requires_grad
+    for _, tokens in stream(model, rows, GREEDY):
+        assert tokens.is_inference() and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
 def test_several_stop_tokens(lm):
     ids = torch.randint(64, (2, 5), generator=torch.Generator().manual_seed(0))
     free = generate_text(lm, ids, 12)
