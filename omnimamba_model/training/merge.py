@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 
 from ..omnimamba import OmniMamba, trained_in
-from ..pipeline import load_pixels
+from ..pipeline import check_together, load_pixels
+from ..text_tokenizer import read_text_tokenizer
 from ..weights import CheckpointError, load, read_tokenizer, save
 
 
 def merge(understanding: str | Path, drawing: str | Path, target: str | Path) -> OmniMamba:
     """Write into ``target`` the model that has from each folder what that half of stage 1 trains.
 
-    CheckpointError where the folders do not grow from one model: their configs differ, or a tensor that neither trains.
+    CheckpointError where the folders do not grow from one model: their configs differ, or a tensor that neither trains;
+    and where a tokenizer is missing, damaged or unlike the model. All is read and checked before a file is written.
     """
     halves = {"mmu": load(understanding), "t2i": load(drawing)}
     for folder, half in zip((understanding, drawing), halves.values(), strict=True):
@@ -34,6 +36,14 @@ def merge(understanding: str | Path, drawing: str | Path, target: str | Path) ->
     if unlike:
         listed = ", ".join(unlike[:10]) + (f" and {len(unlike) - 10} more" if len(unlike) > 10 else "")
         raise CheckpointError(f"{understanding} and {drawing} differ in what neither half trains: {listed}")
-    save(model, target, read_tokenizer(drawing) or read_tokenizer(understanding))
-    load_pixels(drawing).save(target)
+    text, pixels = read_tokenizer(drawing) or read_tokenizer(understanding), load_pixels(drawing)
+    if text is None:
+        raise CheckpointError(f"neither {understanding} nor {drawing} has a tokenizer.json")
+    try:
+        words = read_text_tokenizer(text)
+    except ValueError as error:
+        raise CheckpointError(f"{drawing}: {error}") from error
+    check_together(drawing, model.config, words, pixels)
+    save(model, target, text)
+    pixels.save(target)
     return model

@@ -16,6 +16,7 @@ from omnimamba_model.backbone import cast_matrices
 from omnimamba_model.cli import main
 from omnimamba_model.omnimamba import trained_in
 from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.text_tokenizer import WordTokenizer
 from omnimamba_model.training import Trainer, checkpoints
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.phase import Phase
@@ -185,6 +186,17 @@ def test_both_stages_and_their_merge(settings, values, tmp_path, capsys):
     run(settings(out=str(tmp_path / "other"), steps=1, seed=9), quietly)
     assert main(["merge", halves[0], str(tmp_path / "other" / "model"), str(tmp_path / "x")]) == 2
     assert "what neither half trains" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("damage", ["image tokenizer", "tokenizer.json", "another's"])
+def test_a_merge_without_its_tokenizers_writes_nothing(data, config, pixels, tmp_path, capsys, damage):
+    """Both halves are the folder of the data: a model before any training."""
+    save(OmniMamba(config), data)
+    path = data / (pixels.file if damage == "image tokenizer" else "tokenizer.json")
+    path.write_text(WordTokenizer(f"w{i}" for i in range(30)).to_json()) if damage == "another's" else path.unlink()
+    assert main(["merge", str(data), str(data), str(tmp_path / "merged")]) == 2
+    said = {"image tokenizer": pixels.file, "tokenizer.json": "has a tokenizer.json", "another's": "vocab_size"}
+    assert said[damage] in capsys.readouterr().err and not (tmp_path / "merged").exists()
 
 
 def test_a_backbone_learns_from_plain_text_before_any_task(settings, values, data):
