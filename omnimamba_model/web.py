@@ -27,13 +27,20 @@ class Page:
         self.pipeline, self.backend = pipeline, backend
 
     def draw(
-        self, prompt: str, count: float, guidance: float, temperature: float, top_k: float, top_p: float, seed: float
+        self,
+        prompt: str,
+        count: float,
+        guidance: float,
+        temperature: float,
+        top_k: float | None,
+        top_p: float,
+        seed: float | None,
     ) -> list[Image.Image]:
-        """Each drawing large enough to look at."""
+        """Each drawing large enough to look at. A field that was emptied is None, and counts as the 0 it began with."""
         if not prompt.strip():
             raise gr.Error("Say what to draw.")
         with _told(), use_backend(self.backend):
-            sampling = Sampling(temperature, int(top_k), top_p, int(seed))
+            sampling = Sampling(temperature, int(top_k or 0), top_p, int(seed or 0))
             drawings = self.pipeline.draw([prompt.strip()], sampling, guidance, int(count))
         return [contact_sheet([drawing]) for drawing in drawings]
 

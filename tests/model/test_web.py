@@ -49,6 +49,14 @@ def test_drawings_are_those_of_the_command(pipeline, address):
         client.predict("zebra", 1, 1.0, 0.9, 0, 1.0, 5, api_name="/draw")
 
 
+def test_an_emptied_number_counts_as_what_it_began_with(pipeline):
+    from omnimamba_model.web import Page
+
+    (drawn,) = Page(pipeline).draw("word3 word4", 1, 1.0, 0.9, None, 1.0, None)
+    (expected,) = pipeline.draw(["word3 word4"], Sampling(0.9, seed=0))
+    assert np.array_equal(np.asarray(drawn), np.asarray(contact_sheet([expected])))
+
+
 def test_a_dialogue_grows_turn_by_turn(pipeline, folder):
     from omnimamba_model.web import Page
 
