@@ -83,6 +83,8 @@ class JsonList(Slices):
                 raise ValueError(f"{self.path} is not JSON after {len(found)} records: {error}") from error
             found.append((at, end - at))
             at = _skip(text, end, " \t\r\n,")
+        if at == len(text):
+            raise ValueError(f"{self.path} is cut off after {len(found)} records: its list is not closed")
         return found
 
 

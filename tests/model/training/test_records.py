@@ -69,8 +69,10 @@ def test_unreadable_files_are_reported(data):
     (data / "a.tar").write_bytes(b"no tar at all" * 100)
     (data / "b.json").write_text('{"not": "a list"}')
     (data / "c.json").write_text('[{"a": 1}, nonsense]')
-    records, bad = open_records([data / "t2i.jsonl", data / "a.tar", data / "b.json", data / "c.json"])
-    assert len(records) == 11 and sorted(path.rsplit("/")[-1] for path in bad) == ["a.tar", "b.json", "c.json"]
+    (data / "d.json").write_text('[{"a": 1}, {"a": 2},\n')  # cut off where a record ends
+    names = ["a.tar", "b.json", "c.json", "d.json"]
+    records, bad = open_records([data / "t2i.jsonl", *(data / name for name in names)])
+    assert len(records) == 11 and sorted(path.rsplit("/")[-1] for path in bad) == names
     for files, message in [
         ([data / "a.tar"], "no record in .*unreadable"),
         ([data / "nothing*"], "names no file"),
