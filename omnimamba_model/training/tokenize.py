@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -25,28 +26,34 @@ def tokenize(
     ValueError where no picture has both.
     """
     folder, passed_over = Path(folder), Counter()
-    pairs = list(coco_captions(Path(captions)) if captions is not None else _beside(folder))
+    if captions is not None:
+        known = dict(coco_captions(Path(captions)))
+        names, said_of = list(known), known.__getitem__
+    else:
+        names, said_of = list(_pictures(folder)), partial(_beside, folder)
     written = 0
 
     def write(path: Path) -> None:
         nonlocal written
         with open(path, "w", encoding="utf-8") as file:
             waiting: list[tuple[str, list[str], Image.Image]] = []
-            for i, (name, texts) in enumerate(tqdm(pairs, unit="image")):
+            for i, name in enumerate(tqdm(names, unit="image")):
                 try:
+                    texts = said_of(name)
                     if not texts:
                         raise ValueError("it has no caption")
                     waiting.append((name, texts, square(read_image(folder / name))))
                 except (OSError, ValueError) as error:
                     passed_over[f"{name}: {error}"] += 1
-                if waiting and (len(waiting) == batch or i == len(pairs) - 1):
+                if waiting and (len(waiting) == batch or i == len(names) - 1):
                     for (named, said, _), ids in zip(waiting, pixels.tokens_of([w[2] for w in waiting]), strict=True):
                         line = {"captions": said, "tokens": ids.tolist(), "image": named}
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     written += len(waiting)
                     waiting.clear()
         if not written:
-            raise ValueError(f"no picture of {folder} has a caption; {len(passed_over)} were passed over")
+            first = f", such as {next(iter(passed_over))}" if passed_over else ""
+            raise ValueError(f"no picture of {folder} has a caption; {len(passed_over)} were passed over{first}")
 
     write_whole(Path(out), write)
     return written, passed_over
@@ -59,14 +66,24 @@ def square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _beside(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _pictures(folder: Path) -> Iterator[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower().removeprefix(".") in PICTURES:
-            text = path.with_suffix(".txt")
-            lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
-            yield str(path.relative_to(folder)), [line.strip() for line in lines if line.strip()]
+            yield str(path.relative_to(folder))
+
+
+def _beside(folder: Path, name: str) -> list[str]:
+    """The lines of NAME.txt, none where there is no such file; OSError or ValueError where it cannot be read."""
+    path = (folder / name).with_suffix(".txt")
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def coco_captions(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -38,6 +38,17 @@ def test_pictures_become_what_drawing_learns_from(pictures, data, config, words,
     Drawing(open_records([out])[0], 2, config, words)(0)
 
 
+def test_a_caption_that_cannot_be_read_is_passed_over(pictures, data, tmp_path, capsys):
+    (pictures / "a.txt").write_bytes("ein Kätzchen".encode("latin-1"))
+    (pictures / "c.txt").unlink()
+    (pictures / "c.txt").mkdir()
+    out = tmp_path / "out.jsonl"
+    assert main(["tokenize", str(pictures), "--tokenizer", str(data), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "1 pictures" in said.out and "3 passed over" in said.out and "a.txt is not UTF-8 text" in said.err
+    assert [json.loads(line)["image"] for line in out.read_text().splitlines()] == ["sub/b.png"]
+
+
 def test_captions_of_coco(pictures, data, tmp_path, capsys):
     notes = [{"image_id": 7, "caption": " a cat "}, {"image_id": 7, "caption": "a small dog"}]
     values = {"images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "gone.png"}], "annotations": notes}
