@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -66,8 +67,12 @@ def _tensorboard(out: Path, done: int) -> Any:
 
 
 def _wandb(out: Path, project: str) -> Any:
+    """The run of this folder: the same however the folder is named, and no other folder's."""
     try:
         import wandb
     except ImportError:
         raise ImportError("wandb was asked for: pip install wandb") from None
-    return wandb.init(project=project, dir=str(out), id=out.name, resume="allow")
+    place = out.resolve()
+    name = "/".join(place.parts[-2:])
+    mark = hashlib.sha256(str(place).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return wandb.init(project=project, dir=str(out), id=mark, name=name, resume="allow")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,10 +35,23 @@ def test_weights_and_biases_on_request(tmp_path, monkeypatch):
     logs = Logs(tmp_path, 1, False, "a project")
     logs.add(2, {"loss": 1.0})
     logs.close(Counter({"a reason": 3}))
-    assert wandb.begun["project"] == "a project" and wandb.begun["id"] == tmp_path.name  # the same run goes on
+    assert wandb.begun["project"] == "a project" and wandb.begun["name"].endswith(f"/{tmp_path.name}")
     assert wandb.logged == [(2, {"loss": 1.0})] and wandb.finished
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"passed over": {"a reason": 3}}]
+
+
+def test_a_folder_is_one_run_of_weights_and_biases_and_no_others(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.chdir(tmp_path)
+    ids = []
+    for place in ("a/stage2", "b/stage2", tmp_path / "a" / "stage2", "b/../a/stage2"):
+        Path(place).mkdir(parents=True, exist_ok=True)
+        Logs(Path(place), 0, False, "a project").close(Counter())
+        ids.append(wandb.begun["id"])
+        assert wandb.begun["resume"] == "allow" and ids[-1].isalnum()
+    assert ids[0] == ids[2] == ids[3] != ids[1]  # the same run goes on
 
 
 def test_weights_and_biases_is_asked_for_but_not_there(tmp_path, monkeypatch):
