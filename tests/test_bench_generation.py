@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from bench import claims, generators, integrated, published, tables  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.results import Row  # noqa: E402
+from omnimamba_model import OmniMamba, OmniMambaConfig  # noqa: E402
 
 
 @pytest.mark.parametrize("total", [1024, 131072])
@@ -96,3 +97,40 @@ def test_the_papers_figures_stand_beside_ours():
 def test_a_cache_is_filled_to_its_end():
     cache = generators.filled(torch.zeros(3, 2, 1, 2, 2**17, 1, dtype=torch.bfloat16))
     assert (cache != 0).float().mean() > 0.99 and (cache[-1, -1, 0, -1, -9:] != 0).all()
+
+
+def omnimamba_rows(share: float | None, peaks: tuple[float | None, float | None]) -> list[Row]:
+    """At the published size, peaks as shares of the weights; and two rows that no claim is about."""
+    drawn, answered = (None if peak is None else int(peak * claims.OMNIMAMBA_BYTES) for peak in peaks)
+    cases = [
+        ("1.3B: draws an image of 256 tokens", share, drawn),
+        ("1.3B: answers 16 tokens about an image in 32", 0.2, answered),
+        ("two layers of width 64: draws an image of 256 tokens", 0.1, 10**11),
+        (published.at_once_case("1.3B"), 0.1, 10**11),
+    ]
+    who = "OmniMamba, bf16 weights"
+    return [
+        Row("OmniMamba", case, who, 20.0, times_ours=1.0, floor_share=floor, peak_bytes=peak)
+        for case, floor, peak in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "verdicts"),
+    [
+        (omnimamba_rows(0.61, (1.0, 1.29)), [True, True]),
+        (omnimamba_rows(0.59, (1.31, 1.0)), [False, False]),
+        (omnimamba_rows(0.61, (1.0, 1.31)), [True, False]),
+        (omnimamba_rows(None, (1.0, None)), [None, None]),
+        (omnimamba_rows(0.61, (None, 1.0)), [True, None]),
+        (omnimamba_rows(0.61, (1.0, 1.0))[2:], [None, None]),
+    ],
+)
+def test_the_claims_at_the_published_size(found, verdicts):
+    assert [c["passed"] for c in claims.judge(found, {}) if c["what"].startswith("1.3B, ")] == verdicts
+
+
+def test_the_weights_of_the_claims_are_the_published_models():
+    with torch.device("meta"):
+        model = OmniMamba(OmniMambaConfig()).bfloat16()
+    assert sum(p.nbytes for p in model.parameters()) == claims.OMNIMAMBA_BYTES
