@@ -64,7 +64,9 @@ class Contender:
     calls: int = 1
     """Calls within one round."""
     expected: float = 0.0
-    """Seconds of a run, where known beforehand or from the check, which is at least one run."""
+    """Seconds of a run, where known beforehand."""
+    checked: float = 0.0
+    """Seconds of the check, which is a run at least, and often much besides: a reference, a compilation."""
     times: list[float] = field(default_factory=list)
     """Seconds a call, one entry a round."""
     refused: str | None = None
@@ -227,14 +229,14 @@ def _admit(contender: Contender, row: Row) -> bool:
     if not row.error <= contender.bound:
         row.reason = f"{WRONG}: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
         return False
-    contender.expected = max(contender.expected, time.perf_counter() - start)
+    contender.checked = time.perf_counter() - start
     return True
 
 
 def _settle(contender: Contender) -> float:
     """Warms up, which a long run needs not, and sets how many calls a round needs for the clock. Seconds of a round."""
     if contender.expected > _LONG:
-        return contender.expected
+        return max(contender.expected, contender.checked)
     taken = seconds(contender.run)
     if taken < _LOOP_FOR:
         taken = min(taken, *(seconds(contender.run) for _ in range(3)))

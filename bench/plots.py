@@ -11,7 +11,7 @@ from . import claims, counts, published
 from .published import OURS
 from .results import Row, length_of
 from .scaling import SMALL
-from .tables import Content
+from .tables import Content, cold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +74,7 @@ def ratios(rows: list[Row]) -> list[tuple[str, float]]:
         (f"{r.group}, {r.case}: {r.who}", r.times_ours)
         for r in rows
         if r.seconds and r.times_ours and r.times_ours != 1.0 and r.who not in ("reference", "native", OURS)
+        and not cold(r)
     ]
 
 

@@ -18,15 +18,23 @@ from .machine import ROOT
 from .tables import TABLES, Content, table
 
 
+READING = (
+    "A time is the median of its own rounds. A ratio is the median over the rounds that both ran, side by side, so two "
+    "times need not divide to it. A floor is the time at a rate measured in the same run: torch's fp32 matmul (of bf16 "
+    "products too, which a processor's matrix unit does several times faster), a read of DRAM, or torch's copy of as "
+    "many bytes (which also reads what it overwrites, so that a kernel that works in place can be above 1)."
+)
+
+
 def bench(content: Content) -> str:
     """All tables, the long one folded."""
     titles = {
         "must show": "What is promised, and what one run measured:",
         "generation, 130M parameters": "The 130M shape, random weights, batch 1:",
         "the paper's figures": "The paper's figures (1.3B on one RTX 4090, fp16) beside ours (130M on this machine):",
-        "a layer against attention, tokens": "One layer of width 768, fp32, seconds by number of tokens:",
+        "a layer against attention, tokens": "One layer of width 768, fp32, by number of tokens (~: summed from pieces):",
         "operations": "<details><summary>Every operation, backend and peer</summary>",
-        "machine": "",
+        "machine": READING,
     }
     parts = []
     for name, title in titles.items():

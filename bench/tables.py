@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import published, results
+from .plain import COMPILED
 from .results import Row
 
 Content = dict[str, Any]
@@ -23,8 +24,24 @@ def time_of(row: Row) -> str:
     return duration(row.seconds) if row.seconds else f"not timed: {row.reason}"
 
 
+def cold(row: Row) -> bool:
+    """Whether a compiled peer has but one round: the call after its compilation, which says little of the next."""
+    return row.who == COMPILED and row.rounds_taken == 1
+
+
 def floor_of(row: Row) -> str:
-    return f"{row.floor_share:.2f} of {row.floor}" if row.floor_share else ""
+    floor = "fp32 sgemm" if row.floor == "sgemm" else row.floor
+    return f"{row.floor_share:.2f} of {floor}" if row.floor_share else ""
+
+
+def rounds_of(row: Row) -> str:
+    """How many rounds the figures stand on."""
+    return f"{row.rounds} of {row.rounds_taken}" if row.seconds and row.rounds_taken else ""
+
+
+def summed(row: Row) -> str:
+    """A mark before a time that some of its parts were measured for."""
+    return "~" if " measured" in row.note else ""
 
 
 def ratio_of(row: Row) -> str:
@@ -51,11 +68,12 @@ def ops(content: Content) -> str:
     """Every operation and contender: time, throughput, share of the floor, ratio to ours, peak memory."""
     lines = []
     for row in content["rows"]:
-        if not row.group.startswith(("layer", *MODEL_GROUPS)):
+        if not row.group.startswith(("layer", *MODEL_GROUPS)) and not cold(row):
             peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
             rate = f"{row.gflop_s:.0f} GFLOP/s" if row.floor == "sgemm" else f"{row.gb_s:.1f} GB/s" if row.gb_s else ""
-            lines.append([row.group, row.case, row.who, time_of(row), rate, floor_of(row), ratio_of(row), peak])
-    return table(["operation", "case", "by", "time", "rate", "floor", "against ours", "peak memory"], lines)
+            cells = [time_of(row), rate, floor_of(row), ratio_of(row), rounds_of(row), peak]
+            lines.append([row.group, row.case, row.who, *cells])
+    return table(["operation", "case", "by", "time", "rate", "floor", "against ours", "rounds", "peak memory"], lines)
 
 
 def scaling(content: Content) -> str:
@@ -66,7 +84,7 @@ def scaling(content: Content) -> str:
     cases = list(dict.fromkeys(case for _, _, case in known))
     short = {"layer forward": "forward", "layer forward + backward": "forward + backward"}
     lines = [
-        [case.split()[-1], *(time_of(known[(*c, case)]) if (*c, case) in known else "" for c in columns)]
+        [case.split()[-1], *(summed(r) + time_of(r) if (r := known.get((*c, case))) else "" for c in columns)]
         for case in cases
     ]
     slopes = {(e["group"], e["who"]): e for e in content["exponents"]}
@@ -81,8 +99,9 @@ def generation(content: Content) -> str:
         if row.group.startswith(MODEL_GROUPS):
             speed = f"{row.tokens_s:.1f}" if row.tokens_s else time_of(row)
             peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
-            lines.append([row.group, row.case, row.who, speed, ratio_of(row), floor_of(row), peak, row.note])
-    return table(["what", "case", "by", "tokens/s", "against ours", "floor", "peak memory", "note"], lines)
+            cells = [summed(row) + speed, ratio_of(row), rounds_of(row), floor_of(row), peak, row.note]
+            lines.append([row.group, row.case, row.who, *cells])
+    return table(["what", "case", "by", "tokens/s", "against ours", "rounds", "floor", "peak memory", "note"], lines)
 
 
 def paper(content: Content) -> str:
@@ -108,7 +127,7 @@ def figure_1(content: Content) -> str:
     peers = ("OmniMamba", "JanusFlow", "Show-o")
     for length, curves in published.FIGURE_1.items():
         rows = [results.find(content["rows"], "whole generation", f"{length} tokens in all", who) for who in own]
-        cells = [f"{r.seconds:.4g} s" if r and r.seconds else "" for r in rows]
+        cells = [f"{summed(r)}{r.seconds:.4g} s" if r and r.seconds else "" for r in rows]
         cells = [
             f"{c}, {r.peak_bytes / 1e9:.2f} GB" if c and r.peak_bytes else c for c, r in zip(cells, rows, strict=True)
         ]
