@@ -170,7 +170,9 @@ def _model(rows: list[Row]) -> list[Claim]:
         _least("130M, decode with bf16 weights, against llama.cpp BF16", 1.3, _llama(rows, "130M decode", "bf16"), "x"),
         _least(
             "130M, decode with int8 weights, against llama.cpp Q8_0, not reordered for AMX",
-            1.4, _llama(rows, "130M decode", "int8"), "x",
+            1.4,
+            _llama(rows, "130M decode", "int8"),
+            "x",
         ),
     ]
 

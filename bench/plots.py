@@ -73,7 +73,10 @@ def ratios(rows: list[Row]) -> list[tuple[str, float]]:
     return [
         (f"{r.group}, {r.case}: {r.who}", r.times_ours)
         for r in rows
-        if r.seconds and r.times_ours and r.times_ours != 1.0 and r.who not in ("reference", "native", OURS)
+        if r.seconds
+        and r.times_ours
+        and r.times_ours != 1.0
+        and r.who not in ("reference", "native", OURS)
         and not cold(r)
     ]
 

@@ -17,7 +17,6 @@ from . import ablation, pages, results
 from .machine import ROOT
 from .tables import TABLES, Content, table
 
-
 READING = (
     "A time is the median of its own rounds. A ratio is the median over the rounds that both ran, side by side, so two "
     "times need not divide to it. A floor is the time at a rate measured in the same run: torch's fp32 matmul (of bf16 "
@@ -32,7 +31,7 @@ def bench(content: Content) -> str:
         "must show": "What is promised, and what one run measured:",
         "generation, 130M parameters": "The 130M shape, random weights, batch 1:",
         "the paper's figures": "The paper's figures (1.3B on one RTX 4090, fp16) beside ours (130M on this machine):",
-        "a layer against attention, tokens": "One layer of width 768, fp32, by number of tokens (~: summed from pieces):",
+        "a layer against attention, tokens": "One layer of width 768, fp32, by number of tokens (~: from pieces):",
         "operations": "<details><summary>Every operation, backend and peer</summary>",
         "machine": READING,
     }
