@@ -54,7 +54,7 @@ def theirs() -> torch.nn.Module:
 
 @torch.no_grad()
 def tame(model: torch.nn.Module) -> torch.nn.Module:
-    """Layers that add a twentieth: as drawn, 24 of them blow a rounding of the weights to 8 bits up to half of the logits,
+    """Layers that add a twentieth: as drawn, 24 of them blow a rounding of weights to 8 bits up to half of the logits,
     and no check of narrow weights would mean anything."""
     for layer in model.backbone.layers:
         layer.mixer.out_proj.weight.mul_(0.05)

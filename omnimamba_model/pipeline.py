@@ -125,6 +125,11 @@ def load_tokenizers(folder: str | Path, config: OmniMambaConfig) -> tuple[TextTo
     text = read_tokenizer(folder)
     if text is None:
         raise CheckpointError(f"{folder} has no {TOKENIZER}")
+    return with_pixels(text, folder, config)
+
+
+def with_pixels(text: str, folder: str | Path, config: OmniMambaConfig) -> tuple[TextTokenizer, ImageTokenizer]:
+    """The text tokenizer that ``text`` holds and the image tokenizer of a folder; CheckpointError as above."""
     try:
         words = read_text_tokenizer(text)
     except ValueError as error:

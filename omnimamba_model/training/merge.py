@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from ..omnimamba import OmniMamba, trained_in
-from ..pipeline import check_together, load_pixels
-from ..text_tokenizer import read_text_tokenizer
+from ..pipeline import with_pixels
 from ..weights import CheckpointError, load, read_tokenizer, save
 
 
@@ -36,14 +35,10 @@ def merge(understanding: str | Path, drawing: str | Path, target: str | Path) ->
     if unlike:
         listed = ", ".join(unlike[:10]) + (f" and {len(unlike) - 10} more" if len(unlike) > 10 else "")
         raise CheckpointError(f"{understanding} and {drawing} differ in what neither half trains: {listed}")
-    text, pixels = read_tokenizer(drawing) or read_tokenizer(understanding), load_pixels(drawing)
+    text = read_tokenizer(drawing) or read_tokenizer(understanding)
     if text is None:
         raise CheckpointError(f"neither {understanding} nor {drawing} has a tokenizer.json")
-    try:
-        words = read_text_tokenizer(text)
-    except ValueError as error:
-        raise CheckpointError(f"{drawing}: {error}") from error
-    check_together(drawing, model.config, words, pixels)
+    _, pixels = with_pixels(text, drawing, model.config)
     save(model, target, text)
     pixels.save(target)
     return model
