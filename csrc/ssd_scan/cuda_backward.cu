@@ -39,15 +39,9 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
 
   Hand at;
   uint32_t rest = blockIdx.x;
-  auto next = [&rest](int64_t count) {
-    const auto n = static_cast<uint32_t>(count);
-    const auto found = static_cast<int>(rest % n);
-    rest /= n;
-    return found;
-  };
-  at.part = next(cover.parts);
-  at.group = next(q.groups);
-  at.chunk = next(chunks);
+  at.part = next_digit(rest, cover.parts);
+  at.group = next_digit(rest, q.groups);
+  at.chunk = next_digit(rest, chunks);
   at.b = static_cast<int>(rest);
   at.used = used_bits<T>(q, at.b, at.chunk);
   const int64_t start = int64_t{at.chunk} * CHUNK<T>;

@@ -98,15 +98,9 @@ struct BackBlock {
                       const BackCover& cover)
       : q(q), maps(maps), memory(memory), signal(signal), chunks(static_cast<int>(chunks_of(q.length, SIDE))) {
     uint32_t rest = blockIdx.x;
-    auto next = [&rest](int64_t count) {
-      const auto n = static_cast<uint32_t>(count);
-      const auto found = static_cast<int>(rest % n);
-      rest /= n;
-      return found;
-    };
-    at.part = next(cover.parts);
-    at.group = next(q.groups);
-    at.chunk = next(chunks);
+    at.part = next_digit(rest, cover.parts);
+    at.group = next_digit(rest, q.groups);
+    at.chunk = next_digit(rest, chunks);
     at.b = static_cast<int>(rest);
     at.used = used_bits<bf16>(q, at.b, at.chunk);
     at.p0 = 0;
@@ -230,23 +224,13 @@ OM_DEVICE void fetch_heads(const BackBlock<N>& block) {
 template <int N>
 OM_DEVICE void clean_heads(const BackBlock<N>& block) {
   const uint64_t used = block.at.used;
-  auto clean = [used](unsigned char* tiles, int count) {
-#pragma unroll 1
-    for (int row = 0; row < SIDE && used != ~uint64_t{0}; row++) {
-      if (used >> row & 1) continue;
-#pragma unroll 1
-      for (int i = lane_id(); i < count * 8; i += WARP)
-        store_pack(tiles + i / 8 * TILE_BYTES + row * 128 + i % 8 * 16, Pack<unsigned char, 16>{});
-    }
-    async_fence();
-  };
   mbarrier_wait(&block.signal.group_landed, 0);
-  clean(block.memory, 2 * block.PANELS);
+  clear_padding(block.memory, 2 * block.PANELS, used);
   block.signal_warp(&block.signal.group_clean);
 #pragma unroll 1
   for (int item = 0; item < block.items; item++) {
     block.wait_full(block.signal.landed, item, BACK_STAGES);
-    clean(block.stage(item), 2);
+    clear_padding(block.stage(item), 2, used);
     block.signal_warp(block.signal.clean + item % BACK_STAGES);
   }
 }

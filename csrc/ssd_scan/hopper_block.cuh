@@ -15,6 +15,18 @@ constexpr int FETCH_TEAM = 0, SCORE_TEAM = 1, WALK_TEAM = 2;  // the first of th
 constexpr int STEP_BYTES = STEPS * CHUNK<bf16> * static_cast<int>(sizeof(float));
 static_assert(CHUNK<bf16> == SIDE, "a tile holds the positions of a chunk");
 
+// A warp: the rows of tiles whose bit in `used` is not set become zeros, for wgmma to see.
+OM_DEVICE void clear_padding(unsigned char* tiles, int count, uint64_t used) {
+#pragma unroll 1
+  for (int row = 0; row < SIDE && used != ~uint64_t{0}; row++) {
+    if (used >> row & 1) continue;
+#pragma unroll 1
+    for (int i = lane_id(); i < count * 8; i += WARP)
+      store_pack(tiles + i / 8 * TILE_BYTES + row * 128 + i % 8 * 16, Pack<unsigned char, 16>{});
+  }
+  async_fence();
+}
+
 // A count of arrivals for each stage, for each head's scores in each of their buffers.
 struct Signals {
   Mbarrier landed[MOST_STAGES], clean[MOST_STAGES], empty[MOST_STAGES];

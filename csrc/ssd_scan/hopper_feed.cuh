@@ -45,15 +45,7 @@ OM_DEVICE void clean_chunks(const Walk<N>& walk) {
     const int s = walk.stage_of(chunk), tiles = 2 * walk.PANELS + walk.layout.slots;
     const uint64_t used = used_bits<bf16>(walk.q, walk.at.b, chunk);
     mbarrier_wait(walk.signal.landed + s, walk.turn_of(chunk));
-    unsigned char* stage = walk.stage(chunk);
-#pragma unroll 1
-    for (int row = 0; row < SIDE && used != ~uint64_t{0}; row++) {
-      if (used >> row & 1) continue;
-#pragma unroll 1
-      for (int i = lane_id(); i < tiles * 8; i += WARP)
-        store_pack(stage + i / 8 * TILE_BYTES + row * 128 + i % 8 * 16, Pack<unsigned char, 16>{});
-    }
-    async_fence();
+    clear_padding(walk.stage(chunk), tiles, used);
     sync_warp();
     if (lane_id() == 0) mbarrier_arrive(walk.signal.clean + s);
   }

@@ -47,6 +47,14 @@ struct Layout {
   }
 };
 
+// The next place of a block, of `count`, from what is left of its number.
+OM_DEVICE int next_digit(uint32_t& rest, int64_t count) {
+  const auto n = static_cast<uint32_t>(count);
+  const auto found = static_cast<int>(rest % n);
+  rest /= n;
+  return found;
+}
+
 #if !defined(__CUDACC_RTC__)
 
 // A block takes as many channels and heads as its warps and the chip's shared memory allow; of heads and stages, rather two
