@@ -81,24 +81,15 @@ def test_backward(bench, benchmark, shape, dtype):
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = inputs.gradients(ours("reference"), inputs.with_gradients(inputs.double(values)), upstream.double())
 
-    def contender(name, make):
-        leaves, graph = inputs.with_gradients(values), []
-
-        def check():
-            graph.append(make()(**leaves))
-            return worst_error(inputs.gradients(make(), leaves, upstream), exact)
-
-        def run():
-            return torch.autograd.grad(graph[0], list(leaves.values()), upstream, retain_graph=True)
-
-        return Contender(name, run, check, BOUND[dtype])
-
     work = Work("copy", bytes=5 * values["x"].nbytes)
     rows = bench.compare(
         benchmark,
         BACKWARD,
         case(*shape, dtype),
-        [contender(*f) for f in functions((shape, dtype) == CASES[0] and not bench.quick)],
+        [
+            inputs.backward_alone(*f, values, upstream, exact, BOUND[dtype])
+            for f in functions((shape, dtype) == CASES[0] and not bench.quick)
+        ],
         work,
     )
     bench.against_dram(benchmark, rows, work)

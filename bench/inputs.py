@@ -10,6 +10,8 @@ from torch import Tensor
 
 import omnimamba_kernels as kernels
 
+from .measure import Contender, worst_error
+
 HEADDIM, STATE, CHUNK, WIDTH = 64, 128, 64, 4
 """p, n, the chunk length that FLOPs are counted at, and the convolution's width."""
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -76,3 +78,20 @@ def gradients(function: Callable[..., Tensor], values: dict[str, Tensor], upstre
     """The output and the gradient of every value, given the output's gradient."""
     y = function(**values)
     return y, *torch.autograd.grad(y, list(values.values()), upstream)
+
+
+def backward_alone(
+    name: str, make: Callable[[], Callable[..., Tensor]], values: dict[str, Tensor], upstream: Tensor,
+    exact: tuple[Tensor, ...], bound: float,
+) -> Contender:  # fmt: skip
+    """A function's backward, on a graph that is kept; its output and gradients are checked against ``exact``."""
+    leaves, graph = with_gradients(values), []
+
+    def check() -> float:
+        graph.append(make()(**leaves))
+        return worst_error(gradients(make(), leaves, upstream), exact)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(graph[0], list(leaves.values()), upstream, retain_graph=True)
+
+    return Contender(name, run, check, bound)
