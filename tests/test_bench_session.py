@@ -16,7 +16,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import bench_layer, compare, conftest, report, results  # noqa: E402
+from bench import bench_layer, compare, conftest, measure, report, results  # noqa: E402
 from bench.measure import Bench  # noqa: E402
 from bench.results import Row  # noqa: E402
 
@@ -73,6 +73,14 @@ def test_a_folder_that_takes_no_results_is_told_at_once(tmp_path):
         conftest._can_write(tmp_path / "file" / "device")
     conftest._can_write(tmp_path / "new" / "device")
     assert not list((tmp_path / "new" / "device").iterdir())
+
+
+def test_only_what_is_known_to_be_long_goes_without_a_warm_up():
+    """A check's time may be a reference's or a compiler's, after which the run itself is short, and cold."""
+    for known, runs in (({"checked": 2 * measure._LONG}, True), ({"expected": 2 * measure._LONG}, False)):
+        ran = []
+        measure._settle(measure.Contender("peer", lambda ran=ran: ran.append(1), lambda: 0.0, 1.0, **known))
+        assert bool(ran) == runs
 
 
 def test_rounds_follow_what_a_contender_takes_and_the_time_that_is_left():
