@@ -2,13 +2,16 @@
 
 Each dtype of weights is scored on the demo's held-out scans: the loss in nats a token of both tasks, and its logits
 against those of the weights as they are stored: the relative error, and how often the likeliest token is the same.
+Kept as JSON, from which ``python -m bench.report`` makes the README's table.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +21,10 @@ from omnimamba_model.demo.experiment import WORK
 from omnimamba_model.demo.score import EXAM, predictions
 from omnimamba_model.pipeline import Pipeline
 
+from . import machine, results, tables
 from .measure import relative_error
-from .tables import table
 
+FILE = results.FOLDER / "accuracy" / "digits.json"
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -32,6 +36,18 @@ class Scored:
     loss: float
 
 
+@dataclass
+class Cost:
+    """One dtype of weights on one task; ``error`` and ``same`` are of its logits against the stored weights'."""
+
+    weights: str
+    task: str
+    loss: float
+    change: float
+    error: float
+    same: float
+
+
 def score(folder: Path, dtype: str | None) -> dict[str, Scored]:
     """Both tasks over the demo's exam, captions and questions as they come, with matrices cast to ``dtype``."""
     made = Pipeline.load(folder, dtype=None if dtype is None else getattr(torch, dtype))
@@ -39,28 +55,44 @@ def score(folder: Path, dtype: str | None) -> dict[str, Scored]:
     return {task: Scored(p.logits.float(), p.loss.item()) for task, p in found.items()}
 
 
-def compare(folder: Path) -> str:
-    """A Markdown table, a row a dtype and task."""
+def compare(folder: Path) -> list[Cost]:
+    """Every dtype and task."""
     exact = score(folder, None)
-    lines = []
+    found = []
     for dtype in DTYPES:
-        found = score(folder, dtype)
+        scored = score(folder, dtype)
         for task in TASKS:
-            got, want = found[task], exact[task]
+            got, want = scored[task], exact[task]
             same = (got.logits.argmax(-1) == want.logits.argmax(-1)).double().mean()
-            lines.append(
-                [dtype, task, f"{got.loss:.5f}", f"{got.loss - want.loss:+.5f}",
-                 f"{relative_error(got.logits, want.logits):.1e}", f"{float(same):.4f}"]
-            )  # fmt: skip
+            error = relative_error(got.logits, want.logits)
+            found.append(Cost(dtype, task, got.loss, got.loss - want.loss, error, float(same)))
+    return found
+
+
+def table(costs: list[Cost]) -> str:
     header = ["weights", "task", "held-out loss, nats a token", "change", "error of the logits", "same likeliest token"]
-    return table(header, lines)
+    shown = [[c.weights, c.task, f"{c.loss:.5f}", f"{c.change:+.5f}", f"{c.error:.1e}", f"{c.same:.4f}"] for c in costs]
+    return tables.table(header, shown)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def kept() -> dict[str, Any] | None:
+    """What was last written, its costs as ``Cost``; None where there is nothing."""
+    if not FILE.exists():
+        return None
+    content = results.read(FILE)
+    return content | {"costs": [Cost(**cost) for cost in content["costs"]]}
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, nargs="?", default=Path("demo-out"))
-    print(compare(parser.parse_args(arguments).checkpoint))
+    parser.add_argument("--out", type=Path, default=FILE)
+    options = parser.parse_args(arguments)
+    costs = compare(options.checkpoint)
+    results.save(options.out, {"machine": machine.describe(), "costs": [asdict(cost) for cost in costs]})
+    print(table(costs))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

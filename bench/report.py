@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import ablation, pages, results
+from . import ablation, accuracy, pages, results
 from .machine import ROOT
 from .tables import TABLES, Content, table
 
@@ -59,7 +59,13 @@ def ablations(content: Content) -> str:
     return table(header, lines) if lines else "The ablation has not run: python -m bench.ablation."
 
 
-PARTS = {"bench": bench, "demo": demo, "ablation": ablations}
+def narrow(content: Content) -> str:
+    """What `python -m bench.accuracy` has kept, whenever it ran."""
+    found = accuracy.kept()
+    return accuracy.table(found["costs"]) if found else "Not scored: python -m bench.accuracy."
+
+
+PARTS = {"bench": bench, "demo": demo, "ablation": ablations, "accuracy": narrow}
 
 
 def filled(readme: str, content: Content) -> str:

@@ -1,0 +1,143 @@
+"""What stands beside the benchmarks: accuracy of narrow weights, the ablation's arms, a run that is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+pytest.importorskip("sklearn", reason="the demo's scans are scikit-learn's")
+sys.path.insert(0, str(ROOT))
+
+from bench import ablation, accuracy, kills, report  # noqa: E402
+from omnimamba_model.config import TASKS  # noqa: E402
+from omnimamba_model.demo.digits import Scans, split  # noqa: E402
+from omnimamba_model.demo.experiment import WORK, prepare  # noqa: E402
+from omnimamba_model.demo.score import EXAM, losses  # noqa: E402
+from omnimamba_model.demo.settings import Settings  # noqa: E402
+from omnimamba_model.pipeline import Pipeline  # noqa: E402
+from omnimamba_model.weights import load  # noqa: E402
+
+FEW = 24
+SMALL = Settings(d_model=16, d_state=8, headdim=16, codes=16, copies=1, batch=4, stage0=1, stage1=1, stage2=2)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A folder as `make demo` leaves it, of a model that has learned nothing."""
+    folder = tmp_path_factory.mktemp("demo")
+    few = [Scans(scans.images[:FEW], scans.labels[:FEW]) for scans in split()]
+    prepare(folder / WORK, SMALL, *few, seed=0)
+    shutil.copytree(folder / WORK / "start", folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_narrow_weights_are_scored_against_the_stored_ones(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "FILE", tmp_path / "accuracy.json")
+    assert "Not scored" in report.narrow({})
+    assert accuracy.main([str(demo), "--out", str(accuracy.FILE)]) == 0
+    costs = {(c.weights, c.task): c for c in accuracy.kept()["costs"]}
+    assert costs.keys() == {(dtype, task) for dtype in accuracy.DTYPES for task in TASKS}
+    own = losses(Pipeline.load(demo), demo / WORK / EXAM)
+    for task in TASKS:
+        exact, narrow = costs["float32", task], [costs[dtype, task] for dtype in accuracy.DTYPES[1:]]
+        assert (exact.loss, exact.change, exact.error, exact.same) == (own[task], 0.0, 0.0, 1.0)
+        assert all(0 < c.error < 0.05 and 0.5 < c.same <= 1 and c.change == c.loss - own[task] for c in narrow)
+        assert costs["float16", task].error < costs["bfloat16", task].error < costs["int8", task].error
+    assert report.narrow({}) in capsys.readouterr().out
+
+
+def test_the_kept_scores_are_of_every_dtype_and_task():
+    """That the README shows them is test_bench's."""
+    costs = accuracy.kept()["costs"]
+    assert [(c.weights, c.task) for c in costs] == [(dtype, task) for dtype in accuracy.DTYPES for task in TASKS]
+
+
+def ablated(demo: Path, **arm: bool) -> ablation.Ablated:
+    model = load(demo)
+    model.__class__, model.arm = ablation.Ablated, ablation.Arm(**arm)
+    return model
+
+
+def test_an_arm_without_adapters_trains_everything_but_them(demo):
+    for stage in ("t2i", "joint"):
+        whole, without = (set(ablated(demo, adapters=there).train_only(stage)) for there in (True, False))
+        assert whole - without == {name for name in whole if "_lora_" in name} and whole > without
+        model = ablated(demo, adapters=False)
+        assert {name for name, p in model.named_parameters() if model.train_only(stage) and p.requires_grad} == without
+
+
+@torch.no_grad()
+def test_one_vocabulary_is_one_softmax_over_both_tables_while_training(demo):
+    model, whole = ablated(demo, vocabularies=False), load(demo)
+    hidden = torch.randn(2, 3, SMALL.d_model, generator=torch.Generator().manual_seed(0))
+    heads = {name: getattr(whole, name)(hidden) for name in ("text_head", "image_head")}
+    for own, other in (("text_head", "image_head"), ("image_head", "text_head")):
+        together = getattr(model.train(), own)(hidden)
+        torch.testing.assert_close(together, torch.cat([heads[own], heads[other]], -1))
+        torch.testing.assert_close(getattr(model.eval(), own)(hidden), heads[own])
+        torch.testing.assert_close(getattr(ablated(demo).train(), own)(hidden), heads[own])
+
+
+def test_every_arm_has_as_many_steps_of_each_task():
+    for arm in ablation.ARMS.values():
+        begin, *rest = ablation.phases(arm, SMALL, 10, 4)
+        assert (begin.lessons, begin.steps) == (("text", "blind"), SMALL.stage0)
+        for task in ("t2i", "mmu"):
+            assert sum(phase.steps for phase in rest if task in phase.lessons) == 10
+        assert (len(rest) == 1) != arm.stages and rest[-1].stage == "joint"
+
+
+WRITES = """
+import json, sys, time
+with open(sys.argv[1], "a") as out:
+    for step in range(int(sys.argv[2])):
+        print(json.dumps({"step": step, "loss": 0.5, "seconds": 1.0}), file=out, flush=True)
+        time.sleep(0.002)
+"""
+
+
+def test_a_run_is_killed_at_a_drawn_step_or_had_ended_before(tmp_path, monkeypatch):
+    began = []
+
+    def start(steps: int):
+        def popen(path: Path) -> subprocess.Popen:
+            began.append(subprocess.Popen([sys.executable, "-c", WRITES, str(tmp_path / "metrics.jsonl"), str(steps)]))
+            return began[-1]
+
+        return popen
+
+    monkeypatch.setattr(kills, "start", start(10**6))
+    found = kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0))
+    wanted, wait = (draw := random.Random(0)).randint(1, kills.APART), draw.uniform(0, kills.AFTER)
+    assert found["step"] >= wanted and found["milliseconds after it"] == round(1e3 * wait)
+    assert not found["while saving"] and began[0].returncode == -signal.SIGKILL
+    (tmp_path / "metrics.jsonl").unlink()
+    monkeypatch.setattr(kills, "start", start(0))
+    assert kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0)) is None
+
+
+def test_runs_are_the_same_only_bit_for_bit(demo, tmp_path):
+    lines = [{"step": 1, "loss_t2i": 0.5, "rate": 0.1, "seconds": 3.0}, {"note": "saved"}]
+    for name in "ab":
+        shutil.copytree(demo, tmp_path / name / "model", ignore=shutil.ignore_patterns(WORK))
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    assert kills.steps_of(tmp_path / "a") == [{"step": 1, "loss_t2i": 0.5, "rate": 0.1}]
+    assert kills.same(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "metrics.jsonl").write_text(json.dumps(lines[0] | {"loss_t2i": 0.5000001}) + "\n")
+    assert not kills.same(tmp_path / "a", tmp_path / "b")
+    shutil.copy(tmp_path / "a" / "metrics.jsonl", tmp_path / "b")
+    model = load(tmp_path / "b" / "model")
+    next(model.parameters()).data.view(-1)[0] += 1e-6
+    model.save_pretrained(tmp_path / "b" / "model")
+    assert not kills.same(tmp_path / "a", tmp_path / "b")
