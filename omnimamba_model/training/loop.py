@@ -10,6 +10,7 @@ a seed of its own for each step and lesson, so that neither does going on after 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from random import Random
@@ -55,17 +56,34 @@ class Trainer:
         self.optimizer = _optimizer(model, phase)
         self.done = 0
         """Steps taken."""
+        self.norm = 0.0
+        """Of the last step's gradients together, before they were clipped."""
 
     def step(self) -> dict[str, float]:
-        """Learn from the next batches; each lesson's loss over all processes."""
+        """Learn from the next batches; each lesson's loss over all processes.
+
+        RuntimeError where a loss or the gradients' norm is not finite: no parameter or moment has changed then.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.phase.rate(self.done)
         losses = self.learn()
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.phase.clip)
+        self.norm = self._clip()
+        if not all(map(math.isfinite, (self.norm, *losses.values()))):
+            self.optimizer.zero_grad()
+            raise RuntimeError(
+                f"step {self.done + 1} is not finite: gradient norm {self.norm}, losses {losses}; start another run "
+                "from the last checkpoint, with a lower learning_rate or clip, or in fp32"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
         return losses
+
+    def _clip(self) -> float:
+        """Scale the gradients down to ``clip`` where their norm is larger; the norm."""
+        reached = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(reached, self.phase.clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded: over all processes
 
     def learn(self) -> dict[str, float]:
         """Add the gradients of this step's batches; each lesson's loss over all processes."""

@@ -72,19 +72,25 @@ class JsonList(Slices):
         # One byte a character: offsets in the text are offsets in the file, and JSON's own marks are ASCII.
         text = self.path.read_bytes().decode("latin-1")
         decoder, found = json.JSONDecoder(), []
-        at = _skip(text, 0, " \t\r\n")
+        at = _skip_blanks(text, 0)
         if text[at : at + 1] != "[":
             raise ValueError(f"{self.path} must be a JSON list, and begins with {text[at : at + 20]!r}")
-        at = _skip(text, at + 1, " \t\r\n,")
-        while text[at : at + 1] not in ("]", ""):
+        while True:
+            at = _skip_blanks(text, at + 1)  # behind the bracket or a comma
+            if at == len(text) or (text[at] == "]" and not found):
+                break
             try:
                 _, end = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path} is not JSON after {len(found)} records: {error}") from error
             found.append((at, end - at))
-            at = _skip(text, end, " \t\r\n,")
+            at = _skip_blanks(text, end)
+            if text[at : at + 1] != ",":
+                break
         if at == len(text):
             raise ValueError(f"{self.path} is cut off after {len(found)} records: its list is not closed")
+        if text[at] != "]" or _skip_blanks(text, at + 1) < len(text):
+            raise ValueError(f"{self.path} is not JSON after {len(found)} records: {text[at : at + 20]!r} is left over")
         return found
 
 
@@ -104,6 +110,11 @@ class Shard:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, ending = name.partition(".")
                     found.setdefault(f"{folder}/{stem}", {})[ending.lower()] = member.offset_data, member.size
+            end = tar.offset  # tarfile stops without a word where a later header is damaged or missing
+        with open(self.path, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"{self.path} is damaged or cut off after {len(found)} samples")
         return list(found.values())
 
     def __len__(self) -> int:
@@ -184,7 +195,7 @@ def as_object(text: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _skip(text: str, at: int, what: str) -> int:
-    while at < len(text) and text[at] in what:
+def _skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at

@@ -53,13 +53,15 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
         ranks.wait()
         torch.manual_seed(settings.seed)  # the same on every process, so that fresh weights are
         model, words, pixels = _parts(settings)
-        lessons = _lessons(settings, model.config, words, pixels, ranks, say if ranks.first else lambda line: None)
+        lessons, bad = _lessons(settings, model.config, words, pixels, ranks, say if ranks.first else lambda line: None)
         if settings.recompute:
             recompute(model)
         options = dict(ranks=ranks, autocast=_autocast(settings, ranks), seed=settings.seed * 1_000_003 + ranks.rank)
         trainer = Trainer(spread(model, ranks), _phase(settings, lessons), lessons, **options)
         if checkpoints.resume(trainer, out) and ranks.first:
             say(f"going on after step {trainer.done}")
+        for name, reason in bad if ranks.first else ():
+            lessons[name].passed_over[reason] = 1  # once a file, however often the run was taken up
         with side_by_side(trainer, settings.threads) if settings.side_by_side else nullcontext():
             _go(trainer, settings, out, words, progress)
         return _finish(trainer, out, words, pixels)
@@ -79,8 +81,9 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progre
             bar.update()
             passed_over = int(trainer.ranks.sum(sum(together(trainer.lessons).values())))
             if logs is not None:
-                values = {**{f"loss {k}": v for k, v in losses.items()}, "rate": rate, "tokens/s": round(speed, 1)}
-                logs.add(trainer.done, {**values, "passed over": passed_over, "GiB": round(_memory(trainer.ranks), 3)})
+                values = {**{f"loss {k}": v for k, v in losses.items()}, "rate": rate, "gradient norm": trainer.norm}
+                values |= {"tokens/s": round(speed, 1), "passed over": passed_over}
+                logs.add(trainer.done, {**values, "GiB": round(_memory(trainer.ranks), 3)})
                 if trainer.done % settings.log_every == 0:
                     shown = {k: f"{v:.3f}" for k, v in losses.items()}
                     bar.set_postfix({**shown, "tok/s": f"{speed:.0f}", "GiB": f"{_memory(trainer.ranks):.1f}"})
@@ -142,14 +145,17 @@ def _parts(settings: Run) -> tuple[OmniMamba, TextTokenizer, ImageTokenizer]:
 
 def _lessons(
     settings: Run, config: OmniMambaConfig, words: TextTokenizer, pixels: ImageTokenizer, ranks: Ranks, say: Say
-) -> dict[str, Lesson]:
+) -> tuple[dict[str, Lesson], list[tuple[str, str]]]:
+    """The lessons by name; and which lesson's files are passed over as a whole, with the reason."""
     found: dict[str, Lesson] = {}
+    unreadable: list[tuple[str, str]] = []
     for name in ("text", "t2i", "mmu"):
         data = getattr(settings, name)
         if data is None:
             continue
         records, bad = open_records(data.files)
         for path, reason in bad.items():
+            unreadable.append((name, f"{path}: {reason}"))
             say(f"{path} is passed over: {reason}")
         say(f"{name}: {len(records):,} records")
         given = (records, data.batch, config, words)
@@ -162,7 +168,7 @@ def _lessons(
             cache = None if data.cache is None else FeatureCache(data.cache, pixels.describe())
             options = dict(form=data.form, images=data.images, text_length=data.text_length, cache=cache)
             found[name] = Understanding(*given, pixels.to(ranks.device), **options, **shared)
-    return found
+    return found, unreadable
 
 
 def _phase(settings: Run, lessons: dict[str, Lesson]) -> Phase:

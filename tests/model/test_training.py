@@ -72,3 +72,25 @@ def test_the_rate_warms_up_and_falls_to_a_hundredth():
     assert max(map(long.rate, range(1000))) == pytest.approx(2.0, rel=0.05)
     assert long.rate(500) == pytest.approx(1.01, rel=1e-3)
     assert long.rate(999) == pytest.approx(0.02, rel=1e-2)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(model, lessons, where):
+    trainer = Trainer(model, phase(), lessons)
+    trainer.step()
+    assert 0 < trainer.norm < float("inf")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = [t.clone() for state in trainer.optimizer.state.values() for t in state.values()]
+    if where == "loss":
+        trainer.lessons["mmu"] = lambda place: (
+            "mmu", lessons["mmu"](place)[1] | {"features": torch.full((3, 6, 12), float("nan"))}
+        )  # fmt: skip
+    else:
+        model.backbone.norm_f.weight.register_hook(lambda gradient: gradient * float("inf"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="step 2 is not finite: gradient norm (nan|inf), losses .*'mmu'"):
+            trainer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters()) and trainer.done == 1
+    after = [t for state in trainer.optimizer.state.values() for t in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 
 import pytest
@@ -70,7 +71,10 @@ def test_unreadable_files_are_reported(data):
     (data / "b.json").write_text('{"not": "a list"}')
     (data / "c.json").write_text('[{"a": 1}, nonsense]')
     (data / "d.json").write_text('[{"a": 1}, {"a": 2},\n')  # cut off where a record ends
-    names = ["a.tar", "b.json", "c.json", "d.json"]
+    shards = (data / "t2i.tar").read_bytes()
+    (data / "e.tar").write_bytes(shards[:5120])  # cut off where a sample ends
+    (data / "f.tar").write_bytes(shards[:5120] + b"x" * 512 + shards[5632:])  # a header in its middle is damaged
+    names = ["a.tar", "b.json", "c.json", "d.json", "e.tar", "f.tar"]
     records, bad = open_records([data / "t2i.jsonl", *(data / name for name in names)])
     assert len(records) == 11 and sorted(path.rsplit("/")[-1] for path in bad) == names
     for files, message in [
@@ -80,3 +84,30 @@ def test_unreadable_files_are_reported(data):
     ]:
         with pytest.raises(ValueError, match=message):
             open_records(files)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"a": 1}] {"a": 2}', "is left over"),
+        ('[{"a": 1}]]', "is not JSON after 1 records"),
+        ('[{"a": 1} {"a": 2}]', "is left over"),
+        ('[{"a": 1}}', "is left over"),
+        ('[{"a": 1},]', "after 1 records"),
+        ('[,{"a": 1}]', "after 0 records"),
+        ('[{"a": 1}', "cut off after 1 records"),
+        ("[", "cut off after 0 records"),
+        ("", "must be a JSON list"),
+    ],
+)
+def test_a_list_is_read_whole_or_not_at_all(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_records([tmp_path / "a.json"])
+
+
+def test_empty_lists_and_shards_have_no_records(data):
+    (data / "a.json").write_text(" [ ]\n")
+    shard(data / "a.tar", {})
+    records, bad = open_records([data / "a.json", data / "a.tar", data / "t2i.jsonl"])
+    assert len(records) == 11 and not bad

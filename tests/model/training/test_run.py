@@ -144,6 +144,24 @@ def test_two_processes_learn_what_one_learns(values, data, tmp_path):
     assert all(passed_over(tmp_path / "one"))
 
 
+def test_a_bad_shard_is_skipped_counted_and_reported(settings, values, data):
+    """Once, however often the run is taken up, beside the pictures that cannot be read."""
+    (data / "bad.tar").write_bytes(b"no tar at all" * 100)
+    (data / "3.png").write_bytes(b"no picture")
+    mmu = values["mmu"] | {"files": [str(data / "mmu.json"), str(data / "bad.tar")]}
+    for steps in (4, 8):
+        said, out = [], Path(values["out"])
+        told = out / "settings.json"
+        if told.exists():  # the same run, for longer
+            told.write_text(json.dumps(json.loads(told.read_text()) | {"steps": steps}))
+        run(settings(mmu=mmu, steps=steps), said.append)
+        assert [line for line in said if "bad.tar is passed over: " in line]
+        step, end, kept = passed_over(out)
+        (reason,) = (reason for reason in end if reason.startswith(f"{data / 'bad.tar'}: "))
+        assert end == kept and end[reason] == 1 and end["image 3.png is no picture"] >= 1
+        assert step == sum(end.values())
+
+
 def test_cutting_a_batch_into_pieces_changes_nothing(settings, values, tmp_path):
     """Batches of unlike sizes: each target counts the same."""
     run(settings(out=str(tmp_path / "a"), steps=3, accumulate=1, t2i=None), quietly)
@@ -287,7 +305,7 @@ def test_a_model_of_another_width_than_its_tokenizers_is_refused(settings, value
 
 def test_the_encoders_are_where_the_model_is(settings, config, words, pixels):
     device = torch.device("meta")
-    lessons = _lessons(settings(), config, words, pixels, Ranks(device=device), quietly)
+    lessons, _ = _lessons(settings(), config, words, pixels, Ranks(device=device), quietly)
     assert lessons["mmu"].pixels.codebook.device == device
 
 
