@@ -37,14 +37,14 @@ void bind_causal_conv1d(py::module_& m) {
   {
     using Params = CausalConv1dUpdateParams;
     auto& fields = params<Params>() FIELD(x) FIELD(conv_state) FIELD(weight) FIELD(bias) FIELD(cache_seqlens)
-        FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(channels) FIELD(length) FIELD(width) FIELD(state_len)
-            FIELD(activation) FIELD(stream);
+        FIELD(conv_state_indices) FIELD(y) FIELD(batch) FIELD(slots) FIELD(channels) FIELD(length) FIELD(width)
+            FIELD(state_len) FIELD(activation) FIELD(stream);
     kernel(m, fields, "causal_conv1d_update", causal_conv1d_update);
   }
   {
     using Params = CausalConv1dVarlenParams;
-    auto& fields = params<Params>() FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(sequences) FIELD(channels)
-        FIELD(state_len) FIELD(stream);
+    auto& fields = params<Params>() FIELD(x) FIELD(cu_seqlens) FIELD(states) FIELD(total) FIELD(sequences)
+        FIELD(channels) FIELD(state_len) FIELD(stream);
     kernel(m, fields, "causal_conv1d_varlen_states", causal_conv1d_varlen_states);
   }
 }
@@ -52,8 +52,8 @@ void bind_causal_conv1d(py::module_& m) {
 void bind_state_update(py::module_& m) {
   using Params = StateUpdateParams;
   auto& fields = params<Params>() FIELD(state) FIELD(x) FIELD(dt) FIELD(A) FIELD(B) FIELD(C) FIELD(D) FIELD(z)
-      FIELD(dt_bias) FIELD(state_batch_indices) FIELD(out) FIELD(batch) FIELD(heads) FIELD(width) FIELD(groups) FIELD(n)
-          FIELD(dt_softplus) FIELD(stream);
+      FIELD(dt_bias) FIELD(state_batch_indices) FIELD(out) FIELD(batch) FIELD(slots) FIELD(heads) FIELD(width)
+          FIELD(groups) FIELD(n) FIELD(dt_softplus) FIELD(stream);
   kernel(m, fields, "state_update_forward", state_update_forward);
 }
 
@@ -118,9 +118,9 @@ void bind_mamba_mixer(py::module_& m) {
   using Params = MambaMixerStepParams;
   auto& fields = params<Params>() FIELD(zxbcdt) FIELD(conv_state) FIELD(ssm_state) FIELD(conv1d_weight)
       FIELD(conv1d_bias) FIELD(dt_bias) FIELD(A) FIELD(D) FIELD(rmsnorm_weight) FIELD(state_batch_indices) FIELD(out)
-          FIELD(workspace) FIELD(tickets) FIELD(batch) FIELD(heads) FIELD(headdim) FIELD(groups) FIELD(state)
-              FIELD(extra) FIELD(width) FIELD(state_len) FIELD(eps) FIELD(norm_before_gate) FIELD(activation)
-                  FIELD(headwise_D) FIELD(stream);
+          FIELD(workspace) FIELD(tickets) FIELD(batch) FIELD(slots) FIELD(heads) FIELD(headdim) FIELD(groups)
+              FIELD(state) FIELD(extra) FIELD(width) FIELD(state_len) FIELD(eps) FIELD(norm_before_gate)
+                  FIELD(activation) FIELD(headwise_D) FIELD(stream);
   kernel(m, fields, "mamba_mixer_step", mamba_mixer_step);
 #if defined(OMNIMAMBA_CUDA)
   kernel(m, fields, "mamba_mixer_step_workspace", mamba_mixer_step_workspace);

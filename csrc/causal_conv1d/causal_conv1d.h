@@ -39,9 +39,9 @@ struct CausalConv1dUpdateParams {
   View weight;              // (d, w) float, any strides
   View bias;                // (d,) float, any stride; optional
   View cache_seqlens;       // (b,) integers: the state is a ring; optional
-  View conv_state_indices;  // (b,) integers, negative: padding; optional
+  View conv_state_indices;  // (b,) integers, negative: padding (on the GPU past the last too); optional
   View y;                   // (b, d, l) of X, any strides
-  int64_t batch = 0, channels = 0, length = 0, width = 0, state_len = 0;
+  int64_t batch = 0, slots = 0, channels = 0, length = 0, width = 0, state_len = 0;
   bool activation = false;
   int threads = 1;      // of the processor
   uint64_t stream = 0;  // of the GPU
@@ -54,7 +54,7 @@ struct CausalConv1dVarlenParams {
   View x;           // (total, d) of T, any strides
   View cu_seqlens;  // (sequences + 1,) integers
   View states;      // (sequences, d, state_len) of T, any strides
-  int64_t sequences = 0, channels = 0, state_len = 0;
+  int64_t total = 0, sequences = 0, channels = 0, state_len = 0;
   int threads = 1;      // of the processor
   uint64_t stream = 0;  // of the GPU
 };

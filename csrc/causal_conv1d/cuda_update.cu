@@ -27,7 +27,7 @@ OM_DEVICE uint32_t modulo(uint64_t a, uint32_t b) {
 template <class X, class S, int W>
 OM_DEVICE void update_channel(const CausalConv1dUpdateParams& p, int64_t b, int64_t c) {
   const int64_t l = p.length, len = p.state_len;
-  const int64_t slot = p.conv_state_indices ? integer_at(p.conv_state_indices, b) : b;
+  const int64_t slot = slot_at(p.conv_state_indices, b, p.slots);
   if (slot < 0) {
 #pragma unroll 1
     for (int64_t t = 0; t < l; t++) *p.y.at<X>(b, c, t) = from_float<X>(0.0f);
@@ -77,8 +77,11 @@ __global__ void __launch_bounds__(THREADS, 3)
   if (c >= p.channels) return;
   for (int64_t s = blockIdx.y; s < p.sequences; s += gridDim.y) {
     const int64_t start = integer_at(p.cu_seqlens, s), first = integer_at(p.cu_seqlens, s + 1) - p.state_len;
-    for (int64_t i = 0; i < p.state_len; i++)
-      *p.states.at<T>(s, c, i) = first + i >= start ? *p.x.at<T>(first + i, c) : from_float<T>(0.0f);
+    for (int64_t i = 0; i < p.state_len; i++) {
+      const int64_t t = first + i;
+      const bool inside = t >= start && t >= 0 && t < p.total;
+      *p.states.at<T>(s, c, i) = inside ? *p.x.at<T>(t, c) : from_float<T>(0.0f);
+    }
   }
 }
 

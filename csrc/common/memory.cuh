@@ -109,6 +109,14 @@ OM_DEVICE int64_t integer_at(const View& v, int64_t i, int64_t j = 0) {
   return v.dtype == DType::I64 ? *v.at<int64_t>(i, j) : static_cast<int64_t>(*v.at<int32_t>(i, j));
 }
 
+// The row of a state that batch row b has, of `slots`: b itself without indices. Padding is negative, and so is what comes of
+// an index past the last row.
+OM_DEVICE int64_t slot_at(const View& indices, int64_t b, int64_t slots) {
+  if (!indices) return b;
+  const int64_t slot = integer_at(indices, b);
+  return slot < slots ? slot : -1;
+}
+
 // Element (i, j, k) of a tensor of any float type, for operands so small that asking for the type costs nothing.
 OM_DEVICE float float_at(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
   switch (v.dtype) {

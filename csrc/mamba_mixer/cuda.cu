@@ -35,7 +35,7 @@ struct Part {
                groups = static_cast<uint32_t>(p.groups);
     member = static_cast<int>(blockIdx.x % blocks), members = static_cast<int>(blocks);
     group = blockIdx.x / blocks % groups, b = blockIdx.x / blocks / groups;
-    slot = p.state_batch_indices ? integer_at(p.state_batch_indices, b) : b;
+    slot = slot_at(p.state_batch_indices, b, p.slots);
     first = static_cast<int64_t>(member) * channels_a_block;
     count = size - first < channels_a_block ? size - first : channels_a_block;
   }

@@ -6,7 +6,7 @@
 // Shapes   zxbcdt (b, 2 extra + 2 h p + 2 g n + h), conv_state (slots, h p + 2 g n, state_len), ssm_state (slots, h, p, n),
 //          conv1d_weight (h p + 2 g n, w), dt_bias and A (h,), D (h,) or (h, p), rmsnorm_weight (h p,), out (b, extra + h p).
 //          Any float type and any strides each (out: contiguous rows); both states change in place.
-//          A negative slot: output 0, states untouched.
+//          A negative slot, on the GPU one past the last too: output 0, states untouched.
 // Plan     1. the convolution, vectors of channels; 2. the state, one head of one row at a time: it is read and written
 //          once, its output summed on the way; 3. gate and norm, once all heads of a group are there. Threads share each,
 //          where there is enough of it; float32 between the three.
@@ -24,7 +24,7 @@ struct MambaMixerStepParams {
       workspace;  // b (2 channels + h p + h) + channels (w + 1) + 2 (h + h p) floats, channels = h p + 2 g n; of the CUDA
                   // kernel: mamba_mixer_step_workspace() floats
   View tickets;  // (slots, h) int32, contiguous, 0 before and after; of the CUDA kernel
-  int64_t batch = 0, heads = 0, headdim = 0, groups = 1, state = 0, extra = 0, width = 0, state_len = 0;
+  int64_t batch = 0, slots = 0, heads = 0, headdim = 0, groups = 1, state = 0, extra = 0, width = 0, state_len = 0;
   float eps = 0;
   bool norm_before_gate = true, activation = true, headwise_D = true;  // headwise_D: D is (h,)
   int threads = 1;                                                     // of the processor

@@ -223,12 +223,23 @@ OM_DEVICE void put_channels(T* row, int channel, int width, const float (&v)[8])
   }
 }
 
+// Offset i of the packed sequences; nothing lies past the end of all.
+OM_DEVICE int64_t offset_at(const SsdScanParams& q, int64_t i) {
+  const int64_t offset = integer_at(q.cu_seqlens, i);
+  return offset < q.length ? offset : q.length;
+}
+// Where packed sequence i ends; 0 where it has no positions.
+OM_DEVICE int64_t sequence_end(const SsdScanParams& q, int64_t i) {
+  const int64_t end = offset_at(q, i + 1);
+  return end > offset_at(q, i) && end > 0 ? end : 0;
+}
+
 // How many packed sequences end at `position` or before.
 OM_DEVICE int sequences_before(const SsdScanParams& q, int64_t position) {
   int first = 0, last = static_cast<int>(q.sequences);
   while (first < last) {
     const int middle = (first + last) / 2;
-    if (integer_at(q.cu_seqlens, middle + 1) > position)
+    if (offset_at(q, middle + 1) > position)
       last = middle;
     else
       first = middle + 1;

@@ -20,8 +20,8 @@ OM_DEVICE void join_sequences(States<N>& dS, const SsdScanParams& q, const Seat&
                               const float* carry) {
   const int last = sequences_before(q, start + CHUNK<T>);
   for (int j = sequences_before(q, start); j < last; j++) {
-    const int64_t end = integer_at(q.cu_seqlens, j + 1);
-    if (end == integer_at(q.cu_seqlens, j)) continue;
+    const int64_t end = sequence_end(q, j);
+    if (end <= start || end > start + CHUNK<T>) continue;
     const float* V = q.dvarlen_states.at<float>() + (j * q.heads + at.h) * q.headdim * q.state;
     const float left = carry[end - start - 1];
     each_pair<N>(dS, q, at, [&](float* pair, int row, int column, int count) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     if (layout.stages == 1) fetch(chunk - 1);
   }
   if (!at.live || !q.dinitial_states) return;
-  if (q.dvarlen_states && q.sequences > 0 && integer_at(q.cu_seqlens, 1) == 0)
+  if (q.dvarlen_states && q.sequences > 0 && sequence_end(q, 0) == 0)
     join_state<N>(dS, q, at, q.dvarlen_states.at<float>() + at.h * size, 1.0f);
   store_state<N>(dS, q, at, q.dinitial_states.at<float>() + (at.b * q.heads + at.h) * size);
 }

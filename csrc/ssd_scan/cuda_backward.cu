@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
       for (int sequence = first_sequence - 1; sequence < last_sequence; sequence++) {
         const float* dV = dS;
         if (sequence >= first_sequence) {
-          const int64_t end = integer_at(q.cu_seqlens, sequence + 1);
-          if (end == integer_at(q.cu_seqlens, sequence)) continue;
+          const int64_t end = sequence_end(q, sequence);
+          if (end <= start || end > start + CHUNK<T>) continue;
           last = static_cast<int>(end - start) - 1;
           dV = q.dvarlen_states.at<float>() + (sequence * q.heads + at.h) * size;
         }

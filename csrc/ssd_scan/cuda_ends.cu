@@ -76,9 +76,8 @@ struct Piece {
 OM_DEVICE Piece piece_of(const SsdScanParams& q, int which, int chunks_each, int chunk) {
   const int sequence = which - static_cast<int>(q.segments - 1);
   if (sequence < 0) return {(which + int64_t{1}) * chunks_each * chunk, which * chunks_each, false};
-  const int64_t end = integer_at(q.cu_seqlens, sequence + 1);
-  const bool empty = sequence > 0 && end == integer_at(q.cu_seqlens, sequence);
-  return {empty ? 0 : end, 0, empty};
+  const int64_t end = sequence_end(q, sequence);
+  return {end, 0, end == 0 && sequence > 0};
 }
 
 template <class T, int N>

@@ -147,9 +147,9 @@ struct BackBlock {
       int last = SIDE - 1;
       const bool own = sequence < first_sequence;
       if (!own) {
-        const int64_t end = integer_at(q.cu_seqlens, sequence + 1);
-        if (end == integer_at(q.cu_seqlens, sequence)) continue;
-        last = static_cast<int>(end - int64_t{at.chunk} * SIDE) - 1;
+        const int64_t end = sequence_end(q, sequence), start = int64_t{at.chunk} * SIDE;
+        if (end <= start || end > start + SIDE) continue;
+        last = static_cast<int>(end - start) - 1;
       }
       body(own ? -1 : sequence, last);
     }

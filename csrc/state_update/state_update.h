@@ -15,9 +15,9 @@ struct StateUpdateParams {
   View D;                    // (h, d) float, any strides; optional
   View z;                    // (b, h, d) of T, any strides; optional
   View dt_bias;              // (h, d) float, any strides; optional
-  View state_batch_indices;  // (b,) integers, negative: padding; optional
+  View state_batch_indices;  // (b,) integers, negative: padding (on the GPU past the last too); optional
   View out;                  // (b, h, d) of T, any strides
-  int64_t batch = 0, heads = 0, width = 0, groups = 1, n = 0;
+  int64_t batch = 0, slots = 0, heads = 0, width = 0, groups = 1, n = 0;
   bool dt_softplus = false;
   int threads = 1;      // of the processor
   uint64_t stream = 0;  // of the GPU

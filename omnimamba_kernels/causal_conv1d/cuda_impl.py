@@ -113,6 +113,7 @@ def update(
         conv_state_indices=conv_state_indices,
         y=y,
         batch=b,
+        slots=conv_state.shape[0],
         channels=d,
         length=l,
         width=weight.shape[1],
@@ -126,7 +127,7 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
     sequences, d = cu_seqlens.numel() - 1, x.shape[1]
     states = x.new_empty(sequences, d, state_len)
     cuda.call(
-        "causal_conv1d_varlen_states", x.device, x=x, cu_seqlens=cu_seqlens, states=states, sequences=sequences,
-        channels=d, state_len=state_len,
+        "causal_conv1d_varlen_states", x.device, x=x, cu_seqlens=cu_seqlens, states=states, total=x.shape[0],
+        sequences=sequences, channels=d, state_len=state_len,
     )  # fmt: skip
     return states

@@ -52,6 +52,7 @@ def forward(
         out=out,
         tickets=tickets(ssm_state),
         batch=b,
+        slots=ssm_state.shape[0],
         heads=h,
         headdim=headdim,
         groups=ngroups,

@@ -49,6 +49,7 @@ def forward(
         state_batch_indices=state_batch_indices,
         out=out,
         batch=b,
+        slots=state.shape[0],
         heads=h,
         width=d,
         groups=B.shape[1],
