@@ -160,9 +160,10 @@ def backward(
     b, l, h, _ = x.shape
     chunks = triton.cdiv(l, CHUNK)
     dy, dfinal, dvarlen = grads
+    offsets = None if cu_seqlens is None else cu_seqlens.clamp(max=l)  # a GPU's are not looked at before
     scan = _Scan(
         *(_rows(t) for t in (x, B, C, z, dy)),
-        *(None if t is None else t.contiguous() for t in (dfinal, dvarlen, cu_seqlens)),
+        *(None if t is None else t.contiguous() for t in (dfinal, dvarlen, offsets)),
         steps=_floats(x, b, h, chunks, 3, CHUNK),
         used=x.new_empty(b, chunks, CHUNK, dtype=torch.int8),
         narrow=tiles.narrow_backward(z, x, B, C, dy),
