@@ -1,0 +1,85 @@
+"""Two processes under torchrun, gloo between them: both halves of stage 1, killed and taken up again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from omnimamba_model import OmniMamba, load, save
+from omnimamba_model.omnimamba import trained_in
+from omnimamba_model.training import checkpoints
+from omnimamba_model.training.run import run
+from omnimamba_model.training.settings import read
+
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+STAGES = {"mmu": {"t2i": None}, "t2i": {"mmu": None}}
+
+
+def losses(out) -> list[dict[str, float]]:
+    """Each step's losses and gradient norm."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith(("step", "loss", "gradient"))} for line in lines]
+
+
+def killed_after(command: list[str], out: Path, step: int) -> None:
+    """Start a run in a session of its own, and kill all of its processes once it has kept ``step``."""
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **silent)
+    until = time.monotonic() + 120
+    try:
+        while not (kept := checkpoints.kept(out)) or kept[-1][0] < step:
+            assert process.poll() is None and time.monotonic() < until, "it ended by itself"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_halves_of_stage_one_in_two_processes(values, data, config, tmp_path):
+    """Losses are one process's; what is frozen gets no gradient and stays bit for bit; a killed run goes on exactly in
+    as many processes, and in one."""
+    torch.manual_seed(0)
+    model = OmniMamba(config)
+    for layer in model.backbone.layers:  # so that every adapter is reached by a gradient
+        for task in range(2):
+            torch.nn.init.normal_(layer.mixer.in_proj.adapter(task)[1], std=0.1)
+    save(model, tmp_path / "start")
+
+    def settings(name, stage, **changes):
+        given = values | STAGES[stage] | {"fresh": None, "model": str(tmp_path / "start"), "stage": stage, **changes}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(given | {"out": str(tmp_path / name), "save_every": 1, "keep": 9}))
+        return str(path)
+
+    stopped = settings("stopped", "t2i")
+    killed_after([*LAUNCH, "-m", "omnimamba_model", "train", stopped], tmp_path / "stopped", 2)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
+    files = [settings(stage, stage) for stage in STAGES] + [stopped]
+    launch = [*LAUNCH, str(Path(__file__).parent / "launched.py"), *files]
+    done = subprocess.run(launch, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    begun = load(tmp_path / "start").state_dict()
+    for stage in STAGES:
+        run(read(settings(f"one {stage}", stage)), lambda line: None)
+        for one, two in zip(losses(tmp_path / f"one {stage}"), losses(tmp_path / stage), strict=True):
+            assert one == pytest.approx(two, rel=2e-4)
+        learned = set(json.loads((tmp_path / stage / "gradients.json").read_text()))
+        assert learned == {name for name in begun if trained_in(stage, name)}
+        found = load(tmp_path / stage / "model").state_dict()
+        assert {name for name in begun if not torch.equal(found[name], begun[name])} == learned
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "t2i")
+    found, whole = (load(tmp_path / name / "model").state_dict() for name in ("stopped", "t2i"))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    run(read(settings("alone", "t2i")), lambda line: None)
+    assert len(losses(tmp_path / "alone")) == values["steps"]
+    for one, two in zip(losses(tmp_path / "alone"), losses(tmp_path / "t2i"), strict=True):
+        assert one == pytest.approx(two, rel=2e-4)
