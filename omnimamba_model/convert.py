@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from .foreign import is_foreign, read_any
 from .gguf import SUFFIX, save_gguf
 from .hub import locate
 from .omnimamba import OmniMamba
-from .pipeline import ImageTokenizer, check_together, has_pixels, load_pixels
+from .pipeline import ImageTokenizer, check_together, has_pixels, load_pixels, seen_through
 from .published import PublishedPixels, read_official_vq
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import CheckpointError, read_tokenizer, save
@@ -26,6 +27,7 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | None = None,
     image_tokenizer: str | Path | None = None,
+    encoders: Sequence[str] | None = None,
     base: str | None = None,
     task: str | None = None,
     as_omnimamba: bool = False,
@@ -35,10 +37,11 @@ def convert(
 
     ``base`` and ``task``: source is a PEFT adapter, target becomes ``base`` with it in the task's place. ``task``
     alone: target becomes source's adapter for PEFT. ``as_omnimamba``: source is a Mamba-2, what it lacks is fresh.
+    ``encoders``: where DINOv2 and SigLIP are found, noted beside the published image tokenizer.
     """
-    _check_arguments(base, task, as_omnimamba, (dtype, tokenizer, image_tokenizer))
+    _check_arguments(base, task, as_omnimamba, (dtype, tokenizer, image_tokenizer, encoders))
     if Path(target).suffix == SUFFIX:
-        if (tokenizer, image_tokenizer, base, task, as_omnimamba) != (None, None, None, None, False):
+        if (tokenizer, image_tokenizer, encoders, base, task, as_omnimamba) != (None,) * 5 + (False,):
             raise ValueError(f"a {SUFFIX} holds a plain Mamba-2 alone: of the options only --dtype goes with it")
         return _to_gguf(source, Path(target), dtype or "float32")
     if dtype == "q8_0":
@@ -63,8 +66,12 @@ def convert(
         check_together(
             target, model.config, None if tokenizer is None else words, None if image_tokenizer is None else pixels
         )
-    elif pixels is not None:
-        raise ValueError(f"{source} holds a {type(model).__name__}, which has no use for an image tokenizer")
+        if encoders is not None:
+            pixels = seen_through(pixels, tuple(encoders), model.config)
+    elif pixels is not None or encoders is not None:
+        raise ValueError(
+            f"{source} holds a {type(model).__name__}, which has no use for an image tokenizer or encoders"
+        )
     save(model, target, text)
     if pixels is not None:
         pixels.save(target)
@@ -127,5 +134,5 @@ def _check_arguments(base: str | None, task: str | None, as_omnimamba: bool, oth
         raise ValueError("--base needs --task, the adapter's own")
     if task is not None and as_omnimamba:
         raise ValueError("--task writes or reads an adapter and --as-omnimamba starts from a Mamba-2: choose one")
-    if task is not None and base is None and others != (None, None, None):
+    if task is not None and base is None and any(other is not None for other in others):
         raise ValueError("--task without --base writes an adapter as it is: no other option goes with it")

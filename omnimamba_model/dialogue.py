@@ -5,8 +5,9 @@ A turn is a question in one of pipeline.FORMATS, then the answer and the end-of-
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -66,25 +67,22 @@ class Dialogue:
                 step(self._embed(last))
                 step.release()
 
-    def save(self, path: str | Path) -> None:
-        """Write the state, from which ``load`` goes on."""
+    def save(self, path: str | Path, besides: Mapping[str, str] | None = None) -> None:
+        """Write the state, from which ``load`` goes on, and texts by name ``besides``, which ``read_about`` gives."""
         about = {"position": str(self.state.position), "config": json.dumps(self.model.config.to_dict())}
+        about = {**(besides or {}), **about}
         tensors = {"conv": self.state.conv.contiguous(), "ssm": self.state.ssm.contiguous()}
         write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata=about))
 
     @classmethod
     def load(cls, model: OmniMamba, path: str | Path) -> Dialogue:
         """Go on from what ``save`` wrote; CheckpointError where it is damaged or another model's."""
-        fresh = model.backbone.new_state(1)
+        fresh, about = model.backbone.new_state(1), read_about(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
             found, position = load_file(path, device=str(fresh.ssm.device)), int(about["position"])
             config, conv, ssm = json.loads(about["config"]), found["conv"], found["ssm"]
             if position < 0:
                 raise ValueError(f"position must be 0 or more, got {position}")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist") from None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no dialogue's state: {error!r}") from error
         alike = conv.shape == fresh.conv.shape and ssm.shape == fresh.ssm.shape
@@ -99,26 +97,80 @@ class Dialogue:
         return backbone.embed_understanding(backbone.embedding(ids[None]), self.state.position)[0]
 
 
+def read_about(path: str | Path) -> dict[str, str]:
+    """The texts in a file of ``Dialogue.save``; CheckpointError where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no dialogue's state: {error!r}") from error
+
+
 class Chat:
-    """A dialogue in words about one picture."""
+    """A dialogue in words about one picture. ``turns`` are its questions and answers, as far as they were heard."""
 
     def __init__(self, pipeline: Pipeline, image: Image.Image, form: str | None = None) -> None:
+        features = pipeline.pixels.look([image])[0].to(pipeline.device)
+        self._set(pipeline, Dialogue.about(pipeline.model, features), form, [], _mark(image))
+
+    def _set(self, pipeline: Pipeline, dialogue: Dialogue, form: str | None, turns: list, picture: str) -> None:
         if form is not None and form not in FORMATS:
             raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}")
-        self.pipeline, self.form, self.turns = pipeline, form, 0
-        features = pipeline.pixels.look([image])[0].to(pipeline.device)
-        self.dialogue = Dialogue.about(pipeline.model, features)
+        self.pipeline, self.dialogue, self.form = pipeline, dialogue, form
+        self.turns: list[tuple[str, str]] = turns
+        self._picture = picture
 
     def ask(self, question: str, sampling: Sampling = GREEDY, steps: int | None = None) -> Iterator[str]:
         """The answer, piece by piece. ValueError, and no turn, where the question has no ids."""
         words = self.pipeline.words
-        ids = self.pipeline.question(question, self.form, self.turns)
-        self.turns += 1
+        ids = self.pipeline.question(question, self.form, len(self.turns))
+        if not len(ids):
+            raise ValueError(f"the question must have a token, got {question!r}")
+        place = len(self.turns)
+        self.turns.append((question, ""))
         said: list[int] = []
         heard = ""
         for token in self.dialogue.ask(ids, steps or self.pipeline.answer_tokens, sampling):
             said.append(token)
             whole = words.decode(said)
             if whole.startswith(heard) and not whole.endswith("\ufffd"):  # half a character waits for its rest
-                yield whole[len(heard) :]
-                heard = whole
+                piece, heard = whole[len(heard) :], whole
+                self.turns[place] = question, heard
+                yield piece
+
+    def save(self, path: str | Path) -> None:
+        """Write the dialogue's state, in which the picture is, and its turns, whole or not at all."""
+        besides = {"turns": json.dumps(self.turns), "form": json.dumps(self.form), "picture": self._picture}
+        self.dialogue.save(path, besides)
+
+    @classmethod
+    def load(
+        cls, pipeline: Pipeline, path: str | Path, image: Image.Image | None = None, form: str | None = None
+    ) -> Chat:
+        """Go on from what ``save`` wrote; ``form`` None goes on with the form that it had.
+
+        CheckpointError where the file is damaged or another model's; ValueError where it is about another picture
+        than ``image``.
+        """
+        dialogue, about = Dialogue.load(pipeline.model, path), read_about(path)
+        try:
+            turns, kept, picture = json.loads(about["turns"]), json.loads(about["form"]), about["picture"]
+            turns = [(question, answer) for question, answer in turns]
+            if not all(isinstance(text, str) for turn in turns for text in turn):
+                raise ValueError("turns must be texts")
+            if kept is not None and kept not in FORMATS:
+                raise ValueError(f"form must be one of {', '.join(FORMATS)}")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is the state of a dialogue without its turns: {error!r}") from error
+        if image is not None and _mark(image) != picture:
+            raise ValueError(f"{path} is a dialogue about another picture; name another file, or no picture")
+        chat = cls.__new__(cls)
+        chat._set(pipeline, dialogue, form or kept, turns, picture)
+        return chat
+
+
+def _mark(image: Image.Image) -> str:
+    """Tells a picture from any other."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()

@@ -21,6 +21,7 @@ from .omnimamba import OmniMamba
 from .published import PublishedPixels
 from .sampling import GREEDY, Sampling
 from .text_tokenizer import TextTokenizer, WordTokenizer, read_text_tokenizer
+from .vision import feature_sizes
 from .weights import TOKENIZER, CheckpointError, load, read_tokenizer
 
 VOCAB_PADDING = 16
@@ -72,12 +73,24 @@ class Pipeline:
     """The longest answer."""
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
-        """All three parts from a checkpoint folder; CheckpointError where one is missing or damaged."""
+    def load(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        encoders: tuple[str, str] | None = None,
+    ) -> Pipeline:
+        """All three parts from a checkpoint folder; CheckpointError where one is missing or damaged.
+
+        ``encoders`` as in ``seen_through``, in place of those that the folder names.
+        """
         model = load(folder, device, dtype)
         if not isinstance(model, OmniMamba):
             raise CheckpointError(f"{folder} holds a plain language model, which can neither draw nor see")
         words, pixels = load_tokenizers(folder, model.config)
+        if encoders is not None:
+            pixels = seen_through(pixels, encoders, model.config)
         return cls(model, words, pixels.to(device))
 
     @property
@@ -147,6 +160,24 @@ def load_pixels(folder: str | Path) -> ImageTokenizer:
 
 def has_pixels(folder: str | Path) -> bool:
     return any((Path(folder) / kind.file).exists() for kind in (PublishedPixels, PatchTokenizer))
+
+
+def seen_through(pixels: ImageTokenizer | None, encoders: tuple[str, str], config: OmniMambaConfig) -> PublishedPixels:
+    """The published image tokenizer with these encoders, DINOv2 and SigLIP, each a folder or a hub repository.
+
+    ValueError where it is another image tokenizer, or an encoder of another kind; CheckpointError where the model takes
+    other features than theirs; OSError where one is not there.
+    """
+    if not isinstance(pixels, PublishedPixels):
+        raise ValueError(f"encoders go with the published image tokenizer, {PublishedPixels.file}")
+    unfit = [
+        f"{name} is {getattr(config, name)}, but the encoders give {size}"
+        for name, size in feature_sizes(*encoders).items()
+        if getattr(config, name) != size
+    ]
+    if unfit:
+        raise CheckpointError(f"{' and '.join(encoders)} do not fit the model: {'; '.join(unfit)}")
+    return PublishedPixels(pixels.vq, pixels.side, encoders)
 
 
 def check_together(

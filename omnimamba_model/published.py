@@ -1,6 +1,7 @@
 """The published model's pictures: drawn by VQ-16, seen through DINOv2 and SigLIP.
 
-In a checkpoint's folder: vq16.safetensors, the image tokenizer; vision.json, where both encoders are found.
+In a checkpoint's folder: vq16.safetensors, the image tokenizer; vision.json, where both encoders are found: on the hub,
+in a folder, or in one that lies in the checkpoint's and moves with it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class PublishedPixels:
         folder = Path(folder)
         described = {_CONFIG: json.dumps(dataclasses.asdict(self.vq.config)), "side": str(self.side)}
         tensors = {name: tensor.contiguous() for name, tensor in self.vq.state_dict().items()}
-        encoders = json.dumps(dict(zip(("dino", "siglip"), self.encoders, strict=True)), indent=2) + "\n"
+        places = (_told(folder, place) for place in self.encoders)
+        encoders = json.dumps(dict(zip(("dino", "siglip"), places, strict=True)), indent=2) + "\n"
         write_whole(folder / VISION, lambda path: path.write_text(encoders, encoding="utf-8"))
         write_whole(folder / FILE, lambda path: save_file(tensors, path, metadata=described))
 
@@ -93,11 +95,24 @@ class PublishedPixels:
             config = VQConfig(**{**values, "multipliers": tuple(values["multipliers"])})
             vq, side = _filled(config, load_file(path), path), int(described["side"])
             names = json.loads(encoders.read_text(encoding="utf-8"))
-            return cls(vq, side, (names["dino"], names["siglip"]))
+            return cls(vq, side, (_found(folder, names["dino"]), _found(folder, names["siglip"])))
         except FileNotFoundError as error:
             raise CheckpointError(f"{error.filename or path} does not exist") from None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} or {encoders.name} is damaged: {error}") from error
+
+
+def _told(folder: Path, place: str) -> str:
+    """How vision.json names an encoder: a folder by a path that holds from anywhere, a hub repository as it is."""
+    if not Path(place).is_dir():
+        return place
+    path, home = Path(place).resolve(), folder.resolve()
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)
+
+
+def _found(folder: str | Path, place: str) -> str:
+    path = Path(folder).resolve() / place
+    return str(path) if path.is_dir() else place
 
 
 def read_official_vq(path: str | Path) -> VQ16:

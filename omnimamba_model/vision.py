@@ -38,12 +38,9 @@ class VisionEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, dino: str | Path = DINO, siglip: str | Path = SIGLIP, **options: Any) -> VisionEncoder:
         """Both encoders from local folders or the hub; ``options`` go to transformers' from_pretrained."""
-        try:
-            from transformers import Dinov2WithRegistersModel, SiglipVisionModel
-        except ImportError:
-            raise ImportError("to look at pictures as the published model does: pip install transformers") from None
-        seen = SiglipVisionModel.from_pretrained(siglip, **options)
-        return cls(Dinov2WithRegistersModel.from_pretrained(dino, **options), seen, seen.config.image_size)
+        library = _library()
+        seen = library.SiglipVisionModel.from_pretrained(siglip, **options)
+        return cls(library.Dinov2WithRegistersModel.from_pretrained(dino, **options), seen, seen.config.image_size)
 
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size, resized without regard to their sides' ratio: (b, patches, feature_dim)."""
@@ -60,6 +57,35 @@ class VisionEncoder(nn.Module):
         dino = self.dino(_normal(images, _DINO_MEAN, _DINO_STD, self.dino.dtype), output_hidden_states=True)
         siglip = self.siglip(_normal(images, _SIGLIP_MEAN, _SIGLIP_STD, self.siglip.dtype), output_hidden_states=True)
         return torch.cat([dino.hidden_states[-2][:, before:], siglip.hidden_states[-2]], dim=-1)
+
+
+def feature_sizes(dino: str | Path, siglip: str | Path) -> dict[str, int]:
+    """The fields of OmniMambaConfig that both encoders set, from their config.json alone, in a folder or on the hub.
+
+    OSError where one is not there; ValueError where one is of another kind, or they cut a picture differently.
+    """
+    library, found = _library(), []
+    for place, kind, names in (
+        (dino, library.Dinov2WithRegistersConfig, ("dinov2_with_registers",)),
+        (siglip, library.SiglipVisionConfig, ("siglip", "siglip_vision_model")),
+    ):
+        values, _ = kind.get_config_dict(place)
+        if values.get("model_type") not in names:
+            raise ValueError(f"{place} must hold a {names[0]}, got {values.get('model_type')!r}")
+        found.append(kind.from_pretrained(place))
+    size = found[1].image_size
+    sides = [size // config.patch_size for config in found]
+    if sides[0] != sides[1]:
+        raise ValueError(f"both encoders must cut {size} pixels into as many patches, got {sides}")
+    return {"image_features": sides[0] ** 2, "feature_dim": sum(config.hidden_size for config in found)}
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("to look at pictures as the published model does: pip install transformers") from None
+    return transformers
 
 
 def _normal(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:

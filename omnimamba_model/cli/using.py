@@ -26,6 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     chat = commands.add_parser("chat", help="talk about an image, turn by turn, until the end of input")
     chat.add_argument("--tokens", type=count, default=256, help="the longest answer")
+    chat.add_argument("--dialogue", type=Path, help="a file that keeps the dialogue; where it is there, go on from it")
     chat.set_defaults(run=_chat)
 
     web = commands.add_parser("web", help="a page in the browser on which to draw and ask")
@@ -37,7 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add_fold(web)
 
     for command in (ask, chat):
-        command.add_argument("--image", type=Path, required=True)
+        command.add_argument("--image", type=Path, required=command is ask)
         command.add_argument("--format", choices=FORMS, help="how the question is put; by default as the model learned")
     for command, task, temperature in ((generate, "t2i", 0.7), (ask, "mmu", 0.0), (chat, "mmu", 0.0)):
         add_generation(command, task, temperature)
@@ -65,11 +66,18 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from ..dialogue import Chat
+    from ..files import regular_target
     from ..pipeline import read_image
 
-    sampling, image = sampling_of(arguments), read_image(arguments.image)
+    sampling, kept, form = sampling_of(arguments), arguments.dialogue, arguments.format
+    goes_on = kept is not None and regular_target(kept).exists()
+    if arguments.image is None and not goes_on:
+        raise ValueError("--image must name the picture of a new dialogue")
+    image = None if arguments.image is None else read_image(arguments.image)
     with loaded(arguments) as pipeline:
-        chat = Chat(pipeline, image, arguments.format)
+        chat = Chat.load(pipeline, kept, image, form) if goes_on else Chat(pipeline, image, form)
+        for asked, said in chat.turns:
+            print(f"> {asked}\n{said}")
         while True:
             try:
                 question = input("> ").strip()
@@ -84,6 +92,9 @@ def _chat(arguments: argparse.Namespace) -> None:
                 print()
             except ValueError as error:
                 print(error, file=sys.stderr)
+            else:
+                if kept is not None:
+                    chat.save(kept)
 
 
 def _web(arguments: argparse.Namespace) -> None:

@@ -103,20 +103,80 @@ def test_a_chat_says_an_answer_piece_by_piece(folder):
         Chat(pipeline, Image.open(folder / "a.png"), form="verse")
 
 
-def test_the_terminal_dialogue(folder, monkeypatch, capsys):
-    asked = iter(["word1 word2", "", "what", "word5"])
+@pytest.fixture
+def talk(folder, monkeypatch, capsys):
+    """Runs ``omnimamba chat`` on questions; its status, what it printed and what it complained about."""
 
-    def line(prompt):
-        try:
-            return next(asked)
-        except StopIteration:
-            raise EOFError from None
+    def run(*questions: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        asked = iter(questions)
 
-    monkeypatch.setattr("builtins.input", line)
-    assert main(["chat", "--checkpoint", str(folder), "--image", str(folder / "a.png"), "--seed", "1"]) == 0
-    shown = capsys.readouterr()
-    assert len([text for text in shown.out.splitlines() if text.strip()]) >= 2
-    assert "got what in" in shown.err  # a question that cannot be read is told, and the dialogue goes on
+        def line(prompt):
+            try:
+                return next(asked)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", line)
+        status = main(["chat", "--checkpoint", str(folder), "--seed", "1", *options])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_terminal_dialogue(folder, talk):
+    status, out, err = talk("word1 word2", "", "what", "word5", options=("--image", str(folder / "a.png")))
+    assert status == 0
+    assert len([text for text in out.splitlines() if text.strip()]) >= 2
+    assert "got what in" in err  # a question that cannot be read is told, and the dialogue goes on
+
+
+def test_a_chat_is_saved_with_what_was_said(folder, tmp_path):
+    pipeline, image, path = Pipeline.load(folder), Image.open(folder / "a.png"), tmp_path / "talk"
+    chat = Chat(pipeline, image, "plain")
+    first = "".join(chat.ask("word3 word4", steps=6))
+    early = chat.ask("word7", steps=6)
+    heard = next(early)
+    early.close()
+    chat.save(path)
+    again = Chat.load(pipeline, path)
+    assert again.turns == chat.turns == [("word3 word4", first), ("word7", heard)] and first and heard
+    assert again.form == "plain" and Chat.load(pipeline, path, image, "user").form == "user"
+    assert list(again.ask("word5", steps=6)) == list(chat.ask("word5", steps=6))
+    assert again.turns == chat.turns and len(again.turns) == 3
+    with pytest.raises(ValueError, match="unknown"):
+        list(chat.ask("unknown"))
+    assert len(chat.turns) == 3  # no turn
+    with pytest.raises(ValueError, match="about another picture"):
+        Chat.load(pipeline, path, Image.open(folder / "a.png").rotate(180))
+    whole = dict(turns="[]", form="null", picture="")
+    for change in ({"turns": "[[1, 2]]"}, {"turns": "3"}, {"turns": "["}, {"form": '"verse"'}, {"form": "[]"}):
+        chat.dialogue.save(path, whole | change)
+        with pytest.raises(CheckpointError, match="without its turns"):
+            Chat.load(pipeline, path)
+    chat.dialogue.save(path)
+    with pytest.raises(CheckpointError, match="without its turns: KeyError"):
+        Chat.load(pipeline, path)
+
+
+def test_the_terminal_dialogue_goes_on(folder, tmp_path, talk):
+    """In three sittings as in one; the later ones show what was said."""
+    image, kept = ("--image", str(folder / "a.png")), str(tmp_path / "talk")
+    questions = ["word1 word2", "word5", "word9 word3"]
+    _, whole, _ = talk(*questions, options=image)
+    shown = ""
+    for question, options in zip(questions, (image, image, ()), strict=True):
+        status, out, err = talk(question, "nonsense", options=(*options, "--dialogue", kept))
+        assert status == 0 and "got nonsense" in err and out.startswith(shown)
+        shown = "".join(f"> {asked}\n{said}\n" for asked, said in Chat.load(Pipeline.load(folder), kept).turns)
+        answers = out.splitlines()[:-1]
+    assert [line for line in answers if not line.startswith("> ")] == whole.splitlines()[:-1]
+    assert talk("word1")[0] == 2  # neither a picture nor a dialogue
+    status, _, err = talk("word1", options=("--dialogue", str(tmp_path / "none")))
+    assert status == 2 and "--image must name" in err
+    status, _, err = talk("word1", options=("--dialogue", str(folder / "a.png")))
+    assert status == 2 and "no dialogue's state" in err
+    status, _, err = talk("word1", options=(*image, "--dialogue", str(tmp_path / "no" / "talk")))
+    assert status == 2 and "make it first" in err  # said before the first question
 
 
 def test_device_dtype_and_backend_from_the_command_line(folder, tmp_path, capsys):

@@ -1,11 +1,14 @@
 """The published model's tokenizer and eyes, small and without a download."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, SpecialTokens, save
+from omnimamba_model.cli import main
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.published import PublishedPixels, read_official_vq
 from omnimamba_model.text_tokenizer import ADDED, BpeTokenizer, read_text_tokenizer
@@ -153,6 +156,43 @@ def test_damaged_parts_are_named(folder):
     (folder / "vq16.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="damaged"):
         Pipeline.load(folder)
+
+
+def test_a_converted_folder_knows_its_encoders(folder, encoders, tmp_path, monkeypatch):
+    """Named by relative paths, one of them inside the folder, which then moves; asked from elsewhere."""
+    PublishedPixels(VQ16(SMALL), 8).save(folder)
+    said = Pipeline.load(folder, encoders=encoders).ask([picture(0)], ["what is this?"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "dino").rename(tmp_path / "out" / "dino")
+    assert main(["convert", str(folder), "out", "--encoders", "out/dino", "siglip"]) == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert main(["convert", "moved", "again"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("moved", "again"):
+        assert Pipeline.load(tmp_path / name).ask([picture(0)], ["what is this?"]) == said
+    names = json.loads((tmp_path / "moved" / "vision.json").read_text())
+    assert names == {"dino": "dino", "siglip": str(tmp_path / "siglip")}
+
+
+@pytest.mark.parametrize(
+    ("encoders_named", "message"),
+    [
+        (("siglip", "dino"), "siglip must hold a dinov2_with_registers, got 'siglip_vision_model'"),
+        (("dino", "dino"), "dino must hold a siglip, got 'dinov2_with_registers'"),
+        (("wide", "siglip"), "feature_dim is 24, but the encoders give 40"),
+        (("coarse", "siglip"), "must cut 42 pixels into as many patches"),
+        (("nowhere/at/all", "siglip"), "nowhere/at/all"),
+        (("checkpoint", "siglip"), "got 'omnimamba'"),
+    ],
+)
+def test_encoders_that_do_not_fit_are_named(folder, tmp_path, monkeypatch, capsys, encoders_named, message):
+    monkeypatch.chdir(tmp_path)
+    for name, changes in (("wide", {"hidden_size": 32}), ("coarse", {"patch_size": 21})):
+        transformers.Dinov2WithRegistersConfig.from_pretrained("dino", **changes).save_pretrained(name)
+    assert main(["convert", str(folder), "out", "--encoders", *encoders_named]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_official_image_tokenizers_file(tmp_path):
