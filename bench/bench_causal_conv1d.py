@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -47,6 +48,7 @@ def functions(compile_too: bool) -> list[tuple[str, object]]:
         for name in inputs.own_backends()
     ]
 
+    @functools.cache
     def transformers():
         convolve = peers.fallback("causal_conv1d_fn")
         return lambda x, **v: convolve(x, **v, activation="silu")
@@ -131,6 +133,7 @@ def test_update(bench, benchmark, batch):
         for name in inputs.own_backends()
     ]
 
+    @functools.cache
     def transformers():
         update = peers.fallback("causal_conv1d_update")
         return lambda x, *a: update(x[..., None], *a, activation="silu")[..., 0]

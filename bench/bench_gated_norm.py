@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -40,16 +42,8 @@ def ours(backend: str):
     return lambda x, z, weight: rmsnorm_fn(x, weight, None, z, plain.EPS, norm_before_gate=False, backend=backend)
 
 
-def functions(compile_too: bool):
-    def transformers():
-        kind = peers.fallback("MambaRMSNormGated")
-
-        def call(x, z, weight):
-            norm = kind(x.shape[-1], group_size=x.shape[-1], eps=plain.EPS)
-            return torch.func.functional_call(norm, {"weight": weight}, (x, z))
-
-        return call
-
+def functions(width: int, compile_too: bool):
+    transformers = functools.cache(lambda: peers.gated_norm(width, width, plain.EPS))
     own = [(name, lambda name=name: ours(name)) for name in inputs.own_backends()]
     return [*own, (peers.label(), transformers), *plain.peers(plain.gated_norm, compile_too)]
 
@@ -68,7 +62,7 @@ def test_forward(bench, benchmark, shape, dtype):
         benchmark,
         FORWARD,
         case(*shape, dtype),
-        [contender(*f) for f in functions((shape, dtype) == CASES[0] and not bench.quick)],
+        [contender(*f) for f in functions(shape[-1], (shape, dtype) == CASES[0] and not bench.quick)],
         work,
     )
     bench.against_dram(benchmark, rows, work)
@@ -88,7 +82,7 @@ def test_backward(bench, benchmark, shape, dtype):
         case(*shape, dtype),
         [
             inputs.backward_alone(*f, values, upstream, exact, BOUND[dtype])
-            for f in functions((shape, dtype) == CASES[0] and not bench.quick)
+            for f in functions(shape[-1], (shape, dtype) == CASES[0] and not bench.quick)
         ],
         work,
     )

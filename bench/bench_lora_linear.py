@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from importlib import metadata
 
 import pytest
 import torch
@@ -40,28 +39,6 @@ def problem(rows: int, dtype: torch.dtype, adapter: bool) -> dict[str, torch.Ten
         "lora_A": (draw(1, RANK, IN) / IN**0.5).to(dtype) if adapter else None,
         "lora_B": draw(1, OUT, RANK).to(dtype) if adapter else None,
     }
-
-
-def peft(x, weight, lora_A, lora_B):
-    """PEFT's own layer on these weights, as its users call it; RuntimeError with the reason where it is missing."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora.layer import Linear
-    except ImportError as missing:
-        raise RuntimeError(f"cannot run: PEFT is not installed ({missing})") from missing
-    base = torch.nn.Linear(IN, OUT, bias=False, device="meta")
-    base.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer = Linear(base, "default", LoraConfig(r=RANK, lora_alpha=RANK), r=RANK, lora_alpha=RANK)
-    layer.lora_A["default"].weight = torch.nn.Parameter(lora_A[0])
-    layer.lora_B["default"].weight = torch.nn.Parameter(lora_B[0])
-    return layer
-
-
-def peft_label() -> str:
-    try:
-        return f"PEFT {metadata.version('peft')}"
-    except metadata.PackageNotFoundError:
-        return "PEFT"
 
 
 CASES = [
@@ -110,9 +87,9 @@ def test_forward(bench, benchmark, rows, dtype, adapter):
             for name, make in plain.peers(plain.lora, adapter and rows > 1)
         ]
         if adapter:
-            layer = functools.cache(lambda at: peft(x, next(w for w in weights if w.data_ptr() == at), **values))
+            layer = functools.cache(lambda at: peers.peft(next(w for w in weights if w.data_ptr() == at), **values))
             call = lambda x, weight, **v: layer(weight.data_ptr())(x.to(weight.dtype))  # noqa: E731
-            contenders.append(contender(peft_label(), call, inputs.BOUND[dtype]))
+            contenders.append(contender(peers.peft_label(), call, inputs.BOUND[dtype]))
     work = Work("read", bytes=weight.nbytes, flops=flops) if few else Work("sgemm", bytes=weight.nbytes, flops=flops)
     bench.compare(benchmark, GROUP, case(rows, dtype, adapter), contenders, work)
 
@@ -160,7 +137,7 @@ def test_training(bench, benchmark, dtype):
 def peft_training(values, weight, upstream, exact) -> Contender:
     """PEFT's adapter is parameters of its layer: the gradients are theirs."""
     x = values["x"].detach().requires_grad_()
-    layer = functools.cache(lambda: peft(x, weight, values["lora_A"], values["lora_B"]))
+    layer = functools.cache(lambda: peers.peft(weight, values["lora_A"], values["lora_B"]))
     upstream = upstream.to(weight.dtype)
 
     def run():
@@ -170,4 +147,4 @@ def peft_training(values, weight, upstream, exact) -> Contender:
         dx, dA, dB = torch.autograd.grad(y, [x, *halves], upstream)
         return y, dx, dA[None], dB[None]
 
-    return Contender(peft_label(), run, lambda: worst_error(run(), exact), inputs.BOUND[weight.dtype])
+    return Contender(peers.peft_label(), run, lambda: worst_error(run(), exact), inputs.BOUND[weight.dtype])

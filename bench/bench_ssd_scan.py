@@ -35,6 +35,7 @@ def ours(backend: str | None):
     return lambda **v: mamba_chunk_scan_combined(chunk_size=inputs.CHUNK, dt_softplus=True, backend=backend, **v)
 
 
+@functools.cache
 def transformers():
     scan = peers.fallback("mamba2_chunk_scan")
     return lambda x, **v: scan(x, chunk_size=TRANSFORMERS_CHUNK, dt_softplus=True, **v)

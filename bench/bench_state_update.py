@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -60,6 +61,7 @@ def test_update(bench, benchmark, b, h, dtype):
         for name in inputs.own_backends()
     ]
 
+    @functools.cache
     def transformers():
         update = peers.fallback("mamba2_selective_state_update")
         return torch.no_grad()(lambda s, x, **v: update(s, x, **v, dt_softplus=True))

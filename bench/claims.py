@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from . import published
 from .machine import ROOT
-from .results import FOLDER, Row
+from .results import FOLDER, Row, length_of
 
 DEMO = ROOT / "demo-out" / "metrics.json"
 KILLS = FOLDER / "kills" / "digits.json"
@@ -54,9 +54,9 @@ def exponents(rows: list[Row]) -> list[dict]:
     """For each layer and pass: the exponent over all lengths that were run, and over the longer half of them."""
     found = []
     for group in ("layer forward", "layer forward + backward"):
-        for who in ("Mamba-2", "attention"):
+        for who in dict.fromkeys(row.who for row in rows if row.group == group):
             mine = [row for row in rows if (row.group, row.who) == (group, who) and row.seconds]
-            timed = [(int(row.case.split()[-1]), row.seconds) for row in mine]
+            timed = [(length_of(row.case), row.seconds) for row in mine]
             if len(timed) < 2:
                 continue
             lengths, times = zip(*sorted(timed), strict=True)

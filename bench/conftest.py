@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from . import claims, machine, results, scaling, tables
+from .gpu_run import GpuRun
 from .measure import WRONG, Bench
 
 HERE = Path(__file__).resolve().parent
 _SESSION = pytest.StashKey["Session"]()
-_QUICK_LEFT_OUT = pytest.StashKey[bool]()
-WHOLE, QUICK = 30, 3
-"""Minutes that a run should end in."""
+_LEFT_OUT = pytest.StashKey[bool]()
+WHOLE, QUICK, ON_GPU = 30, 3, 9
+"""Minutes that a run should end in: on a CPU, with --quick, on a GPU."""
+GPU_FILE = "bench_gpu.py"
+"""All that a run on a GPU has, and the only file that one on a CPU has not."""
 ORDER = (
     "bench_ssd_scan.py", "bench_transformers.py", "bench_lora_linear.py", "bench_causal_conv1d.py",
     "bench_gated_norm.py", "bench_state_update.py", "bench_mamba_mixer.py", "bench_generation.py", "bench_layer.py",
@@ -34,11 +37,13 @@ class Session:
 
     def __init__(self, config: pytest.Config) -> None:
         self.quick = config.getoption("--quick")
+        self.gpu = {"cpu": False, "gpu": True}.get(config.getoption("--device"), torch.cuda.is_available())
         self.folder = Path(config.getoption("--results") or results.FOLDER)
         self.started, self.clock = datetime.now(timezone.utc), time.perf_counter()
-        self.minutes = config.getoption("--minutes") or (QUICK if self.quick else WHOLE)
+        self.minutes = config.getoption("--minutes") or (QUICK if self.quick else ON_GPU if self.gpu else WHOLE)
         self.bench = Bench(self.quick, limit=FULL_ROUNDS * 60 * self.minutes)
-        self.machine = machine.describe(gpu=False)
+        self.on_gpu = GpuRun(self.bench, 60 * self.minutes)
+        self.machine = machine.describe(gpu=self.gpu)
         self.collected: set[str] = set()
         self.chosen = False
         """Whether some benchmarks were left out by -k, -m or --deselect."""
@@ -55,7 +60,8 @@ class Session:
             not self.broken
             and not self.chosen
             and self.done == self.total
-            and self.collected == {path.name for path in HERE.glob("bench_*.py")}
+            and self.collected == files(self.gpu)
+            and (not self.gpu or torch.cuda.is_available())
         )
 
     def path(self, complete: bool) -> Path:
@@ -73,11 +79,15 @@ class Session:
 
     def content(self) -> dict:
         rows, scores, rates = self.bench.rows, claims.demo_scores(), self.bench.rates.summary()
-        judged = [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
+        if self.gpu:
+            judged = self.on_gpu.claims()
+        else:
+            judged = [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
         return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.clock, 1),
             "quick": self.quick,
+            "gpu": self.gpu,
             "complete": self.complete(),
             "minutes_allowed": self.minutes,
             "machine": self.machine,
@@ -90,14 +100,23 @@ class Session:
         }
 
 
+def files(gpu: bool) -> set[str]:
+    """Those that a whole run has."""
+    return {path.name for path in HERE.glob("bench_*.py") if (path.name == GPU_FILE) == gpu}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("omnimamba benchmarks")
     group.addoption("--quick", action="store_true", help="a few small cases with few rounds: ends in 3 minutes")
+    group.addoption(
+        "--device", choices=("cpu", "gpu"), help="what is measured (default: a GPU where there is one). A GPU's rows "
+        "without a GPU are small ones, and no whole run",
+    )  # fmt: skip
     group.addoption("--results", metavar="DIR", help="where results are kept (default: bench/results)")
     group.addoption(
         "--minutes", type=float, metavar="M",
-        help=f"what a run should end in (default: {WHOLE}, quick: {QUICK}): once {FULL_ROUNDS:.0%} of it is gone, "
-        "each contender is timed once",
+        help=f"what a run should end in (default: {WHOLE}, quick: {QUICK}, on a GPU: {ON_GPU}): once "
+        f"{FULL_ROUNDS:.0%} of it is gone, each contender is timed once",
     )  # fmt: skip
 
 
@@ -121,23 +140,23 @@ def _can_write(folder: Path) -> None:
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents and not item.stash.get(_QUICK_LEFT_OUT, False):
+        if HERE in item.path.parents and not item.stash.get(_LEFT_OUT, False):
             item.config.stash[_SESSION].chosen = True
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mine = [item for item in items if HERE in item.path.parents]
-    if config.getoption("--quick"):
-        dropped = [item for item in mine if item.get_closest_marker("full")]
-        for item in dropped:
-            item.stash[_QUICK_LEFT_OUT] = True
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+    session, quick = config.stash[_SESSION], config.getoption("--quick")
+    wanted = files(session.gpu)
+    dropped = [i for i in mine if i.path.name not in wanted or (quick and i.get_closest_marker("full"))]
+    for item in dropped:
+        item.stash[_LEFT_OUT] = True
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
     mine.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
     items[:] = [item for item in items if item not in mine] + [item for item in mine if item in items]
-    session = config.stash[_SESSION]
-    session.collected = {item.path.name for item in mine}
+    session.collected = {item.path.name for item in mine if item not in dropped}
     session.total = len(items)
 
 
@@ -150,6 +169,11 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     yield found
     wrong = [row for row in found.rows[first:] if row.who in found.ours and (row.reason or "").startswith(WRONG)]
     assert not wrong, "; ".join(f"{row.group}, {row.case}, {row.who}: {row.reason}" for row in wrong)
+
+
+@pytest.fixture
+def gpu_run(request: pytest.FixtureRequest) -> GpuRun:
+    return request.config.stash[_SESSION].on_gpu
 
 
 def bar(done: int, total: int, seconds: float, width: int = 30) -> str:

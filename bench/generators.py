@@ -29,10 +29,6 @@ def case(context: int) -> str:
     return f"{context} tokens of context"
 
 
-def whole_case(total: int) -> str:
-    return f"{total} tokens in all"
-
-
 def ids(count: int) -> torch.Tensor:
     return torch.randint(50288, (1, count), generator=torch.Generator().manual_seed(count))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,10 @@ from . import gpu_board
 SHORT = 1e-3
 """Seconds below which launches can be what a call takes: such a one is also timed as a CUDA graph."""
 ENERGY_FOR = 0.3
+LONG = 2.0
+"""Seconds from which on a call is timed once: it has been checked and so was run before."""
+LOOK = 0.02
+"""Seconds between two looks at the clocks."""
 
 
 class Clock:
@@ -33,12 +38,23 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def median(self, call: Callable[[], object], most: int = 50) -> float:
-        """Seconds of a call: of as many as the budget pays for, three at least."""
-        self._once(call)
+        """Seconds of a call."""
+        return statistics.median(self.times(call, most))
+
+    def times(self, call: Callable[[], object], most: int = 50) -> list[float]:
+        """Seconds of each of as many calls as the budget pays for, three at least after one that warms up; of what
+        takes LONG that one alone."""
+        first = self._once(call)
+        if first >= LONG:
+            return [first]
         taken, start = [self._once(call)], time.perf_counter()
         while len(taken) < 3 or (len(taken) < most and time.perf_counter() - start < self.budget):
             taken.append(self._once(call))
-        return statistics.median(taken)
+        return taken
+
+    def replayed(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call as a CUDA graph; itself where there is no GPU."""
+        return self._captured(call) if self.cuda else call
 
     def _once(self, call: Callable[[], object]) -> float:
         """The flush keeps the GPU busy while the call's launches queue up behind it."""
@@ -68,16 +84,34 @@ class Clock:
 
     @contextlib.contextmanager
     def watched(self, row: dict[str, Any]) -> Iterator[None]:
-        """Adds clocks and what slowed them, as the driver tells them while the block runs."""
-        yield
-        if self.board is not None:
-            row.update(self.board.state())
+        """Adds clocks, medians of what the driver tells every LOOK seconds while the block runs, and all that slowed
+        them meanwhile."""
+        if self.board is None:
+            yield
+            return
+        seen, ended = [self.board.state()], threading.Event()
+
+        def look() -> None:
+            while not ended.wait(LOOK):
+                seen.append(self.board.state())
+
+        beside = threading.Thread(target=look, daemon=True)
+        beside.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beside.join()
+        during = seen[1:] or seen  # the first look is at an idle chip
+        for key in ("clock_mhz", "memory_clock_mhz"):
+            row[key] = statistics.median_low([state[key] for state in during])
+        row["throttled"] = list(dict.fromkeys(words for state in during for words in state["throttled"]))
 
     def more(self, call: Callable[[], object], taken: float, graph: bool = False) -> dict[str, Any]:
         """Of a GPU: joules a call where they can be read; seconds as a CUDA graph of what is over in a millisecond,
         and of any call with ``graph``."""
         found: dict[str, Any] = {}
-        if self.board is not None:
+        if self.board is not None and taken < LONG:
             found["joules"] = self._joules(call, taken)
         if self.cuda and (graph or taken < SHORT):
             try:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +19,80 @@ import torch
 
 from .gpu_clock import Clock
 from .gpu_problems import OPERATIONS, Problem
+from .gpu_problems.common import Call, Steps
+from .measure import spread
 
 NO_TIME = "no time left"
 
 
 def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: float) -> list[dict[str, Any]]:
     """A row for each contender: a time beside a passed check, or the reason why there is none."""
-    floor = max(problem.bytes / rates["copy"], problem.flops / rates["matmul"])
-    limit = "memory" if problem.bytes / rates["copy"] >= problem.flops / rates["matmul"] else "matrix units"
     rows: list[dict[str, Any]] = []
     ours = None
     for who, make in problem.contenders.items():
-        row = {"group": problem.group, "case": problem.case, "who": who, "floor": floor, "limit": limit}
+        row = {"group": problem.group, "case": problem.case, "who": who, **floor(problem, who, rates)}
+        row |= {"note": problem.note} if problem.note else {}
         rows.append(row)
         if time.monotonic() > until:
             row["reason"] = NO_TIME
             continue
-        call = found = None  # what the contender before held is freed
-        before = clock.held()
         try:
-            call, start = make(), time.perf_counter()
-            found = call()
-            clock.wait()
-            row["first_call"] = time.perf_counter() - start
-            row["error"] = problem.errors.get(who, problem.error)(found)
-            found = None
-            clock.held()
-            if not row["error"] <= problem.bound:
-                row["reason"] = f"failed its check: relative error {row['error']:.1e}, {problem.bound:.0e} accepted"
-                continue
-            with clock.watched(row):
-                row["seconds"] = clock.median(call)
-            row["peak_bytes"] = clock.peak() - before
-            row.update(clock.more(call, row["seconds"], problem.graph))
+            _time(problem, who, make, clock, row)
         except Exception as error:  # a peer may fail in any way; its words are kept
             row["reason"] = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
             )
-            if clock.cuda:
-                torch.cuda.empty_cache()
-            continue
-        row["floor_share"] = floor / row["seconds"]
-        ours = ours or row["seconds"]
-        row["times_ours"] = row["seconds"] / ours
+        if "seconds" in row:
+            ours = ours or row["seconds"]
+            _compared(row, ours, problem)
+        elif clock.cuda:
+            torch.cuda.empty_cache()
     return rows
+
+
+def floor(problem: Problem, who: str, rates: dict[str, float]) -> dict[str, Any]:
+    """What the contender cannot do without, and the seconds of it at the rates, by whichever takes longer."""
+    moved, flops = problem.needs.get(who, (problem.bytes, problem.flops))
+    times = {"memory": moved / rates["copy"], "matrix units": flops / rates["matmul"]}
+    limit = max(times, key=times.get)
+    return {"bytes": moved, "flops": flops, "floor": times[limit], "limit": limit}
+
+
+def _time(problem: Problem, who: str, make: Callable[[], Call], clock: Clock, row: dict[str, Any]) -> None:
+    """Fills in what one contender's check and calls gave."""
+    before = clock.held()
+    call, start = make(), time.perf_counter()
+    found = call()
+    clock.wait()
+    row["first_call"] = time.perf_counter() - start
+    row["error"], row["error_bound"] = problem.errors.get(who, problem.error)(found), problem.bound
+    found = None  # what the check held is freed
+    clock.held()
+    if not row["error"] <= problem.bound:
+        row["reason"] = f"failed its check: relative error {row['error']:.1e}, {problem.bound:.0e} accepted"
+        return
+    with clock.watched(row):
+        taken = times(clock, call)
+    row["seconds"], row["rounds"], row["spread"] = statistics.median(taken), len(taken), spread(taken)
+    row["peak_bytes"] = clock.peak() - before
+    if not isinstance(call, Steps):
+        row.update(clock.more(call, row["seconds"], problem.graph))
+
+
+def times(clock: Clock, call: Call) -> list[float]:
+    """Seconds of each call; of Steps the sum of their medians, which is one."""
+    if not isinstance(call, Steps):
+        return clock.times(call)
+    as_run = clock.replayed if call.replayed else lambda step: step
+    return [sum(count * clock.median(as_run(step)) for count, step in call.parts)]
+
+
+def _compared(row: dict[str, Any], ours: float, problem: Problem) -> None:
+    row["floor_share"] = row["floor"] / row["seconds"]
+    row["gb_s"], row["gflop_s"] = (row[kind] / row["seconds"] / 1e9 for kind in ("bytes", "flops"))
+    row["times_ours"] = row["seconds"] / ours
+    if problem.tokens:
+        row["tokens_s"] = problem.tokens / row["seconds"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .rates import seconds
 
@@ -44,6 +45,20 @@ def fallback(name: str) -> Callable[..., Any]:
     return inspect.unwrap(getattr(module, name))
 
 
+def gated_norm(width: int, group: int, eps: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """transformers' gated norm of x, z and weight, on one layer that is made once."""
+    layer = fallback("MambaRMSNormGated")(width, group_size=group, eps=eps)
+
+    def call(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        if weight.requires_grad:
+            return torch.func.functional_call(layer, {"weight": weight}, (x, z))
+        if layer.weight.data_ptr() != weight.data_ptr():
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return layer(x, z)
+
+    return call
+
+
 def label() -> str:
     """transformers with its version."""
     return TRANSFORMERS if isinstance(mamba2(), str) else f"{TRANSFORMERS} {metadata.version(TRANSFORMERS)}"
@@ -62,3 +77,31 @@ def too_slow(dtype: torch.dtype, rows: int, flops: float, limit: float = 2.0) ->
     if predicted <= limit:
         return None
     return f"torch's {dtype} product would take {predicted:.0f} s here"
+
+
+def peft(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float = 1.0) -> torch.nn.Module:
+    """PEFT's own layer on weight (out, in) and one adapter (1, r, in) and (1, out, r), as its users call it.
+
+    RuntimeError with the reason where it is not installed.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora.layer import Linear
+    except ImportError as missing:
+        raise RuntimeError(f"cannot run: PEFT is not installed ({missing})") from missing
+    (out, width), rank = weight.shape, lora_A.shape[1]
+    base = torch.nn.Linear(width, out, bias=False, device="meta")
+    base.weight = torch.nn.Parameter(weight, requires_grad=False)
+    options = dict(r=rank, lora_alpha=scale * rank)
+    layer = Linear(base, "default", LoraConfig(**options), **options)
+    layer.lora_A["default"].weight = torch.nn.Parameter(lora_A[0])
+    layer.lora_B["default"].weight = torch.nn.Parameter(lora_B[0])
+    return layer
+
+
+def peft_label() -> str:
+    """PEFT with its version."""
+    try:
+        return f"PEFT {metadata.version('peft')}"
+    except metadata.PackageNotFoundError:
+        return "PEFT"

@@ -28,10 +28,13 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 def state_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
-    """state (b, h, p, n) in place; x, dt (b, h, p), A (h, p, n), B and C (b, 1, n), D and dt_bias (h, p)."""
+    """state (b, h, p, n) in place; x, dt (b, h, p), A (h, p, n), B and C (b, g, n), D and dt_bias (h, p)."""
     dt = F.softplus(dt + dt_bias)
-    state.copy_(state * torch.exp(dt[..., None] * A) + (dt * x)[..., None] * B[:, :, None])
-    return ((state * C[:, :, None]).sum(-1) + D * x).to(x.dtype)
+    if 1 < B.shape[1] < x.shape[1]:
+        B, C = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (B, C))
+    new = state * torch.exp(dt[..., None] * A) + (dt * x)[..., None] * B[:, :, None]
+    state.copy_(new)
+    return ((new * C[:, :, None]).sum(-1) + D * x).to(x.dtype)
 
 
 def lora(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from omnimamba_kernels.backends import NAMES
 from omnimamba_model import MambaConfig
 
 from . import claims, counts, published
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[tuple[int, float]]
+TOPS = {"gpu matmul": "bf16", "sgemm": "fp32"}
+"""The rate of products that a run's roofline has."""
 FLOPS_A_BYTE = {"causal_conv1d forward": 8 / 8, "gated_norm forward": 8 / 12, "state_update": 5 / 8}
 """Of fp32 elementwise operations: additions and multiplications an element over its bytes, counted by hand."""
 
@@ -50,6 +53,8 @@ def roofline_points(rows: list[Row]) -> list[tuple[str, str, float, float]]:
 
 
 def _intensity(row: Row) -> float | None:
+    if row.first_call is not None:  # a GPU's row knows both
+        return row.gflop_s / row.gb_s if row.gflop_s and row.gb_s else None
     if row.group in FLOPS_A_BYTE:
         return FLOPS_A_BYTE[row.group] * (2 if "bf16" in row.case and row.group != "state_update" else 1)
     if row.group == "ssd_scan forward":
@@ -73,11 +78,7 @@ def ratios(rows: list[Row]) -> list[tuple[str, float]]:
     return [
         (f"{r.group}, {r.case}: {r.who}", r.times_ours)
         for r in rows
-        if r.seconds
-        and r.times_ours
-        and r.times_ours != 1.0
-        and r.who not in ("reference", "native", OURS)
-        and not cold(r)
+        if r.seconds and r.times_ours and r.times_ours != 1.0 and r.who not in (*NAMES, OURS) and not cold(r)
     ]
 
 
@@ -140,15 +141,16 @@ def _against_length(panels: dict[str, tuple[dict[str, Curve], dict[str, Curve]]]
 
 def _roofline(content: Content) -> Figure | None:
     points, rates = roofline_points(content["rows"]), {k: r["median"] for k, r in content["rates"].items()}
-    if not points or "sgemm" not in rates:
+    top = next(((name, rates[kind]) for kind, name in TOPS.items() if kind in rates), None)
+    if not points or top is None:
         return None
     figure, (ax,) = _new(9, 5.5)
     low, high = min(p[2] for p in points) / 2, max(p[2] for p in points) * 2
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
-    for kind, label in (("read", "read"), ("far copy", "copy")):
+    for kind, label in (("read", "DRAM read"), ("far copy", "DRAM copy"), ("gpu copy", "copy")):
         if kind in rates:
-            roof = [min(rates["sgemm"], rates[kind] * x) for x in xs]
-            ax.plot(xs, roof, "k-" if kind == "read" else "k:", label=f"fp32 matmul and DRAM {label}")
+            roof = [min(top[1], rates[kind] * x) for x in xs]
+            ax.plot(xs, roof, "k-" if kind == "read" else "k:", label=f"{top[0]} matmul and {label}")
     for who in dict.fromkeys(p[1] for p in points):
         mine = [p for p in points if p[1] == who]
         ax.plot([p[2] for p in mine], [p[3] for p in mine], "o", alpha=0.7, label=who)

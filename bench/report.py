@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import ablation, accuracy, pages, results
 from .machine import ROOT
-from .tables import TABLES, Content, table
+from .tables import TABLES, Content, on_gpu, table
 
 READING = (
     "A time is the median of its own rounds. A ratio is the median over the rounds that both ran, side by side, so two "
@@ -24,25 +24,46 @@ READING = (
     "many bytes (which also reads what it overwrites, so that a kernel that works in place can be above 1)."
 )
 
+GPU_READING = (
+    "Times are medians of calls timed by the device's own events, each after everything was pushed out of its cache; "
+    "as a graph: the same calls replayed as a CUDA graph. The floor is the longer of bytes over a copy's speed and "
+    "FLOPs over the rate of torch's bf16 matmul, both measured in the same process. Clocks are medians while the calls "
+    "ran, with what held them back; joules are a call's, by the driver. (~: three steps measured, and summed.)"
+)
+
+TITLES = {
+    "must show": "What is promised, and what one run measured:",
+    "generation, 130M parameters": "The 130M shape, random weights, batch 1:",
+    "the paper's figures": "The paper's figures (1.3B on one RTX 4090, fp16) beside ours (130M on this machine):",
+    "a layer against attention, tokens": "One layer of width 768, fp32, by number of tokens (~: from pieces):",
+    "operations": "<details><summary>Every operation, backend and peer</summary>",
+    "machine": READING,
+}
+GPU_TITLES = {
+    "must show": "What must be shown on an H200, and what one run measured:",
+    "generation, 130M parameters": "The 1.3B shape, random weights, bf16, batch 1 but for the images:",
+    "the paper's figures": "The paper's figures (1.3B on one RTX 4090, fp16) beside ours (1.3B on this GPU, bf16):",
+    "a layer against attention, tokens": "One layer of width 2048, bf16, by number of tokens:",
+    "operations": TITLES["operations"],
+    "machine": GPU_READING,
+}
+
 
 def bench(content: Content) -> str:
     """All tables, the long one folded."""
-    titles = {
-        "must show": "What is promised, and what one run measured:",
-        "generation, 130M parameters": "The 130M shape, random weights, batch 1:",
-        "the paper's figures": "The paper's figures (1.3B on one RTX 4090, fp16) beside ours (130M on this machine):",
-        "a layer against attention, tokens": "One layer of width 768, fp32, by number of tokens (~: from pieces):",
-        "operations": "<details><summary>Every operation, backend and peer</summary>",
-        "machine": READING,
-    }
     parts = []
-    for name, title in titles.items():
+    for name, title in (GPU_TITLES if on_gpu(content) else TITLES).items():
         text = TABLES[name](content)
         if not text:
             continue
         end = ["", "</details>"] if title.startswith("<details>") else []
         parts.append("\n".join([*([title, ""] if title else []), text, *end]))
     return "\n\n".join(parts)
+
+
+def gpu(content: Content | None) -> str:
+    """The same of a run on a GPU, where there is one."""
+    return bench(content) if content else "No whole run on a GPU is kept: `pytest bench` where there is one makes it."
 
 
 def demo(content: Content) -> str:
@@ -65,18 +86,20 @@ def narrow(content: Content) -> str:
     return accuracy.table(found["costs"]) if found else "Not scored: python -m bench.accuracy."
 
 
-PARTS = {"bench": bench, "demo": demo, "ablation": ablations, "accuracy": narrow}
+PARTS = {"bench": bench, "gpu": gpu, "demo": demo, "ablation": ablations, "accuracy": narrow}
 
 
-def filled(readme: str, content: Content) -> str:
-    """The README with ``content``'s tables between its markers. ValueError for a marker unknown or open."""
+def filled(readme: str, content: Content, of_gpu: Content | None = None) -> str:
+    """The README with the tables of a run on a CPU and of one on a GPU, if any, between its markers.
+
+    ValueError for a marker unknown or open."""
     for name in re.findall(r"<!-- (\S+):begin -->", readme):
         if name not in PARTS:
             raise ValueError(f"README marker {name}:begin: expected one of {', '.join(PARTS)}")
         block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
         if not block.search(readme):
             raise ValueError(f"README marker {name}:begin is not closed by <!-- {name}:end --> on a later line")
-        text = PARTS[name](content)
+        text = PARTS[name](of_gpu if name == "gpu" else content)
         readme = block.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", readme)
     return readme
 
@@ -88,8 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
     options = parser.parse_args(arguments)
     path, content = results.chosen(parser, options.results)
+    cpu, of_gpu = both(path, content)
     before = options.readme.read_text()
-    after = filled(before, content)
+    after = filled(before, cpu, of_gpu)
     if options.check:
         return int(after != before)
     options.readme.write_text(after)
@@ -97,6 +121,15 @@ def main(arguments: list[str] | None = None) -> int:
     for page in pages.write(path, content):
         print(page)
     return 0
+
+
+def both(path: Path, content: Content) -> tuple[Content, Content | None]:
+    """The run and the latest whole one of the other kind: CPU's, GPU's."""
+    other = results.latest(gpu=not on_gpu(content))
+    beside = results.load(other) if other else None
+    if on_gpu(content):
+        return beside or content, content
+    return content, beside
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ class Row:
     peak_bytes: int | None = None
     note: str = ""
     reason: str | None = None
+    first_call: float | None = None
+    """Of a GPU, as all that follows: seconds of the first call, what it compiles included."""
+    graph_seconds: float | None = None
+    """The same calls replayed as a CUDA graph."""
+    clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    throttled: list[str] = field(default_factory=list)
+    """What held the clocks back while it was timed."""
+    joules: float | None = None
+    """Energy a call, by the driver's counter."""
 
 
 def length_of(case: str) -> int:
@@ -100,12 +110,12 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def latest(folder: Path = FOLDER) -> Path | None:
-    """The result of the most recent whole run, judged by the start time inside the files."""
+def latest(folder: Path = FOLDER, gpu: bool = False) -> Path | None:
+    """The result of the most recent whole run on a CPU or a GPU, judged by the start time inside the files."""
     whole = [
         (content["started"], path)
         for path in folder.glob("*/*.json")
-        if (content := read(path)).get("complete") and not content["quick"]
+        if (content := read(path)).get("complete") and not content["quick"] and bool(content.get("gpu")) == gpu
     ]
     return max(whole)[1] if whole else None
 

@@ -9,7 +9,9 @@ from .plain import COMPILED
 from .results import Row
 
 Content = dict[str, Any]
-MODEL_GROUPS = ("generation", "whole generation", "130M")
+PRODUCTS = {"sgemm": "fp32 sgemm", "bf16 gemm": "bf16 gemm"}
+"""Floors that are a matrix product's rate, and what they are called."""
+MODEL_GROUPS = ("generation", "whole generation", "130M", "decode", "images")
 
 
 def duration(seconds: float) -> str:
@@ -30,7 +32,7 @@ def cold(row: Row) -> bool:
 
 
 def floor_of(row: Row) -> str:
-    floor = "fp32 sgemm" if row.floor == "sgemm" else row.floor
+    floor = PRODUCTS.get(row.floor, row.floor)
     return f"{row.floor_share:.2f} of {floor}" if row.floor_share else ""
 
 
@@ -66,27 +68,52 @@ def must_show(content: Content) -> str:
 
 def ops(content: Content) -> str:
     """Every operation and contender: time, throughput, share of the floor, ratio to ours, peak memory."""
-    lines = []
+    lines, gpu = [], on_gpu(content)
     for row in content["rows"]:
         if not row.group.startswith(("layer", *MODEL_GROUPS)) and not cold(row):
             peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
-            rate = f"{row.gflop_s:.0f} GFLOP/s" if row.floor == "sgemm" else f"{row.gb_s:.1f} GB/s" if row.gb_s else ""
-            cells = [time_of(row), rate, floor_of(row), ratio_of(row), rounds_of(row), peak]
-            lines.append([row.group, row.case, row.who, *cells])
-    return table(["operation", "case", "by", "time", "rate", "floor", "against ours", "rounds", "peak memory"], lines)
+            cells = [time_of(row), rate_of(row, gpu), floor_of(row), ratio_of(row), rounds_of(row), peak]
+            lines.append([row.group, row.case, row.who, *cells, *(of_the_chip(row) if gpu else ())])
+    header = ["operation", "case", "by", "time", "rate", "floor", "against ours", "rounds", "peak memory"]
+    return table([*header, *(OF_THE_CHIP if gpu else ())], lines)
+
+
+def on_gpu(content: Content) -> bool:
+    return bool(content.get("gpu"))
+
+
+def rate_of(row: Row, gpu: bool = False) -> str:
+    """What a CPU's floor is made of; of a GPU both."""
+    moved, computed = (f"{row.gb_s:.{0 if gpu else 1}f} GB/s" if row.gb_s else ""), row.gflop_s
+    if gpu:
+        return ", ".join(filter(None, [moved, f"{computed / 1e3:.3g} TFLOP/s" if computed else ""]))
+    return f"{computed:.0f} GFLOP/s" if row.floor in PRODUCTS else moved
+
+
+OF_THE_CHIP = ("as a graph", "first call", "SM and memory clock", "joules")
+
+
+def of_the_chip(row: Row) -> list[str]:
+    """What only a GPU's row has, in the order of OF_THE_CHIP; clocks with what held them back."""
+    clocks = f"{row.clock_mhz:.0f} and {row.memory_clock_mhz:.0f} MHz" if row.clock_mhz else ""
+    return [
+        duration(row.graph_seconds) if row.graph_seconds else "",
+        duration(row.first_call) if row.first_call else "",
+        ", ".join(filter(None, [clocks, *row.throttled])),
+        f"{row.joules:.2g}" if row.joules else "",
+    ]
 
 
 def scaling(content: Content) -> str:
     """Both layers at each length, forward and training, with the fitted exponents below."""
-    groups, kinds = ("layer forward", "layer forward + backward"), ("Mamba-2", "attention")
+    groups = ("layer forward", "layer forward + backward")
+    kinds = list(dict.fromkeys(row.who for row in content["rows"] if row.group in groups)) or ["Mamba-2", "attention"]
     columns = [(group, who) for group in groups for who in kinds]
     known = {(r.group, r.who, r.case): r for r in content["rows"] if r.group in groups}
     cases = list(dict.fromkeys(case for _, _, case in known))
     short = {"layer forward": "forward", "layer forward + backward": "forward + backward"}
-    lines = [
-        [case.split()[-1], *(summed(r) + time_of(r) if (r := known.get((*c, case))) else "" for c in columns)]
-        for case in cases
-    ]
+    cell = lambda row: summed(row) + time_of(row) if row else ""  # noqa: E731
+    lines = [[str(results.length_of(case)), *(cell(known.get((*c, case))) for c in columns)] for case in cases]
     slopes = {(e["group"], e["who"]): e for e in content["exponents"]}
     for label, key in (("exponent", "exponent"), ("exponent, longer half", "exponent_of_longer_half")):
         lines.append([label, *(f"{slopes[c][key]:.2f}" if c in slopes else "" for c in columns)])
@@ -94,14 +121,15 @@ def scaling(content: Content) -> str:
 
 
 def generation(content: Content) -> str:
-    lines = []
+    lines, gpu = [], on_gpu(content)
     for row in content["rows"]:
         if row.group.startswith(MODEL_GROUPS):
             speed = f"{row.tokens_s:.1f}" if row.tokens_s else time_of(row)
             peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
             cells = [summed(row) + speed, ratio_of(row), rounds_of(row), floor_of(row), peak, row.note]
-            lines.append([row.group, row.case, row.who, *cells])
-    return table(["what", "case", "by", "tokens/s", "against ours", "rounds", "floor", "peak memory", "note"], lines)
+            lines.append([row.group, row.case, row.who, *cells, *(of_the_chip(row) if gpu else ())])
+    header = ["what", "case", "by", "tokens/s", "against ours", "rounds", "floor", "peak memory", "note"]
+    return table([*header, *(OF_THE_CHIP if gpu else ())], lines)
 
 
 def paper(content: Content) -> str:
@@ -123,7 +151,7 @@ def paper(content: Content) -> str:
 
 def figure_1(content: Content) -> str:
     """Seconds and GB of a whole generation, ours on this machine beside the paper's curves."""
-    own, lines = (published.OURS, published.CACHED, published.UNCACHED), []
+    own, lines = tuple(published.names(content["rows"])), []
     peers = ("OmniMamba", "JanusFlow", "Show-o")
     for length, curves in published.FIGURE_1.items():
         rows = [results.find(content["rows"], "whole generation", f"{length} tokens in all", who) for who in own]
@@ -143,6 +171,9 @@ def machine(content: Content) -> str:
         "sgemm": ("GFLOP/s fp32 matmul", 1e9),
         "far copy": ("GB/s copied in DRAM", 1e9),
         "read": ("GB/s read from DRAM", 1e9),
+        "bf16 gemm": ("GFLOP/s bf16 matmul", 1e9),
+        "gpu copy": ("GB/s copied on the GPU", 1e9),
+        "gpu matmul": ("TFLOP/s bf16 matmul on the GPU", 1e12),
     }
     measured = ", ".join(f"{r['median'] / units[k][1]:.0f} {units[k][0]}" for k, r in rates.items() if k in units)
     return (

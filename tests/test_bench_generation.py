@@ -58,7 +58,7 @@ def test_without_a_cache_the_transformer_says_the_same():
 def rows(cached: float, uncached: float, peaks: tuple[int, int, int]) -> list[Row]:
     who = (published.OURS, published.CACHED, published.UNCACHED)
     times = [
-        Row("whole generation", generators.whole_case(16384), name, 100.0 * ratio, times_ours=ratio)
+        Row("whole generation", published.whole_case(16384), name, 100.0 * ratio, times_ours=ratio)
         for name, ratio in zip(who, (1.0, cached, uncached), strict=True)
     ]
     memory = [

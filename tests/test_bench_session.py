@@ -23,9 +23,9 @@ from bench.results import Row  # noqa: E402
 
 @pytest.fixture
 def session(tmp_path) -> conftest.Session:
-    options = {"--quick": False, "--results": str(tmp_path), "--minutes": None}
+    options = {"--quick": False, "--device": "cpu", "--results": str(tmp_path), "--minutes": None}
     found = conftest.Session(SimpleNamespace(getoption=options.get))
-    found.collected = {path.name for path in conftest.HERE.glob("bench_*.py")}
+    found.collected = conftest.files(gpu=False)
     found.total = 2
     found.bench.rows.append(Row("op", "case", "native", 1.0, times_ours=1.0))
     return found

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import conv, lora, mixer, models, norm, scan, update
+from . import conv, generation, lora, mixer, models, norm, scan, update
 from .common import Problem
 
 __all__ = ["OPERATIONS", "Problem"]
@@ -19,4 +19,5 @@ OPERATIONS: dict[str, Callable[[torch.device], Iterator[Problem]]] = {
     "lora_linear": lora.problems,
     "mamba_mixer": mixer.problems,
     "models": models.problems,
+    "generation": generation.problems,
 }

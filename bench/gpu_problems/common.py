@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -13,15 +14,32 @@ from torch import Tensor
 import omnimamba_kernels as kernels
 from omnimamba_kernels.report.calls import Made
 
-Values = dict[str, Tensor | None]
+from .. import plain
+
+Values = dict[str, Tensor | int | None]
 Call = Callable[[], Any]
 MOST_TOKENS = 20_000
 """Beyond it plain PyTorch is left out: its memory and time grow out of bounds."""
 
 
 @dataclass
+class Steps:
+    """A whole of which some steps are really timed: ``parts`` are (how many each stands for, a call that takes one).
+
+    ``replayed``: on a GPU each step is timed as a CUDA graph, as a fast generation runs it.
+    """
+
+    parts: list[tuple[float, Call]]
+    replayed: bool = False
+
+    def __call__(self) -> Any:
+        """The last of them."""
+        return self.parts[-1][1]()
+
+
+@dataclass
 class Problem:
-    """One call at one size. ``contenders`` make a function without arguments; ours come first."""
+    """One call at one size. ``contenders`` make a function without arguments, or Steps; ours come first."""
 
     group: str
     case: str
@@ -32,8 +50,13 @@ class Problem:
     bound: float
     errors: dict[str, Callable[[Any], float]] = field(default_factory=dict)
     """The check of a contender that computes something else than the others: a yardstick."""
+    needs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Bytes and FLOPs of a contender that cannot do with the others'."""
     graph: bool = False
     """Whether contenders are timed as CUDA graphs too, however long a call takes."""
+    tokens: float = 0
+    """Tokens that a call gives."""
+    note: str = ""
 
 
 def backends(device: torch.device, tokens: int = 0) -> list[str]:
@@ -68,16 +91,30 @@ def peer(module: str, name: str, *arguments: Any, **named: Any) -> Callable[[], 
     return make
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile is a peer: on a CPU pytest's own benchmarks have it."""
+    return device.type == "cuda"
+
+
+def written_out(device: torch.device, function: Callable[..., Any], first: bool) -> dict[str, Callable[..., Any]]:
+    """The operation in plain torch, eager and, of the ``first`` case alone since a compilation takes long, compiled."""
+    return {name: lazily(make) for name, make in plain.peers(function, first and compiles(device))}
+
+
+def lazily(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What ``make`` makes, once it is called."""
+    made = functools.cache(make)
+    return lambda *arguments, **named: made()(*arguments, **named)
+
+
 def nbytes(*values: Tensor | None) -> int:
     return sum(v.numel() * v.element_size() for v in values if v is not None)
 
 
 def leaves(values: Values, wanted: tuple[str, ...] | None = None) -> Values:
     """The values anew, the ``wanted`` ones (None: all floating ones) with gradients."""
-    return {
-        k: v.detach().requires_grad_() if v is not None and v.is_floating_point() and k in (wanted or values) else v
-        for k, v in values.items()
-    }
+    learns = lambda k, v: torch.is_tensor(v) and v.is_floating_point() and k in (wanted or values)  # noqa: E731
+    return {k: v.detach().requires_grad_() if learns(k, v) else v for k, v in values.items()}
 
 
 def forward(functions: dict[str, Callable[[Values], Any]], values: Values) -> dict[str, Callable[[], Call]]:
@@ -95,7 +132,7 @@ def backward(
 
     def build(make: Callable[[Values], Tensor]) -> Call:
         own = leaves(values, wanted)
-        y, asked = make(own), [v for v in own.values() if v is not None and v.requires_grad]
+        y, asked = make(own), [v for v in own.values() if torch.is_tensor(v) and v.requires_grad]
         return lambda: torch.autograd.grad(y, asked, upstream, retain_graph=True)
 
     return {who: lambda make=make: build(make) for who, make in functions.items()}

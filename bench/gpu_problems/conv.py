@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
@@ -13,12 +14,27 @@ from omnimamba_kernels.causal_conv1d import cases
 
 from .. import inputs, peers
 from ..measure import worst_error
-from .common import Problem, Values, backends, backward, dtype_of, forward, in_place, leaves, made, nbytes, peer, sizes
+from ..plain import conv as plain_conv
+from .common import (
+    Problem,
+    Values,
+    backends,
+    backward,
+    dtype_of,
+    forward,
+    in_place,
+    leaves,
+    made,
+    nbytes,
+    peer,
+    sizes,
+    written_out,
+)
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
     bound = inputs.BOUND[dtype_of(device)]
-    for case in sizes(device, cases.GPU, cases.CASES[2:3]):
+    for number, case in enumerate(sizes(device, cases.GPU, cases.CASES[2:3])):
         values = made(device, lambda case=case: case.tensors(dtype_of(device)))
         values = {k: values[k] for k in ("x", "weight", "bias")}
         upstream = torch.randn_like(values["x"])
@@ -28,7 +44,8 @@ def problems(device: torch.device) -> Iterator[Problem]:
             return kernels.causal_conv1d_fn(**v, activation="silu", backend=name)
 
         def of(module: str, name: str) -> Callable[[Values], Tensor]:
-            return lambda v: getattr(import_module(module), name)(**v, activation="silu")
+            found = functools.cache(lambda: getattr(import_module(module), name))
+            return lambda v: found()(**v, activation="silu")
 
         def plain(v: Values) -> Tensor:
             same = {k: t.to(v["x"].dtype) for k, t in v.items()}
@@ -39,7 +56,12 @@ def problems(device: torch.device) -> Iterator[Problem]:
             return function(v["x"].transpose(1, 2), v["weight"], v["bias"], activation="silu")[0].transpose(1, 2)
 
         functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device)}
+
+        def eager(v: Values) -> Tensor:
+            return plain_conv(**{k: t.to(v["x"].dtype) for k, t in v.items()})
+
         functions |= {"causal_conv1d": of("causal_conv1d", "causal_conv1d_fn"), peers.label(): plain, "fla": fla}
+        functions |= written_out(device, eager, not number)
 
         def error(y: Tensor, few=few) -> float:
             return worst_error((y[:1, :64],), (ours(few, "reference"),))

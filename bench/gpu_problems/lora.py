@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor
 import omnimamba_kernels as kernels
 from omnimamba_kernels.lora_linear import cases
 
-from .. import inputs
+from .. import inputs, peers
 from ..measure import worst_error
-from .common import Problem, Values, backends, backward, dtype_of, forward, leaves, made, nbytes, sizes
+from .common import Problem, Values, backends, backward, dtype_of, forward, leaves, made, nbytes, sizes, written_out
 
 TRAINED = ("x", "lora_A", "lora_B")
 BASE = "torch, the base alone"
@@ -42,23 +44,49 @@ def product_by_product(v: Values) -> Tensor:
 
 def problems(device: torch.device) -> Iterator[Problem]:
     dtype = dtype_of(device)
-    for case in sizes(device, cases.GPU, cases.SMALL[1:2]):
+    for number, case in enumerate(sizes(device, cases.GPU, cases.SMALL[1:2])):
         values = made(device, lambda case=case: cases.inputs(case, dtype, dtype))
         x = values["x"].reshape(-1, case.width)
         values |= {"x": x, "task": None if values["task"] is None else values["task"].reshape(-1)}
         rows = x.shape[0]
         functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device)}
         if values["task"] is not None:
-            functions["torch, product by product"] = product_by_product
+            functions |= _named(written_out(device, product_by_product, not number), "product by product")
         functions[BASE] = base
         yield _forward(case, values, functions)
         if case.tasks and (device.type == "cpu" or rows >= FEWEST):
             yield _backward(case, values, functions)
+    yield from _one_adapter(device)
+
+
+def _named(functions: dict, how: str) -> dict:
+    return {f"{who}, {how}": function for who, function in functions.items()}
+
+
+def _one_adapter(device: torch.device) -> Iterator[Problem]:
+    """Every row through the same adapter, which is what PEFT's layer does."""
+    case = dataclasses.replace(sizes(device, cases.GPU[3:4], cases.SMALL[1:2])[0], tasks=1)
+    dtype = dtype_of(device)
+    values = made(device, lambda: cases.inputs(case, dtype, dtype)) | {"task": 0}
+    held = {"weight": values["weight"], "lora_A": values["lora_A"], "lora_B": values["lora_B"], "scale": 2.0}
+    layer = functools.cache(lambda: peers.peft(**held))
+
+    def eager(v: Values) -> Tensor:
+        return base(v) + 2.0 * F.linear(F.linear(v["x"], v["lora_A"][0]), v["lora_B"][0])
+
+    def trained(v: Values) -> Tensor:
+        halves = {f"lora_{half}.default.weight": v[f"lora_{half}"][0] for half in "AB"}
+        return torch.func.functional_call(layer(), halves, (v["x"],))
+
+    functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device)}
+    functions |= written_out(device, eager, True)
+    yield _forward(case, values, functions | {peers.peft_label(): lambda v: layer()(v["x"])})
+    yield _backward(case, values, functions | {peers.peft_label(): trained})
 
 
 def _forward(case: cases.Case, values: Values, functions: dict) -> Problem:
     x, weight = values["x"], values["weight"]
-    few = inputs.double({k: v[:ROWS] if k in ("x", "task") and v is not None else v for k, v in values.items()})
+    few = inputs.double({k: v[:ROWS] if k in ("x", "task") and torch.is_tensor(v) else v for k, v in values.items()})
     exact, product = ours(few, "reference"), base(few)
     rows = x.shape[0]
     return Problem(
@@ -80,7 +108,8 @@ def _backward(case: cases.Case, values: Values, functions: dict) -> Problem:
         return torch.autograd.grad(function(own), asked, upstream.double())
 
     calls = backward({who: f for who, f in functions.items() if who != BASE}, values, upstream, TRAINED)
-    calls |= backward({BASE: functions[BASE]}, values, upstream, ("x",))
+    if BASE in functions:
+        calls |= backward({BASE: functions[BASE]}, values, upstream, ("x",))
     return Problem(
         "lora_linear backward", str(case), nbytes(x, weight) + rows * case.out * x.element_size(),
         2.0 * rows * case.width * case.out, calls,

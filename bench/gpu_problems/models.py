@@ -18,17 +18,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from omnimamba_kernels import use_backend
 from omnimamba_model import BASE, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, cast_matrices, draw
 
-from .. import inputs
+from .. import counts, inputs
 from ..baselines.attention import Attention
 from ..baselines.transformer import Transformer
+from ..counts import Decoder
 from ..measure import relative_error, worst_error
-from ..published import AT_ONCE
+from ..published import AT_ONCE, gpu_images_case
 from .common import Call, Problem, backends, dtype_of, sizes
 
 DECODE, IMAGES, LAYER, TRAINING = "decode", "images", "layer forward", "layer forward + backward"
-CONTEXTS, LENGTHS = (4096, 16384, 131072), (4096, 16384, 131072)
+CONTEXTS, LENGTHS = (4096, 16384, 131072), (512, 4096, 32768, 131072, 2**20)
+LONGEST_ATTENTION = {False: 2**20, True: 131072}
+"""Of a layer's forward and of its training: beyond it seconds a call."""
 LONGEST_UNCACHED = 16384
-CACHED, UNCACHED = "Transformer, KV cache", "Transformer, no cache"
+OURS, CACHED, UNCACHED = "ours", "Transformer, KV cache", "Transformer, no cache"
 TINY = MambaConfig(d_model=64, n_layer=2, vocab_size=128, d_state=16, headdim=32)
 SMALL = MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)
 PROMPT, SLICE = 24, 128
@@ -49,7 +52,11 @@ def context_case(context: int) -> str:
 
 
 def case(device: torch.device, rest: str) -> str:
-    return f"{'1.3B' if device.type == 'cuda' else 'tiny'}, {rest}"
+    return f"{size(device)}, {rest}"
+
+
+def size(device: torch.device) -> str:
+    return "1.3B" if device.type == "cuda" else "tiny"
 
 
 def language(device: torch.device) -> MambaLM:
@@ -72,9 +79,8 @@ def _token(device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def _ours(device: torch.device, context: int) -> Call:
+def step_of_ours(device: torch.device, model: MambaLM, context: int) -> Call:
     """One step from a state of zeros at ``context``: what a state holds does not change the time."""
-    model = language(device)
     state = model.backbone.new_state(1)
     state.position = context
     step, token = model.backbone.bind_step(state), _token(device)
@@ -82,7 +88,7 @@ def _ours(device: torch.device, context: int) -> Call:
 
 
 @torch.inference_mode()
-def _exact_step(device: torch.device, context: int) -> Tensor:
+def exact_step(device: torch.device, context: int) -> Tensor:
     """The same as a sequence of one token, on the reference."""
     model = language(device)
     state = model.backbone.new_state(1)
@@ -112,15 +118,41 @@ def _theirs(device: torch.device, context: int) -> Call:
     return torch.inference_mode()(step)
 
 
+def _ours(device: torch.device, context: int) -> Call:
+    return step_of_ours(device, language(device), context)
+
+
 def _cached(device: torch.device, context: int) -> Call:
-    model, token = transformer(device), _token(device)
-    cache = model.new_cache(1, context + 1)
-    return lambda: model.step(token, cache, context)
+    model = transformer(device)
+    return cached_step(device, model, model.new_cache(1, context + 1), context)
 
 
 def _uncached(device: torch.device, context: int) -> Call:
-    model, ids = transformer(device), _token(device).expand(1, context + 1)
+    return uncached_step(device, transformer(device), context)
+
+
+def cached_step(device: torch.device, model: Transformer, cache: Tensor, context: int) -> Call:
+    token = _token(device)
+    return lambda: model.step(token, cache, context)
+
+
+def uncached_step(device: torch.device, model: Transformer, context: int) -> Call:
+    ids = _token(device).expand(1, context + 1)
     return lambda: model.last(ids)
+
+
+def needs(device: torch.device, context: float) -> dict[str, tuple[float, float]]:
+    """Bytes and FLOPs of a token: ours every matrix once and the state there and back, a Transformer's its matrices
+    and its cache, or without one the whole sequence again."""
+    size = torch.empty((), dtype=dtype_of(device)).element_size()
+    large = device.type == "cuda"
+    ours, theirs = (MambaConfig(), Decoder(2048, 24, 8192)) if large else (TINY, Decoder(64, 2, 128, 128))
+    total = lambda parts: (sum(p.bytes for p in parts), sum(p.flops for p in parts))  # noqa: E731
+    return {
+        OURS: total(counts.mamba_step(ours, 1, size)),
+        CACHED: total(counts.decoder_step(theirs, 1, context, size)),
+        UNCACHED: total(counts.decoder_pass(theirs, 1, int(context) + 1, size)),
+    }
 
 
 @torch.inference_mode()
@@ -134,10 +166,7 @@ def transformer_error(device: torch.device) -> float:
 
 
 def _decode(device: torch.device, context: int) -> Problem:
-    sizes = MambaConfig() if device.type == "cuda" else TINY
-    with torch.device("meta"):
-        matrices = sum(p.numel() for p in MambaLM(sizes).parameters() if p.ndim == 2)
-    bytes_each = torch.empty((), dtype=dtype_of(device)).element_size()
+    needed = needs(device, context)
     contenders = {backends(device)[0]: functools.partial(_ours, device, context)}
     if device.type == "cuda":
         contenders["mamba_ssm"] = functools.partial(_theirs, device, context)
@@ -146,9 +175,9 @@ def _decode(device: torch.device, context: int) -> Problem:
         contenders[UNCACHED] = functools.partial(_uncached, device, context)
     theirs = lambda found: transformer_error(device)  # noqa: E731
     return Problem(
-        DECODE, case(device, context_case(context)), bytes_each * matrices, 2.0 * matrices, contenders,
-        lambda found: relative_error(found, _exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
-        {CACHED: theirs, UNCACHED: theirs}, graph=True,
+        DECODE, case(device, context_case(context)), *needed.pop(OURS), contenders,
+        lambda found: relative_error(found, exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
+        {CACHED: theirs, UNCACHED: theirs}, needed, graph=True, tokens=1,
     )  # fmt: skip
 
 
@@ -198,9 +227,9 @@ def _images(device: torch.device) -> Problem:
         matrices = sum(p.numel() for name, p in layers if p.ndim == 2 and "_lora_" not in name)
     steps, each = config.image_tokens, torch.empty((), dtype=dtype_of(device)).element_size()
     return Problem(
-        IMAGES, case(device, f"{AT_ONCE} images of {steps} tokens at once"), each * steps * matrices,
+        IMAGES, gpu_images_case(size(device), steps), each * steps * matrices,
         2.0 * AT_ONCE * steps * matrices, {backends(device)[0]: functools.partial(_drawing, device)},
-        functools.partial(first_tokens_error, device), 2 * inputs.BOUND[dtype_of(device)],
+        functools.partial(first_tokens_error, device), 2 * inputs.BOUND[dtype_of(device)], tokens=AT_ONCE * steps,
     )  # fmt: skip
 
 
@@ -244,13 +273,20 @@ def _layer(device: torch.device, length: int, training: bool) -> Problem:
         return lambda: torch.autograd.grad(layer(wanted[0]), wanted, upstream.to(dtype))
 
     contenders = {backends(device)[0]: lambda: run(mixer, ours)}
-    errors = {}
+    errors, needed = {}, {}
+    theirs = counts.attention_layer(width, 1, length, u.element_size())
+    if length > LONGEST_ATTENTION[training]:
+        attention = None
     for name, kind in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+        if attention is None:
+            break
         who = f"attention, {name}"
+        needed[who] = (0.0, sum(part.flops for part in theirs) * (3 if training else 1))
         contenders[who] = lambda kind=kind: run(attention, sdpa_kernel(kind)(attention.forward))
         errors[who] = error(attention, lambda layer: layer.plain)
     flops = 2.0 * length * width * (config.in_proj_dim + config.d_inner) + inputs.scan_flops(1, length, config.nheads)
     return Problem(
-        TRAINING if training else LAYER, f"width {width}, 1 x {length}", 0.0, flops * (3 if training else 1),
-        contenders, error(mixer, lambda layer: lambda u: layer(u, BASE)), 2 * inputs.BOUND[dtype], errors,
+        TRAINING if training else LAYER, f"1 x {length}, width {width}", 0.0, flops * (3 if training else 1),
+        contenders, error(mixer, lambda layer: lambda u: layer(u, BASE)), 2 * inputs.BOUND[dtype], errors, needed,
+        tokens=length,
     )  # fmt: skip

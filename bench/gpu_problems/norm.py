@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -13,12 +14,13 @@ from omnimamba_kernels.gated_norm import cases
 
 from .. import inputs, peers
 from ..measure import worst_error
-from .common import Problem, Values, backends, backward, dtype_of, forward, leaves, made, nbytes, sizes
+from ..plain import EPS, gated_norm
+from .common import Problem, Values, backends, backward, dtype_of, forward, leaves, made, nbytes, sizes, written_out
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
     bound = inputs.BOUND[dtype_of(device)]
-    for case in sizes(device, cases.GPU, cases.CASES[5:6]):
+    for number, case in enumerate(sizes(device, cases.GPU, cases.CASES[5:6])):
         values = made(device, lambda case=case: case.tensors(dtype_of(device)))
         values = {k: values[k] for k in ("x", "weight", "z")}
         upstream, options = torch.randn_like(values["x"]), case.options
@@ -31,12 +33,20 @@ def problems(device: torch.device) -> Iterator[Problem]:
             function = import_module("mamba_ssm.ops.triton.layernorm_gated").rmsnorm_fn
             return function(v["x"], v["weight"], None, v["z"], **options)
 
-        def plain(v: Values, group=group) -> Tensor:
-            layer = peers.fallback("MambaRMSNormGated")(v["x"].shape[-1], group_size=group, eps=1e-5)
-            return torch.func.functional_call(layer, {"weight": v["weight"]}, (v["x"], v["z"])).to(v["x"].dtype)
+        theirs_too = functools.cache(
+            lambda width=values["x"].shape[-1], group=group: peers.gated_norm(width, group, EPS)
+        )
+
+        def plain(v: Values, theirs_too=theirs_too) -> Tensor:
+            return theirs_too()(**v).to(v["x"].dtype)
 
         functions = {name: (lambda v, name=name, ours=ours: ours(v, name)) for name in backends(device)}
-        functions |= {"mamba_ssm": theirs, peers.label(): plain}
+
+        def eager(v: Values, group=group) -> Tensor:
+            split = {k: t.unflatten(-1, (-1, group)) for k, t in v.items()}
+            return gated_norm(**split).flatten(-2)
+
+        functions |= {"mamba_ssm": theirs, peers.label(): plain} | written_out(device, eager, not number)
 
         def error(y: Tensor, values=values, ours=ours) -> float:
             return worst_error((y,), (ours(inputs.double(values), "reference"),))

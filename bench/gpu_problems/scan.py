@@ -14,6 +14,7 @@ from omnimamba_kernels.ssd_scan import cases
 
 from .. import inputs, peers
 from ..measure import worst_error
+from ..plain import COMPILED, compiled
 from .common import (
     MOST_TOKENS,
     Call,
@@ -21,8 +22,10 @@ from .common import (
     Values,
     backends,
     backward,
+    compiles,
     dtype_of,
     forward,
+    lazily,
     leaves,
     made,
     nbytes,
@@ -35,7 +38,7 @@ PREFIX = 4096
 
 def problems(device: torch.device) -> Iterator[Problem]:
     bound = inputs.BOUND[dtype_of(device)]
-    for case in sizes(device, cases.GPU, cases.CASES[2:3]):
+    for number, case in enumerate(sizes(device, cases.GPU, cases.CASES[2:3])):
         values, tokens = made(device, lambda case=case: case.tensors(dtype_of(device))), case.b * case.l
         values = {k: v for k, v in values.items() if v is not None}
         options = {"chunk_size": case.chunk, "dt_softplus": True}
@@ -56,6 +59,8 @@ def problems(device: torch.device) -> Iterator[Problem]:
 
         functions = {name: (lambda v, name=name, ours=ours: ours(v, name)) for name in backends(device, tokens)}
         functions |= {"mamba_ssm": theirs} | ({peers.label(): plain} if tokens <= MOST_TOKENS else {})
+        if tokens <= MOST_TOKENS and not number and compiles(device):
+            functions[COMPILED] = lazily(lambda plain=plain: compiled(plain))
 
         def error(y: Tensor, few=few, heads=heads, ours=ours) -> float:
             with torch.no_grad():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import omnimamba_kernels as kernels
 from omnimamba_kernels.state_update import cases
 
-from .. import inputs, peers
+from .. import inputs, peers, plain
 from ..measure import worst_error
-from .common import Problem, backends, dtype_of, in_place, made, nbytes, peer, sizes
+from .common import Problem, backends, dtype_of, in_place, made, nbytes, peer, sizes, written_out
 
 OPTIONS = {"dt_softplus": True}
 
@@ -25,6 +28,10 @@ def problems(device: torch.device) -> Iterator[Problem]:
     yield _problem(device, case, torch.bfloat16 if dtype is torch.bfloat16 else torch.float16)
     yield _problem(device, dataclasses.replace(case, name=f"{case.name}, by index", slots=2 * case.b), torch.float32)
     yield _problem(device, dataclasses.replace(case, name=f"{case.name}, nothing tied", tied=False), torch.float32)
+
+
+def _eager(state: Tensor, x: Tensor, z: Tensor, **values: Tensor) -> Tensor:
+    return plain.state_update(state, x, **values) * F.silu(z)
 
 
 def _problem(device: torch.device, case: cases.Case, state_dtype: torch.dtype) -> Problem:
@@ -44,9 +51,11 @@ def _problem(device: torch.device, case: cases.Case, state_dtype: torch.dtype) -
                               **values, **OPTIONS)  # fmt: skip
     calls["flashinfer"] = peer("flashinfer.mamba", "selective_state_update", state, **values, **OPTIONS)
     if not case.slots:
-        calls[peers.label()] = lambda: (
-            lambda: peers.fallback("mamba2_selective_state_update")(state, x, **others, **OPTIONS)
+        calls[peers.label()] = lambda: functools.partial(
+            peers.fallback("mamba2_selective_state_update"), state, x, **others, **OPTIONS
         )
+        for who, function in written_out(device, _eager, state_dtype is torch.float32 and case.tied).items():
+            calls[who] = lambda function=function: lambda: function(state, **values)
     moved = 2 * nbytes(x) + (2 * nbytes(state) * case.b / state.shape[0])
     moved += 0 if case.tied else nbytes(*(values[k] for k in ("dt", "A", "D", "dt_bias")))
     name = f"{case.name}, state {str(state_dtype).removeprefix('torch.')}"

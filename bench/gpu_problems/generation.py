@@ -1,0 +1,74 @@
+"""Whole generations on one device, in two protocols, at the lengths of the paper's Figure 1, batch 1.
+
+On a GPU the 1.3B shape in bfloat16, on a CPU a tiny one at the shortest length. Three steps of each are timed and
+summed (bench.integrated): ours and the Transformer with a static key-value cache as CUDA graphs, which is the fair
+protocol; the one without a cache, which is the paper's, as it comes. A contender's memory is its own: weights, state
+or cache, step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from .. import inputs
+from ..integrated import POSITIONS, positions
+from ..measure import relative_error
+from ..published import FIGURE_1, MEMORY_AT, MEMORY_CASE, MEMORY_GROUP, WHOLE, named, whole_case
+from . import models
+from .common import Problem, Steps, dtype_of, sizes
+
+NOTE = f"{POSITIONS} steps measured, summed by Gauss and Legendre's rule"
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    for total in sizes(device, tuple(FIGURE_1), (min(FIGURE_1),)):
+        yield _generation(device, WHOLE, whole_case(total), total, positions(total))
+    yield _generation(device, MEMORY_GROUP, MEMORY_CASE, MEMORY_AT, [(MEMORY_AT - 1, 1.0)],
+                      everyone=device.type == "cuda")  # fmt: skip
+
+
+def _generation(
+    device: torch.device, group: str, case: str, total: int, steps: list[tuple[int, float]], everyone: bool = False
+) -> Problem:
+    """``everyone``: without a cache too, however long."""
+    who = named(models.size(device))
+    contenders = {who.ours: lambda: _ours(device, steps), who.cached: lambda: _cached(device, total, steps)}
+    if everyone or total <= models.LONGEST_UNCACHED:
+        contenders[who.uncached] = lambda: _uncached(device, steps)
+    needed = {kind: _summed(device, kind, steps) for kind in (models.OURS, models.CACHED, models.UNCACHED)}
+    theirs = functools.cache(lambda: models.transformer_error(device))
+    last = steps[-1][0]
+    return Problem(
+        group, case, *needed[models.OURS], contenders,
+        lambda found: relative_error(found, models.exact_step(device, last)), 2 * inputs.BOUND[dtype_of(device)],
+        {who.cached: lambda found: theirs(), who.uncached: lambda found: theirs()},
+        {who.cached: needed[models.CACHED], who.uncached: needed[models.UNCACHED]},
+        tokens=sum(count for _, count in steps), note=NOTE if len(steps) > 1 else "",
+    )  # fmt: skip
+
+
+def _summed(device: torch.device, kind: str, steps: list[tuple[int, float]]) -> tuple[float, float]:
+    """Bytes and FLOPs of all steps."""
+    each = [(count, models.needs(device, at)[kind]) for at, count in steps]
+    return sum(count * moved for count, (moved, _) in each), sum(count * flops for count, (_, flops) in each)
+
+
+def _ours(device: torch.device, steps: list[tuple[int, float]]) -> Steps:
+    model = models.language(device)
+    return Steps([(count, models.step_of_ours(device, model, at)) for at, count in steps], replayed=True)
+
+
+def _cached(device: torch.device, total: int, steps: list[tuple[int, float]]) -> Steps:
+    """One cache of all positions serves every step."""
+    model = models.transformer(device)
+    cache = model.new_cache(1, total)
+    parts = [(count, models.cached_step(device, model, cache, at)) for at, count in steps]
+    return Steps(parts, replayed=True)
+
+
+def _uncached(device: torch.device, steps: list[tuple[int, float]]) -> Steps:
+    model = models.transformer(device)
+    return Steps([(count, models.uncached_step(device, model, at)) for at, count in steps])
