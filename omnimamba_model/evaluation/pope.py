@@ -60,5 +60,5 @@ def _score(pairs: Pairs) -> dict[str, float]:
 
 def _yes(answer: str) -> bool:
     """As POPE's own script reads an answer: a denial in the first sentence is a no, all else a yes."""
-    words = answer.split(".")[0].replace(",", "").split()
+    words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)

@@ -91,10 +91,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def normalised(answer: str) -> str:
     """As the official script does before it compares: punctuation, case, numbers, articles, apostrophes."""
-    text = _flat(answer)
-    comma_in_number = re.search(r"\d,\d", text) is not None
+    text = said = _flat(answer)
+    comma_in_number = re.search(r"\d,\d", said) is not None
     for mark in PUNCTUATION:
-        beside_space = f"{mark} " in text or f" {mark}" in text
+        beside_space = f"{mark} " in said or f" {mark}" in said
         text = text.replace(mark, "" if beside_space or comma_in_number else " ")
     text = re.sub(r"\.(?!\d)", "", text)
     words = [DIGITS.get(word, word) for word in text.lower().split()]

@@ -13,7 +13,7 @@ from omnimamba_model.dialogue import Chat
 from omnimamba_model.pipeline import Pipeline, contact_sheet
 
 gradio = pytest.importorskip("gradio")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Each benchmark's files, small, and scores worked out by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from omnimamba_model.evaluation import BENCHMARKS, judge
+from omnimamba_model.evaluation import BENCHMARKS, Question, judge
 from omnimamba_model.evaluation.vqav2 import normalised
 
 
@@ -33,6 +34,16 @@ def test_pope(tmp_path, images, by_heart):
     }  # fmt: skip
     assert found["mean"]["accuracy"] == 62.5 and found["unreadable"] == 0
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("said", "yes"),
+    [("no", False), ("No, none", False), ("It is not there", False), ("Yes. No.", True), ("Nothing", True),
+     ("NO", True), ("no\nmore", True), ("", True)],
+)  # fmt: skip
+def test_pope_reads_an_answer_as_its_own_script(said, yes):
+    question = Question("1", Path("a.jpg"), "?", ("yes",), "f")
+    assert BENCHMARKS["pope"].score([(question, said)])["mean"]["yes_ratio"] == 100 * yes
 
 
 def test_mme(tmp_path, images, by_heart):
@@ -116,6 +127,7 @@ def test_vqav2_without_annotations_writes_what_the_server_takes(tmp_path, vqav2,
     "said, expected",
     [
         ("The Red-Hat.", "red hat"),
+        ("a-b c_-d", "b c d"),  # each mark is judged by the answer as it was given
         ("1,000 people", "1000 people"),
         ("yes, please", "yes please"),
         ("3.5", "3.5"),
