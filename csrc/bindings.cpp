@@ -78,6 +78,11 @@ void bind_lora_linear(py::module_& m) {
     kernel(m, fields, "lora_linear_low", lora_linear_low);
 #endif
   }
+  {
+    using Params = Int8WeightParams;
+    auto& fields = params<Params>() FIELD(dense) FIELD(weight) FIELD(weight_scale) FIELD(out) FIELD(in) FIELD(stream);
+    kernel(m, fields, "int8_weight_dequantize", int8_weight_dequantize);
+  }
 #if defined(OMNIMAMBA_CUDA)
   {
     using Params = LoraMatmulParams;
@@ -94,11 +99,6 @@ void bind_lora_linear(py::module_& m) {
     kernel(m, fields, "lora_outer", lora_outer);
   }
 #else
-  {
-    using Params = Int8WeightParams;
-    auto& fields = params<Params>() FIELD(dense) FIELD(weight) FIELD(weight_scale) FIELD(out) FIELD(in);
-    kernel(m, fields, "int8_weight_dequantize", int8_weight_dequantize);
-  }
   {
     using Params = LoraDropoutParams;
     auto& fields = params<Params>() FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold) FIELD(keep)

@@ -19,7 +19,7 @@ from . import native, nvrtc
 _OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 matrix instructions
 _emulator: ContextVar[ModuleType | None] = ContextVar("omnimamba_cuda_emulator", default=None)
 _emulated_shared: ContextVar[int] = ContextVar("omnimamba_cuda_emulated_shared", default=99 << 10)
-_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
 
 @cache

@@ -28,7 +28,7 @@ _KINDS = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8",
 }  # fmt: skip
-_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64))
+_STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
 
 @dataclass(frozen=True)

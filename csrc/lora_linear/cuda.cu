@@ -7,42 +7,20 @@
 //          L2 cache but no launch and no wait. More ranks, dropout or another type: lora_linear_low comes before.
 //          Where types differ, or addresses do not allow accesses of 16 bytes, a warp makes two outputs of four rows
 //          in float32, each lane with a share of the depth.
+//          int8 weights beside 16-bit x: cuda_int8.cu.
 // Traffic  the weights once from memory (in * out elements), in accesses of 16 bytes; x and lora_A once a block from L2.
 // The bits of a row depend on no other row and not on how many there are.
 #include "../common/check.h"
-#include "../common/math.cuh"
-#include "../common/reduce.cuh"
-#include "parts.cuh"
+#include "few_rows.cuh"
 
 namespace omnimamba {
 namespace {
 
-constexpr int WARPS = 8, RANKS = 16, MOST_ROWS = 64;
-constexpr int64_t FULL = 264;  // blocks that fill a large chip
-
-// y[row, o] from its sum over the depth.
-OM_DEVICE void finish(const LoraLinearParams& p, int64_t row, int64_t o, float value, const float* low) {
-  if (p.bias) value += float_at(p.bias, o);
-  const int64_t task = p.task ? integer_at(p.task, row) : -1;
-  if (task >= 0) {
-    float up = 0.0f;
-    for (int64_t r = 0; r < p.rank; r++) up += low[task * p.rank + r] * float_at(p.lora_B, task, o, r);
-    value += up;
-  }
-  put_float(value, p.y, row, o);
-}
-
-// low's element from its sum over the depth.
-OM_DEVICE float routed(const LoraLinearParams& p, int64_t row, int64_t r, float value) {
-  const auto task = static_cast<int64_t>(static_cast<uint32_t>(r) / static_cast<uint32_t>(p.rank));
-  return integer_at(p.task, row) == task ? (p.dropout ? value * reciprocal(p.keep) : value) * p.scale : 0.0f;
-}
-
 template <class T, int MT, int NT, bool FUSED>
 __global__ void __launch_bounds__(WARPS* WARP, NT >= 4 ? 1 : 2)
     few_rows_kernel(const __grid_constant__ LoraLinearParams p) {
-  constexpr int TILES = MT + FUSED, PITCH = 16 * TILES + 4;
-  OM_SHARED(float, shares, WARPS * 8 * PITCH);
+  constexpr int TILES = MT + FUSED;
+  OM_SHARED(float, shares, WARPS * 8 * (16 * TILES + 4));
   OM_SHARED(float, low, FUSED ? MOST_ROWS * RANKS : 1);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * 16 * MT, ranks = p.tasks * p.rank;
   const int g = lane_id() / 4;
@@ -65,26 +43,7 @@ __global__ void __launch_bounds__(WARPS* WARP, NT >= 4 ? 1 : 2)
   skinny_product<T, NT == 2 ? 12 : 16>(acc, weights, x, p.in, warp_id() * SKINNY_DEPTH, WARPS * SKINNY_DEPTH,
                                        [](auto&, int64_t) {});
 
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    add_shares<WARPS>(acc, n, shares);
-    if constexpr (FUSED) {
-      for (int e = static_cast<int>(threadIdx.x); e < 8 * RANKS; e += WARPS * WARP) {
-        const int row = 8 * n + e / RANKS, r = e % RANKS;
-        if (row >= p.rows || r >= ranks) continue;
-        const float value = routed(p, row, r, shares[e / RANKS * PITCH + 16 * MT + r]);
-        low[row * RANKS + r] = value;
-        if (blockIdx.x == 0 && p.low) *p.low.at<float>(row, r) = value;
-      }
-      sync_block();
-    }
-    for (int e = static_cast<int>(threadIdx.x); e < 8 * 16 * MT; e += WARPS * WARP) {
-      const int64_t row = 8 * n + e / (16 * MT), o = first + e % (16 * MT);
-      if (row >= p.rows || o >= p.out) continue;
-      const float* own = FUSED ? &low[row * RANKS] : p.low.at<float>(row);
-      finish(p, row, o, shares[e / (16 * MT) * PITCH + e % (16 * MT)], own);
-    }
-  }
+  finish_rows<MT, FUSED>(p, acc, first, shares, low);
 }
 
 // ---- low, 16 rows of x by 8 NT ranks a block ----
@@ -141,8 +100,17 @@ OM_DEVICE void read(float (&out)[N], const View& v, int64_t i, int64_t j, int64_
   }
 }
 
+// The same of a row of int8 weights, in floats.
+template <int N>
+OM_DEVICE void read_int8(float (&out)[N], const LoraLinearParams& p, int64_t o, int64_t k) {
+  const float scale = float_at(p.weight_scale, o, k / kInt8Group);
+  const auto pack = load_pack<Pack<int8_t, N>>(p.weight.at<int8_t>(o, k));
+#pragma unroll
+  for (int e = 0; e < N; e++) out[e] = scale * static_cast<float>(pack.value[e]);
+}
+
 // y, or low where LOW: rows blockIdx.y * rows_a_block and on, outputs by warps. x and weights as (rows, 1, in), (tasks, r, in).
-template <int N, bool LOW>
+template <int N, bool LOW, bool INT8>
 __global__ void __launch_bounds__(ANY_WARPS* WARP, 4)
     any_rows_kernel(const __grid_constant__ LoraLinearParams p, int64_t rows_a_block) {
   const int64_t outs = LOW ? p.tasks * p.rank : p.out;
@@ -166,7 +134,12 @@ __global__ void __launch_bounds__(ANY_WARPS* WARP, 4)
       float w[ANY_OUTS][N] = {};
 #pragma unroll
       for (int o = 0; o < ANY_OUTS; o++)
-        if (first + o < outs) read(w[o], weights, i[o], j[o], k);
+        if (first + o < outs) {
+          if constexpr (INT8)
+            read_int8(w[o], p, first + o, k);
+          else
+            read(w[o], weights, i[o], j[o], k);
+        }
 #pragma unroll
       for (int r = 0; r < ANY_ROWS; r++) {
         if (row + r >= end) continue;
@@ -200,30 +173,21 @@ __global__ void __launch_bounds__(ANY_WARPS* WARP, 4)
 
 namespace {
 
-template <bool LOW>
+template <bool LOW, bool INT8 = false>
 void run_any(const LoraLinearParams& p, int64_t rows_a_block) {
   const View& weights = LOW ? p.lora_A : p.weight;
   const int dimensions = LOW ? 2 : 1;
   const int64_t outs = LOW ? p.tasks * p.rank : p.out;
   auto fits = [&](const View& v, int d) {
-    const int64_t size = v.dtype == DType::F32 ? 4 : 2;
+    const int64_t size = v.dtype == DType::F32 ? 4 : v.dtype == DType::I8 ? 1 : 2;
     return v.stride[d] == 1 && packs(v, d, size, 4 * size);
   };
   const dim3 blocks = grid(ceil_div(outs, ANY_WARPS * ANY_OUTS), ceil_div(p.rows, rows_a_block));
   const Shape shape{blocks, ANY_WARPS * WARP, p.stream};
   if (p.in % 4 == 0 && fits(p.x, 1) && fits(weights, dimensions))
-    launch<any_rows_kernel<4, LOW>>(shape, p, rows_a_block);
+    launch<any_rows_kernel<4, LOW, INT8>>(shape, p, rows_a_block);
   else
-    launch<any_rows_kernel<1, LOW>>(shape, p, rows_a_block);
-}
-
-// body(T{}) where x and `other` are of one 16-bit type.
-template <class Body>
-void for_short_type(DType dtype, Body&& body) {
-  if (dtype == DType::BF16)
-    body(bf16{});
-  else
-    body(f16{});
+    launch<any_rows_kernel<1, LOW, INT8>>(shape, p, rows_a_block);
 }
 
 bool is_short(const View& x, const View& other) { return x.dtype != DType::F32 && x.dtype == other.dtype; }
@@ -255,10 +219,14 @@ bool low_packs(const LoraLinearParams& p) {
 void lora_linear_forward(const LoraLinearParams& p) {
   if (p.rows == 0 || p.out == 0) return;
   check(p.rows <= MOST_ROWS, "x: the kernel for few rows takes at most 64");
-  const bool packed = is_short(p.x, p.weight) && rows_pack(p.x, 1, p.in) && rows_pack(p.weight, 1, p.in);
+  const bool int8 = p.weight.dtype == DType::I8;
+  check(!int8 || p.in == 0 || p.weight_scale, "lora_linear: int8 weights need weight_scale");
+  const bool packed =
+      int8 ? int8_packs(p) : is_short(p.x, p.weight) && rows_pack(p.x, 1, p.in) && rows_pack(p.weight, 1, p.in);
   const bool fused = p.project && packed && p.tasks * p.rank <= RANKS && low_packs(p) && !p.dropout;
   if (p.project && !fused) lora_linear_low(p);
-  if (!packed) return run_any<false>(p, p.rows);
+  if (!packed) return int8 ? run_any<false, true>(p, p.rows) : run_any<false>(p, p.rows);
+  if (int8) return few_rows_int8(p, fused);
   for_short_type(p.x.dtype, [&](auto type) {
     using T = decltype(type);
     const bool wide = p.out >= 32 * FULL;  // else smaller blocks fill the chip

@@ -38,11 +38,13 @@ struct LoraLinearParams {
 // workspace: rows * (in rounded up to a multiple of 32 + rank) floats.
 void lora_linear_forward(const LoraLinearParams& p);
 
-// dense[o, k] = weight_scale[o, k / kInt8Group] weight[o, k] in float32, rows contiguous: for products of many rows.
+// dense[o, k] = weight_scale[o, k / kInt8Group] weight[o, k], contiguous, for products of many rows: in float32, on a GPU in
+// any float type.
 struct Int8WeightParams {
   View dense, weight, weight_scale;
   int64_t out = 0, in = 0;
-  int threads = 1;
+  int threads = 1;      // of the processor
+  uint64_t stream = 0;  // of the GPU
 };
 
 void int8_weight_dequantize(const Int8WeightParams& p);

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .int8 import GROUP
+
 
 @dataclass(frozen=True)
 class Case:
@@ -63,6 +65,18 @@ def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int 
         "bias": draw(case.out) if case.bias else None,
         "task": torch.randint(-1, tasks, case.lead, generator=make) if tasks else None,
     }
+
+
+def int8_inputs(
+    case: Case, dtype: torch.dtype, scale_dtype: torch.dtype = torch.bfloat16, seed: int = 3
+) -> dict[str, Tensor | None]:
+    """The same with any int8 weights and any scales, the extremes of both among them: more than ``quantize_int8``
+    would make."""
+    make = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (case.out, case.width), generator=make, dtype=torch.int8)
+    weight[0, 0], weight[-1, -1] = -128, 127
+    scale = torch.rand(case.out, -(-case.width // GROUP), generator=make) * 0.02 - 0.005
+    return inputs(case, dtype, dtype) | {"weight": weight, "weight_scale": scale.to(scale_dtype)}
 
 
 GPU = (

@@ -13,36 +13,38 @@ from torch import Tensor
 
 from ..cost import Cost, blocks, nbytes
 from ..triton_launch import Target, settings
-from .tiles import FEW_ROWS, block_r, fused, low_backward_bytes, pairs, product_bytes, split
+from .tiles import FEW_ROWS, block_r, few_rows_settings, fused, low_backward_bytes, pairs, product_bytes, split
 
 LOW = 4  # bytes of an element of low, dlow and of parts
 
 
 def forward_floor(
     x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
-    **_: object,
+    weight_scale: Tensor | None = None, **_: object,
 ) -> Cost:  # fmt: skip
     """Each input once, each output once; of the adapters' products each row's own."""
     (m, k), n = x.shape, weight.shape[0]
     rank = 0 if lora_A is None else lora_A.shape[1]
-    loaded = nbytes(x, weight, lora_A, lora_B, bias) + (0 if task is None else 4 * m)
+    loaded = nbytes(x, weight, weight_scale, lora_A, lora_B, bias) + (0 if task is None else 4 * m)
     return Cost(loaded, m * n * x.element_size(), 2 * m * n * k + 2 * m * rank * (k + n))
 
 
 def backward_floor(
     x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
-    **_: object,
+    weight_scale: Tensor | None = None, **_: object,
 ) -> Cost:  # fmt: skip
-    """The same for the gradients of everything."""
+    """The same for the gradients of everything; int8 weights have none."""
     (m, k), n = x.shape, weight.shape[0]
     rank = 0 if lora_A is None else lora_A.shape[1]
-    loaded = nbytes(x, weight, lora_A, lora_B) + m * n * x.element_size() + (0 if task is None else 4 * m)
-    return Cost(loaded, nbytes(x, weight, lora_A, lora_B, bias), 4 * m * n * k + 6 * m * rank * (k + n))
+    loaded = nbytes(x, weight, weight_scale, lora_A, lora_B) + m * n * x.element_size() + (0 if task is None else 4 * m)
+    learned, products = (weight, 2) if weight_scale is None else (None, 1)
+    flops = 2 * products * m * n * k + 6 * m * rank * (k + n)
+    return Cost(loaded, nbytes(x, learned, lora_A, lora_B, bias), flops)
 
 
 def forward(
     x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
-    *, target: Target, save: bool = False, dropout_p: float = 0.0, **_: object,
+    weight_scale: Tensor | None = None, *, target: Target, save: bool = False, dropout_p: float = 0.0, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
     found: dict[str, Cost] = defaultdict(Cost)
     in_passing = lora_A is not None and fused(x, lora_A, dropout_p)
@@ -54,17 +56,18 @@ def forward(
         if parts > 1:
             _sum(found, parts, x.shape[0] * ranks, LOW)
     if x.shape[0] <= FEW_ROWS:
-        _few_rows(found, x, weight, lora_A, lora_B, bias, task, in_passing, save, target)
+        _few_rows(found, x, weight, weight_scale, lora_A, lora_B, bias, task, in_passing, save, target)
     else:
+        weight = _dense(found, x, weight, weight_scale)
         _matmul(found, x, weight.T, x, bias, low, None if low is None else lora_B.transpose(1, 2), target)
     return dict(found)
 
 
 def backward(
     x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, task: Tensor | None,
-    *, target: Target, **_: object,
+    weight_scale: Tensor | None = None, *, target: Target, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
-    """The gradients of everything."""
+    """The gradients of everything; int8 weights have none."""
     found: dict[str, Cost] = defaultdict(Cost)
     dy = x.new_empty(x.shape[0], weight.shape[0], device="meta")
     low = None
@@ -73,21 +76,35 @@ def backward(
         low = x.new_empty(x.shape[0], ranks, dtype=torch.float32, device="meta")
     if lora_A is not None or bias is not None:
         _low_backward(found, dy, lora_B, bias, task is not None, target)
-    _matmul(found, dy, weight, x, None, low, lora_A, target)
-    _matmul(found, dy.T, x, weight, None, None, None, target)
+    _matmul(found, dy, _dense(found, dy, weight, weight_scale), x, None, low, lora_A, target)
+    if weight_scale is None:
+        _matmul(found, dy.T, x, weight, None, None, None, target)
     if lora_A is not None:
         parts = _narrow(found, x.T, low.unflatten(1, lora_A.shape[:2]), False, target)
         _sum(found, parts, lora_A.numel(), lora_A.element_size())
     return dict(found)
 
 
-def _few_rows(found, x, weight, lora_A, lora_B, bias, task, in_passing: bool, save: bool, target: Target) -> None:
+def _dense(found, x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """The weights, or what int8 ones become in x's type."""
+    if weight_scale is None:
+        return weight
+    dense = weight.new_empty(weight.shape, dtype=x.dtype, device="meta")
+    found["dequantize_kernel"] += Cost(nbytes(weight, weight_scale), nbytes(dense))
+    return dense
+
+
+def _few_rows(
+    found, x, weight, weight_scale, lora_A, lora_B, bias, task, in_passing: bool, save: bool, target: Target
+) -> None:
     (m, k), n = x.shape, weight.shape[0]
-    use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=product_bytes(x, weight))
-    block_m, block_n = use["BLOCK_M"], use["BLOCK_N"]
     ranks = 0 if lora_A is None else lora_A.shape[0] * lora_A.shape[1]
+    use = few_rows_settings(x, weight, ranks if in_passing else 0, target)
+    block_m, block_n = use["BLOCK_M"], use["BLOCK_N"]
     tiles, depth, step_r = blocks(n, block_n), blocks(k, use["BLOCK_K"]) * use["BLOCK_K"], block_r(ranks)
     loaded = tiles * nbytes(x) + nbytes(weight, bias)
+    if weight_scale is not None:
+        loaded += blocks(k, use["BLOCK_K"]) * n * weight_scale.element_size()
     stored = m * n * x.element_size()
     flops = 2 * tiles * block_m * block_n * depth
     if lora_A is not None:

@@ -3,10 +3,12 @@
     y_i = W x_i + bias + scale B_t A_t u_i,    u = dropout(x),    t = task of row i, -1: the base alone
 
 Launches  up to FEW_ROWS rows: 1, and 1 more for many ranks, dropout or adapters of another type. More: 2 forward (low;
-          y). Backward, each as needed: dlow 1, dB and dbias 2 (parts; their sum), dA 2, dx 1, dweight 1.
+          y). Backward, each as needed: dlow 1, dB and dbias 2 (parts; their sum), dA 2, dx 1, dweight 1. int8 weights
+          of many rows, or for dx: 1 more, which makes them dense in x's type.
 Saved     low (rows, tasks r) float32, so that the backward does not read x for dB.
 Products  16-bit operands of one type on the matrix units, on Hopper by a kernel of its own (cuda_sm90.cu) where the
-          product fills a quarter of the chip; others, and rows that are not packs of 16 bytes, in float32.
+          product fills a quarter of the chip; and int8 weights under few rows of 16 bits. Others, and rows that are
+          not packs of 16 bytes, in float32.
 """
 
 from __future__ import annotations
@@ -17,15 +19,13 @@ from torch import Tensor
 from .. import cuda
 from .routing import tasks_of_rows
 
-MATRIX = ("matmul16_kernel", "matmul_sm90_kernel")
+MATRIX = ("matmul16_kernel", "matmul_sm90_kernel", "few_rows_int8_kernel")
 
 # Up to so many rows, a block holds all of them beside its strip of the weights.
 FEW_ROWS = 64
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
-    if tensors[-1] is not None:
-        return "int8 weights are read by a CPU's native kernels alone; dequantize_int8 makes floats of them"
     return cuda.cannot_take(*tensors)
 
 
@@ -36,7 +36,7 @@ def forward(
     lora_B: Tensor | None,
     bias: Tensor | None,
     task: Tensor | None,
-    weight_scale: None,
+    weight_scale: Tensor | None,
     *,
     one_task: int,
     scale: float,
@@ -48,12 +48,13 @@ def forward(
     dropout = _dropout(dropout_p, dropout_seed)
     low = None if task is None else _low_like(x, lora_A)
     if x.shape[0] <= FEW_ROWS:
-        y = _few_rows(x, weight, lora_A, lora_B, bias, task, low, scale, dropout)
+        y = _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, low, scale, dropout)
     else:
         if task is not None:
             _project(x, lora_A, task, low, scale, dropout)
-        y = _matmul(x, weight.T, x.dtype, bias, low, None if task is None else lora_B.transpose(1, 2), {})
-    return (y,), (x, weight, lora_A, lora_B, bias, task, low) if save else ()
+        dense = _dense(weight, weight_scale, x.dtype)
+        y = _matmul(x, dense.T, x.dtype, bias, low, None if task is None else lora_B.transpose(1, 2), {})
+    return (y,), (x, weight, lora_A, lora_B, bias, task, weight_scale, low) if save else ()
 
 
 def backward(
@@ -66,7 +67,7 @@ def backward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, bias, task, low = saved
+    x, weight, lora_A, lora_B, bias, task, weight_scale, low = saved
     dx = dweight = dA = dB = dbias = dlow = None
     if grads[0] is None:
         return None, None, None, None, None, None, None
@@ -83,7 +84,7 @@ def backward(
         dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs[4] else None
         _outer(dy, None if dB is None else low, None if dB is None else dB.transpose(1, 2), dbias, {})
     if needs[0]:
-        dx = _matmul(dy, weight, x.dtype, None, dlow, lora_A, dropout)
+        dx = _matmul(dy, _dense(weight, weight_scale, dy.dtype), x.dtype, None, dlow, lora_A, dropout)
     if needs[1]:
         dweight = _matmul(dy.T, x, weight.dtype, None, None, None, {})
     if routed and needs[2]:
@@ -107,6 +108,7 @@ def _low_like(x: Tensor, lora_A: Tensor) -> Tensor:
 def _few_rows(
     x: Tensor,
     weight: Tensor,
+    weight_scale: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -124,6 +126,7 @@ def _few_rows(
         x.device,
         x=x,
         weight=weight,
+        weight_scale=weight_scale,
         lora_A=lora_A,
         lora_B=lora_B,
         bias=bias,
@@ -159,6 +162,24 @@ def _project(u: Tensor, lora_A: Tensor, task: Tensor, low: Tensor, scale: float,
         **{"in": width},
         **dropout,
     )
+
+
+def _dense(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weights as floats: themselves, or int8 ones times their scales as ``dtype``, in memory of their own."""
+    if weight_scale is None:
+        return weight
+    out, width = weight.shape
+    dense = weight.new_empty(out, width, dtype=dtype)
+    cuda.call(
+        "int8_weight_dequantize",
+        weight.device,
+        dense=dense,
+        weight=weight,
+        weight_scale=weight_scale,
+        out=out,
+        **{"in": width},
+    )
+    return dense
 
 
 def _matmul(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cost import blocks
-from ..triton_launch import Target
+from ..triton_launch import Target, settings
 
 # Up to so many rows, one program holds all of them beside its strip of the weights.
 FEW_ROWS = 64
@@ -41,6 +41,13 @@ def split(length: int, block: int, tiles: int, target: Target, per_multiprocesso
     steps = blocks(length, block)
     chunk = max(blocks(steps, wanted), min(steps, 4), 1) * block
     return max(blocks(length, chunk), 1), chunk
+
+
+def few_rows_settings(x: Tensor, weight: Tensor, ranks: int, target: Target) -> dict[str, int]:
+    """How to launch the kernel for few rows, which computes low of ``ranks`` itself."""
+    (m, k), n, int8 = x.shape, weight.shape[0], weight.dtype is torch.int8
+    each = product_bytes(x, x if int8 else weight)
+    return settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=each, int8=int(int8), ranks=ranks)
 
 
 def product_bytes(a: Tensor, b: Tensor) -> int:

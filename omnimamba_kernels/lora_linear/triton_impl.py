@@ -7,7 +7,8 @@ of x W^T start from low [B_1 | B_2 | ..]^T. No sorting, nothing read back, any m
 as a number and makes no tensor.
 
 Launches  up to FEW_ROWS rows: 1. More: 2 forward (low; y), 3 where low is split along ``in``. Backward, each as needed:
-          one pass over dy for dlow, dB and dbias, with a small sum for each; dx; dweight; dA and its sum.
+          one pass over dy for dlow, dB and dbias, with a small sum for each; dx; dweight; dA and its sum. int8 weights
+          of many rows or for dx: 1 more, which makes them dense in x's type.
 Saved     low (rows, tasks r) float32, so that the backward does not read x for dB.
 Products  16-bit operands of one type as they are; others in float32: as three tf32 products, on AMD in float32 itself.
           Where the result is stored in 16 bits a float32 operand beside bfloat16 goes as two bfloat16 parts.
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from .. import triton_launch
 from ..triton_launch import Target, launch, settings, target_of, together
-from .tiles import FEW_ROWS, block_r, fused, low_backward_bytes, pairs, product_bytes, split
+from .int8 import GROUP
+from .tiles import FEW_ROWS, block_r, few_rows_settings, fused, low_backward_bytes, pairs, product_bytes, split
 from .triton_few_rows import few_rows_kernel
+from .triton_int8 import dequantize_kernel
 from .triton_low_rank import low_backward_kernel, narrow_kernel, sum_kernel
 from .triton_matmul import matmul_kernel
 
@@ -56,8 +59,6 @@ def _signed(number: int) -> int:
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
-    if tensors[-1] is not None:
-        return "int8 weights are read by a CPU's native kernels alone; dequantize_int8 makes floats of them"
     return triton_launch.cannot_store(*tensors)
 
 
@@ -69,7 +70,7 @@ def forward(
     lora_B: Tensor | None,
     bias: Tensor | None,
     task: Tensor | None,
-    weight_scale: None,
+    weight_scale: Tensor | None,
     *,
     one_task: int,
     scale: float,
@@ -82,10 +83,11 @@ def forward(
     in_passing = route is not None and fused(x, lora_A, dropout_p)
     low = None if route is None or in_passing else _project_down(x, lora_A, route, scale, dropout)
     if x.shape[0] <= FEW_ROWS:
-        y, low = _few_rows(x, weight, lora_A, lora_B, bias, route, low, scale, in_passing, save)
+        y, low = _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, route, low, scale, in_passing, save)
     else:
-        y = _matmul(x, weight.T, x.dtype, bias, low, None if low is None else lora_B.transpose(1, 2))
-    return (y,), (x, weight, lora_A, lora_B, bias, task, low) if save else ()
+        dense = _dense(weight, weight_scale, x.dtype)
+        y = _matmul(x, dense.T, x.dtype, bias, low, None if low is None else lora_B.transpose(1, 2))
+    return (y,), (x, weight, lora_A, lora_B, bias, task, weight_scale, low) if save else ()
 
 
 @together()
@@ -99,7 +101,7 @@ def backward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, bias, task, low = saved
+    x, weight, lora_A, lora_B, bias, task, weight_scale, low = saved
     dx = dweight = dA = None
     if grads[0] is None:
         return None, None, None, None, None, None, None
@@ -110,7 +112,7 @@ def backward(
     wanted = (routed and (needs[0] or needs[2]), routed and needs[3], needs[4])
     dlow, dB, dbias = _low_backward(dy, lora_B, low, route, bias, scale, wanted)
     if needs[0]:
-        dx = _matmul(dy, weight, x.dtype, None, dlow, lora_A, dropout)
+        dx = _matmul(dy, _dense(weight, weight_scale, dy.dtype), x.dtype, None, dlow, lora_A, dropout)
     if needs[1]:
         dweight = _matmul(dy.T, x, weight.dtype)
     if routed and needs[2]:
@@ -149,9 +151,24 @@ def _matmul(
     return c
 
 
+def _dense(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weights as floats: themselves, or int8 ones times their scales as ``dtype``, in memory of their own."""
+    if weight_scale is None:
+        return weight
+    n, k = weight.shape
+    dense = weight.new_empty(n, k, dtype=dtype)
+    use = settings("lora_linear", "dequantize", target_of(weight))
+    launch(
+        dequantize_kernel, (triton.cdiv(n, use["BLOCK_N"]) * triton.cdiv(k, GROUP),),
+        weight, weight_scale, dense, n, k, *weight.stride(), *weight_scale.stride(), GROUP=GROUP, **use,
+    )  # fmt: skip
+    return dense
+
+
 def _few_rows(
     x: Tensor,
     weight: Tensor,
+    weight_scale: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias: Tensor | None,
@@ -169,14 +186,15 @@ def _few_rows(
     if in_passing and save:
         low = x.new_empty(m, tasks * rank, dtype=torch.float32)
     target = target_of(x)
-    use = settings("lora_linear", "few_rows", target, m=m, n=n, k=k, bytes=product_bytes(x, weight))
+    use = few_rows_settings(x, weight, tasks * rank if in_passing else 0, target)
     launch(
         few_rows_kernel, (triton.cdiv(n, use["BLOCK_N"]),),
-        x, weight, lora_A, lora_B, bias, task, low, y, m, n, k, tasks * rank, max(rank, 1), scale,
-        *x.stride(), *weight.stride(), *((0,) * 6 if route is None else (*lora_A.stride(), *lora_B.stride())),
+        x, weight, weight_scale, lora_A, lora_B, bias, task, low, y, m, n, k, tasks * rank, max(rank, 1), scale,
+        *x.stride(), *weight.stride(), *((0, 0) if weight_scale is None else weight_scale.stride()),
+        *((0,) * 6 if route is None else (*lora_A.stride(), *lora_B.stride())),
         _stride(bias), task_m, one_task,
         HAS_BIAS=bias is not None, HAS_LOW=route is not None, FUSED=in_passing, SAVE=in_passing and save,
-        **_dot_flags(x.dtype, target), BLOCK_R=block_r(tasks * rank), **use,
+        **_dot_flags(x.dtype, target), BLOCK_R=block_r(tasks * rank), GROUP=GROUP, **use,
     )  # fmt: skip
     return y, low
 

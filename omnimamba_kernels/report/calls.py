@@ -136,6 +136,15 @@ def _lora() -> Iterator[Call]:
                 tensors = lambda case=case, dtype=dtype, weight=weight: lora_cases.inputs(case, dtype, weight)  # noqa: E731
                 yield Call("lora_linear", name, large, _with(lora_linear, options), tensors,
                            ("x", "weight", "lora_A", "lora_B", "bias"))  # fmt: skip
+    yield from _lora_int8()
+
+
+def _lora_int8() -> Iterator[Call]:
+    small, large = lora_cases.SMALL[6:8], (lora_cases.GPU[0], lora_cases.GPU[3])
+    for case, dtype, is_large in _with_dtypes(small, large):
+        yield Call("lora_linear", _named(f"{case}, int8 weights", dtype), is_large, _with(lora_linear, {"scale": 2.0}),
+                   lambda case=case, dtype=dtype: lora_cases.int8_inputs(case, dtype),
+                   ("x", "lora_A", "lora_B", "bias"))  # fmt: skip
 
 
 def _mixer() -> Iterator[Call]:

@@ -7,8 +7,11 @@ import pytest
 import torch
 from common import check, placing, running, same_bits
 from test_lora_linear import FLOATS, layer, oracle
+from test_lora_linear_int8 import FLOATS as BUT_WEIGHTS
+from test_lora_linear_int8 import int8_inputs
+from test_lora_linear_int8 import oracle as int8_oracle
 
-from omnimamba_kernels import lora_linear
+from omnimamba_kernels import dequantize_int8, lora_linear
 from omnimamba_kernels.lora_linear.cases import Case, inputs
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
@@ -49,6 +52,57 @@ def test_adapters_of_another_type(case, adapters):
     tensors = inputs(case, torch.bfloat16, torch.bfloat16)
     tensors |= {key: tensors[key].to(adapters) for key in ("lora_A", "lora_B")}
     check("cuda-emulated", layer, oracle, tensors, wanted=FLOATS)
+
+
+INT8 = [
+    Case((3,), 1104, 40, tasks=0, bias=True),  # 18 groups go round eight warps, the last has 16
+    Case((12,), 272, 24, rank=8),
+    Case((30,), 64, 40, tasks=1, rank=3, bias=True),
+    Case((64,), 208, 24, rank=8),
+    Case((3,), 64, 24, tasks=3, rank=7),  # too many ranks for one launch
+    Case((3,), 72, 24),  # packs of x, none of the weights
+]
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("case", INT8, ids=str)
+def test_int8_weights_in_packs(case, dtype):
+    check("cuda-emulated", layer, int8_oracle, int8_inputs(case, dtype), wanted=BUT_WEIGHTS)
+    emulated.started()
+    layer(**int8_inputs(case, dtype))
+    assert any("few_rows_int8_kernel" in name for name in emulated.started()) == (case.width % 16 == 0)
+
+
+def test_wide_blocks_of_int8_weights():
+    check("cuda-emulated", layer, int8_oracle, int8_inputs(Case((8,), 80, 8456, tasks=1, rank=2), torch.bfloat16))
+
+
+def test_no_order_of_threads_changes_a_bit_of_int8_products():
+    tensors = int8_inputs(Case((20,), 720, 40, rank=8), torch.bfloat16)
+    want = layer(**tensors)
+    for seed in range(3):
+        emulated.configure(seed)
+        assert same_bits(layer(**tensors), want)
+
+
+@pytest.mark.parametrize("rows", [3, 12, 30])
+def test_a_row_beside_int8_weights_is_the_same_among_any_others(rows):
+    t = int8_inputs(Case((64,), 80, 40, rank=8), torch.bfloat16)
+    some = t | {"x": t["x"][:rows], "task": t["task"][:rows]}
+    assert same_bits(layer(**some), layer(**t)[:rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+@pytest.mark.parametrize("width", [144, 130])
+def test_dense_weights(width, dtype):
+    """Every int8 there is, rounded once, to the last bit and no further."""
+    weight = (torch.arange(6 * width) % 256 - 128).to(torch.int8).view(6, width)
+    scale = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+    frame = torch.full((8, width), 7.0, dtype=dtype)
+    given = {"dense": frame[1:7], "weight": weight, "weight_scale": scale, "out": 6, "in": width}
+    emulated.module().kernels["int8_weight_dequantize"](**given)
+    assert same_bits(frame[1:7], dequantize_int8(weight, scale).to(dtype))
+    assert (frame[0] == 7).all() and (frame[7] == 7).all()
 
 
 def product(m, n, k, a_along, b_along, dtype=torch.bfloat16):

@@ -8,6 +8,7 @@ import torch
 from common import check, same_bits
 from counting import Seen, counted
 from test_lora_linear import FLOATS, hashed, layer, oracle
+from test_lora_linear_int8 import int8_inputs
 
 from omnimamba_kernels import lora_linear, use_backend
 from omnimamba_kernels.cost import Cost
@@ -33,6 +34,8 @@ def launched(rows: int, tasks: int, needs: tuple[str, ...] = (), arch: str = "sm
          "lora_B": empty(tasks, 8512, 8), "task": torch.empty(rows, dtype=torch.int32, device="meta")}  # fmt: skip
     if not tasks:
         t |= {"lora_A": None, "lora_B": None, "task": None}
+    if options.pop("int8", False):
+        t |= {"weight": t["weight"].to(torch.int8), "weight_scale": empty(8512, 32)}
     t |= {key: options.pop(key) for key in ("task",) if key in options}
     for key in needs:
         t[key].requires_grad_()
@@ -48,6 +51,14 @@ def launched(rows: int, tasks: int, needs: tuple[str, ...] = (), arch: str = "sm
 @pytest.mark.parametrize("tasks", [0, 2])
 def test_few_rows_are_one_launch(rows, tasks):
     assert launched(rows, tasks) == ["few_rows_kernel"]
+
+
+def test_int8_weights_of_few_rows_are_one_launch_and_of_many_one_more():
+    assert launched(4, 2, int8=True) == ["few_rows_kernel"]
+    assert launched(8192, 0, int8=True) == ["dequantize_kernel", "matmul_kernel"]
+    assert launched(8192, 0, ("x",), int8=True) == ["dequantize_kernel", "matmul_kernel"]
+    with_everything = launched(8192, 2, ("x", "lora_A", "lora_B"), int8=True)
+    assert with_everything.count("matmul_kernel") == with_everything.count("dequantize_kernel") == 1
 
 
 def test_many_rows_are_two_launches():
@@ -134,20 +145,12 @@ def test_operands_wider_than_32_bits(rows, flip):
 COUNTED = (*SMALL, Case((4,), 40, 37, tasks=3, rank=30), Case((130,), 70, 37, tasks=3, rank=7, bias=True))
 
 
-@interpreted
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-@pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.float16, torch.float16),
-                                  (torch.float32, torch.float16)], ids=str)  # fmt: skip
-@pytest.mark.parametrize(
-    ("case", "one_task"), [*((c, False) for c in COUNTED), (SMALL[2], True), (COUNTED[-1], True)], ids=str
-)
-def test_the_cost_model_counts_what_moves(case, pair, dropout_p, one_task):
-    t = inputs(case, *pair)
-    t |= {"task": case.tasks - 1} if one_task else {}
+def count(t: dict, **options: object) -> None:
+    """Holds the cost model to what the interpreter counts, and to its own floor."""
     by_row = t["task"].flatten().int() if isinstance(t["task"], torch.Tensor) else None
-    flat = t | {"x": t["x"].reshape(-1, case.width), "task": by_row}
-    options = {"dropout_p": dropout_p, "dropout_seed": 3}
-    leaves = {k: v.requires_grad_() if v is not None and k in FLOATS else v for k, v in t.items()}
+    flat = t | {"x": t["x"].reshape(-1, t["x"].shape[-1]), "task": by_row}
+    leaves = {k: v.requires_grad_() if v is not None and k in FLOATS and v.is_floating_point() else v
+              for k, v in t.items()}  # fmt: skip
     with use_backend("triton"), counted() as forward:
         y = lora_linear(**leaves, **options)
     assert forward == cost.forward(**flat, **options, save=True, target=INTERPRETER)
@@ -160,3 +163,23 @@ def test_the_cost_model_counts_what_moves(case, pair, dropout_p, one_task):
     floor = cost.backward_floor(**flat)
     moved = sum(backward.values(), Cost())
     assert moved.loaded >= floor.loaded and moved.stored >= floor.stored and moved.flops >= floor.flops
+
+
+@interpreted
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.float16, torch.float16),
+                                  (torch.float32, torch.float16)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "one_task"), [*((c, False) for c in COUNTED), (SMALL[2], True), (COUNTED[-1], True)], ids=str
+)
+def test_the_cost_model_counts_what_moves(case, pair, dropout_p, one_task):
+    t = inputs(case, *pair)
+    t |= {"task": case.tasks - 1} if one_task else {}
+    count(t, dropout_p=dropout_p, dropout_seed=3)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [SMALL[2], Case((4,), 150, 37, rank=4), Case((70,), 150, 37, bias=True)], ids=str)
+def test_the_cost_model_counts_int8_weights(case, dtype):
+    count(int8_inputs(case, dtype))

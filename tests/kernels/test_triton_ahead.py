@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from omnimamba_kernels import lora_linear
 from omnimamba_kernels.backends import OPS
-from omnimamba_kernels.triton_launch import TARGETS, interpreting
+from omnimamba_kernels.lora_linear import cases as lora_cases
+from omnimamba_kernels.triton_launch import TARGETS, Target, interpreting
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -25,8 +28,8 @@ if interpreting():
 import triton
 import triton.language as tl
 
-from omnimamba_kernels.report import ahead, table
-from omnimamba_kernels.report.calls import calls
+from omnimamba_kernels.report import ahead, resources, table
+from omnimamba_kernels.report.calls import Call, calls
 from omnimamba_kernels.report.resources import _CHIPS, products, resident
 
 KERNELS = Path(ahead.__file__).resolve().parents[1]
@@ -44,6 +47,7 @@ def representative(op: str) -> list[ahead.Job]:
         "bf16": ([call for call in large if call.name.endswith("bf16")], TARGETS),
         "fp32": ([call for call in all_calls if not call.large and call.name.endswith("fp32")], ["sm_90"]),
         "inference": ([call for call in large if call.name.endswith("inference, bf16")], ["sm_90"]),
+        "int8": ([call for call in large if call.name.endswith("int8 weights, bf16")], TARGETS),
         "packed": ([call for call in all_calls if call.name == "packed by offsets, inference, fp16"], ["sm_80"]),
         "fp16": ([call for call in large if call.name.endswith("fp16") and op == "ssd_scan"], ["sm_80", "sm_120"]),
     }
@@ -52,7 +56,7 @@ def representative(op: str) -> list[ahead.Job]:
         for job in ahead.jobs(wanted, archs):
             if job.module.split(".")[1] == op:  # an operation made of others starts their kernels too
                 found.setdefault((job.kernel, job.arch, kind), job)
-    return list(found.values())
+    return list({(job.kernel, job.arch, job.kinds, job.constants, job.options): job for job in found.values()}.values())
 
 
 @pytest.mark.parametrize("op", WRITTEN)
@@ -61,6 +65,24 @@ def test_kernels_fit_every_chip(op):
     assert {job.arch for job, _ in rows} == set(TARGETS)
     broken = {f"{j.kernel} for {j.arch}, {j.call}": faults for j, r in rows if (faults := table.faults(j, r))}
     assert not broken, broken
+
+
+AMPERE = {"sm_86": resources.Chip(48, 16, 102_400, 1024, 65_536, 1, 256),
+          "sm_89": resources.Chip(48, 24, 102_400, 1024, 65_536, 1, 256)}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
+@pytest.mark.parametrize("out", [2048, 8512])
+def test_few_rows_of_many_ranks_fit_the_chips_with_the_least_shared_memory(arch, out, monkeypatch):
+    """Two adapters of rank 32, whose strip of A lies beside that of the weights."""
+    if arch in AMPERE:
+        monkeypatch.setitem(TARGETS, arch, Target(arch, 84, 101_376))
+        monkeypatch.setitem(resources._CHIPS, arch, AMPERE[arch])
+    case = lora_cases.Case((1,), 2048, out, rank=32)
+    tensors = lambda: lora_cases.inputs(case, torch.bfloat16, torch.bfloat16)  # noqa: E731
+    (job,) = ahead.jobs([Call("lora_linear", "many ranks", True, lora_linear, tensors)], [arch])
+    assert job.kernel == "few_rows_kernel"
+    assert not table.faults(job, ahead.compile_one(job))
 
 
 @pytest.mark.parametrize("op", WRITTEN)
