@@ -18,8 +18,11 @@ from .state import MambaState
 
 
 def activation_dtype(matrix: Tensor) -> torch.dtype:
-    """What a matrix multiplies: its own dtype on a GPU; at least fp32 on a CPU, where 16 bits only save traffic."""
-    return wide(matrix.dtype) if matrix.device.type == "cpu" or matrix.dtype is torch.int8 else matrix.dtype
+    """What a matrix multiplies: its own dtype on a GPU, bf16 where that is int8; at least fp32 on a CPU, where 16 bits
+    only save traffic."""
+    if matrix.device.type == "cpu":
+        return wide(matrix.dtype)
+    return torch.bfloat16 if matrix.dtype is torch.int8 else matrix.dtype
 
 
 class MambaLayer(nn.Module):
@@ -166,7 +169,7 @@ def cast_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast tables, matrices and adapters to ``dtype`` in place; vectors and convolutions stay as they are.
 
     The vectors (dt_bias, A_log, D, norms, biases) weigh nothing and set the recurrence's precision. ``torch.int8``
-    quantizes tables and matrices (``quantize_int8``) for a CPU's decode; the adapters, which it would cost most, stay.
+    quantizes tables and matrices (``quantize_int8``) for decode; the adapters, which it would cost most, stay.
     """
     if dtype is torch.int8:
         return _quantized(model)
@@ -179,8 +182,8 @@ def cast_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _quantized(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (Linear, RoutedLinear, Table)) and module.weight_scale is None:
-            if module.weight.device.type != "cpu":
-                raise RuntimeError(f"int8 weights run on a CPU alone, and the model is on {module.weight.device}")
+            if module.weight.is_meta:
+                raise RuntimeError("int8 weights are made of numbers, of which meta has none: load the model first")
             weight, module.weight_scale = quantize_int8(module.weight)
             module.weight = nn.Parameter(weight, requires_grad=False)
     return model

@@ -27,7 +27,7 @@ class Pretrained:
 
         Reads what ``save_pretrained`` wrote and what ``omnimamba convert`` reads; strict: CheckpointError lists every
         tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices; ``torch.int8`` quantizes them, for
-        a CPU's decode. Pickles are read as tensors only.
+        decode. Pickles are read as tensors only.
         """
         from .foreign import read_any
         from .weights import CheckpointError

@@ -34,7 +34,7 @@ GROUPS = {
     "gated_norm": {"gated_norm forward", "gated_norm backward"},
     "causal_conv1d": {"causal_conv1d forward", "causal_conv1d backward", "causal_conv1d update"},
     "state_update": {"state_update"},
-    "lora_linear": {"lora_linear", "lora_linear backward"},
+    "lora_linear": {"lora_linear", "lora_linear backward", "lora_linear int8"},
     "mamba_mixer": {"mamba_mixer sequence", "mamba_mixer sequence backward", "mamba_mixer step"},
 }
 

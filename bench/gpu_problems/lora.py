@@ -1,4 +1,5 @@
-"""The LoRA linear layer beside the product without its adapters: forward, and the backward of training an adapter."""
+"""The LoRA linear layer beside the product without its adapters: forward, with int8 weights at few rows, and the
+backward of training an adapter."""
 
 from __future__ import annotations
 
@@ -82,6 +83,24 @@ def _one_adapter(device: torch.device) -> Iterator[Problem]:
     functions |= written_out(device, eager, True)
     yield _forward(case, values, functions | {peers.peft_label(): lambda v: layer()(v["x"])})
     yield _backward(case, values, functions | {peers.peft_label(): trained})
+
+    for case in sizes(device, cases.GPU[:2], cases.SMALL[1:2]):
+        yield _int8(device, case, dtype)
+
+
+def _int8(device: torch.device, case: cases.Case, dtype: torch.dtype) -> Problem:
+    """A decode step's product. The yardstick reads the weights in x's type, and has no adapter."""
+    values = made(device, lambda: cases.int8_inputs(case, dtype))
+    x, weight, scale = (values[name] for name in ("x", "weight", "weight_scale"))
+    dense = kernels.dequantize_int8(weight, scale)
+    exact, product = ours(inputs.double(values), "reference"), F.linear(x.double(), dense.double())
+    functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device)}
+    calls = forward(functions, values) | forward({BASE: base}, {"x": x, "weight": dense.to(dtype)})
+    return Problem(
+        "lora_linear int8", str(case), nbytes(x, weight, scale) + x.shape[0] * case.out * x.element_size(),
+        2.0 * x.shape[0] * case.width * case.out, calls, lambda y: worst_error((y,), (exact,)), inputs.BOUND[dtype],
+        {BASE: lambda y: worst_error((y,), (product,))},
+    )  # fmt: skip
 
 
 def _forward(case: cases.Case, values: Values, functions: dict) -> Problem:

@@ -27,7 +27,7 @@ def add_place(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", type=Path, required=True, help="a folder of demo, train or convert")
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     command.add_argument(
-        "--dtype", choices=LOADED, help="cast the matrices, int8 on a CPU alone; by default they stay as they are"
+        "--dtype", choices=LOADED, help="cast the matrices, int8 for decode; by default they stay as they are"
     )
     command.add_argument("--backend", choices=BACKENDS, help="the kernels to run on; by default the best that can")
 

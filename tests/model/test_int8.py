@@ -7,6 +7,7 @@ import torch
 
 from omnimamba_kernels import backends, dequantize_int8, native, use_backend
 from omnimamba_model import OmniMamba, cast_matrices
+from omnimamba_model.backbone import activation_dtype
 from omnimamba_model.config import MMU, T2I
 from omnimamba_model.generation import draw, generate_text
 from omnimamba_model.layers import Linear, RoutedLinear, Table
@@ -72,7 +73,13 @@ def test_autocast_leaves_int8_alone(folder, caption, image):
     assert torch.allclose(got.float(), want, atol=0.05 * float(want.abs().max()))
 
 
-def test_int8_is_not_saved_and_needs_a_cpu(model, tmp_path):
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)])
+def test_what_int8_multiplies(device, dtype):
+    """On meta as on a GPU, whose matrix units take 16 bits."""
+    assert activation_dtype(torch.empty(2, 3, dtype=torch.int8, device=device)) is dtype
+
+
+def test_int8_is_not_saved_and_needs_numbers(model, tmp_path):
     with pytest.raises(RuntimeError, match="meta"):
         cast_matrices(OmniMamba(model.config).to("meta"), torch.int8)
     with pytest.raises(ValueError, match="int8"):
