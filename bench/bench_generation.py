@@ -5,21 +5,24 @@ batch 1, in two protocols: the fair one, a static key-value cache, and that of t
 has no cache and computes the whole sequence again for each token. ``test_decode`` times a decode step at a
 context of so many tokens; ``test_whole`` the generation of so many tokens, from three steps (bench.integrated).
 A cache is filled with noise, since its contents do not change the time. Ours keeps bf16 weights, the
-Transformer those it is faster with, bf16 or fp32: its row says which. Peak memory is a child process's:
+Transformer those it is faster with at that length, bf16 or fp32: its row says which. Peak memory is a child process's:
 weights, cache or state, step; measured of the whole generation, at its last token.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
+import torch
 
 from . import machine, memory
 from .generators import TOKENS, case, contender, dtype_of, generating, model, work
 from .integrated import POSITIONS
 from .published import CACHED as PEER
 from .published import FIGURE_1, MEMORY_AT, MEMORY_CASE, MEMORY_GROUP, OURS, UNCACHED, WHOLE, whole_case
+from .rates import product
 from .results import Row
 
 GROUP = "generation"
@@ -32,50 +35,52 @@ full = pytest.mark.full
 @pytest.mark.parametrize("context", [CONTEXTS[0], *(pytest.param(c, marks=full) for c in CONTEXTS[1:])])
 def test_decode(bench, benchmark, context):
     contenders = [contender(who, context) for who in (OURS, PEER)]
-    first = work(OURS, dtype_of(OURS), context, TOKENS)
+    first = work(OURS, dtype_of(OURS, context), context, TOKENS)
     rows = bench.compare(benchmark, GROUP, case(context), contenders, first, tokens=TOKENS)
     for row in rows:
-        row.note = f"{dtype_of(row.who)} weights"
+        row.note = f"{dtype_of(row.who, context)} weights"
 
 
 @pytest.mark.parametrize("total", [LENGTHS[0], *(pytest.param(n, marks=full) for n in LENGTHS[1:])])
 def test_whole(bench, benchmark, total):
     """Ours, with a cache, and as far as it ends in minutes without one."""
     room = (machine.memory() or 2**34) / 2
-    needed = model(PEER, dtype_of(PEER)).new_cache(1, 1).nbytes * total
+    dtype = functools.partial(dtype_of, context=total / 2)
+    needed = model(PEER, dtype(PEER)).new_cache(1, 1).nbytes * total
     contenders = [generating(bench, OURS, total)]
     if needed < room:
         contenders.append(generating(bench, PEER, total))
     else:
         bench.absent(WHOLE, whole_case(total), PEER, f"a cache of {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB allowed")
-    first = work(OURS, dtype_of(OURS), total / 2, total)
+    first = work(OURS, dtype(OURS), total / 2, total)
     if total <= LONGEST_UNCACHED:
         contenders.append(generating(bench, UNCACHED, total))
     rows = bench.compare(benchmark, WHOLE, whole_case(total), contenders, first, tokens=total)
     contenders.clear()
     gc.collect()  # and with them the cache: the child that measures memory has one of its own
     for row in rows:
-        row.note = f"{dtype_of(row.who)} weights; {POSITIONS} steps measured, summed by Gauss and Legendre's rule"
+        row.note = f"{dtype(row.who)} weights; {POSITIONS} steps measured, summed by Gauss and Legendre's rule"
         if row.who == UNCACHED and row.seconds:
             _held_against_products(bench, row, total)
         else:
-            bench.peaks(benchmark, [row], "generation", context=total - 1, steps=2, dtype=dtype_of(row.who))
+            bench.peaks(benchmark, [row], "generation", context=total - 1, steps=2, dtype=dtype(row.who))
 
 
 def _held_against_products(bench, row: Row, total: int) -> None:
-    """Its floor is FLOPs, not the bytes that its rounds were held against; of fp32 alone, as the rate is."""
-    flops = work(UNCACHED, dtype_of(UNCACHED), 0, total).flops
-    row.floor = row.floor_share = row.gb_s = row.spread = None
+    """Its floor is FLOPs, not the bytes that its rounds were held against."""
+    dtype = dtype_of(UNCACHED, total / 2)
+    flops = work(UNCACHED, dtype, 0, total).flops
+    row.gb_s = row.spread = None
     row.gflop_s = flops / row.seconds / 1e9
-    if dtype_of(UNCACHED) == "float32":
-        row.floor, row.floor_share = "sgemm", flops / bench.rates.sample("sgemm") / row.seconds
+    row.floor = product(getattr(torch, dtype))
+    row.floor_share = flops / bench.rates.sample(row.floor) / row.seconds
 
 
 @full
 @pytest.mark.parametrize("who", [OURS, PEER, UNCACHED])
 def test_memory_of_generation(bench, who):
     """All in bf16, but without a cache, where one pass gives the last token and takes minutes in a slow type."""
-    steps, dtype = (1, dtype_of(who)) if who == UNCACHED else (2, "bfloat16")
+    steps, dtype = (1, dtype_of(who, MEMORY_AT)) if who == UNCACHED else (2, "bfloat16")
     row = Row(MEMORY_GROUP, MEMORY_CASE, who, reason="its memory alone counts", note=f"{dtype} weights")
     bench.rows.append(row)
     row.peak_bytes = memory.peak("generation", who=who, context=MEMORY_AT - 1, steps=steps, dtype=dtype)

@@ -18,6 +18,7 @@ from omnimamba_kernels import lora_linear
 from . import inputs, peers, plain
 from .machine import last_level_cache
 from .measure import Contender, Work, relative_error, worst_error
+from .rates import product
 
 IN, OUT, RANK = 2048, 8512, 8
 GROUP, TRAINING = "lora_linear", "lora_linear forward + backward"
@@ -90,7 +91,7 @@ def test_forward(bench, benchmark, rows, dtype, adapter):
             layer = functools.cache(lambda at: peers.peft(next(w for w in weights if w.data_ptr() == at), **values))
             call = lambda x, weight, **v: layer(weight.data_ptr())(x.to(weight.dtype))  # noqa: E731
             contenders.append(contender(peers.peft_label(), call, inputs.BOUND[dtype]))
-    work = Work("read", bytes=weight.nbytes, flops=flops) if few else Work("sgemm", bytes=weight.nbytes, flops=flops)
+    work = Work("read" if few else product(dtype), bytes=weight.nbytes, flops=flops)
     bench.compare(benchmark, GROUP, case(rows, dtype, adapter), contenders, work)
 
 
@@ -131,7 +132,7 @@ def test_training(bench, benchmark, dtype):
             for name, make in plain.peers(plain.lora, dtype == torch.float32)
         ]
         contenders.append(peft_training(values, weight, upstream, exact))
-    bench.compare(benchmark, TRAINING, case(rows, dtype, True), contenders, Work("sgemm", flops=flops))
+    bench.compare(benchmark, TRAINING, case(rows, dtype, True), contenders, Work(product(dtype), flops=flops))
 
 
 def peft_training(values, weight, upstream, exact) -> Contender:

@@ -12,6 +12,7 @@ from omnimamba_kernels import mamba_chunk_scan_combined
 
 from . import inputs, peers, plain
 from .measure import Contender, Work, worst_error
+from .rates import product
 
 SHAPES = ((1, 1024, 24), (1, 4096, 24), (1, 1024, 64), (1, 4096, 64))
 """Batch, length, heads of what is promised; all of it in fp32."""
@@ -99,14 +100,14 @@ class Problem:
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_forward(bench, benchmark, shape, dtype):
-    work = Work("sgemm", flops=inputs.scan_flops(*shape))
+    work = Work(product(dtype), flops=inputs.scan_flops(*shape))
     bench.compare(benchmark, FORWARD, case(*shape, dtype), Problem(*shape, dtype).contenders(False, bench.quick), work)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_training(bench, benchmark, shape, dtype):
     """FLOPs are three times the forward's: the backward counts as two forwards. Peak memory is taken in children."""
-    work = Work("sgemm", flops=3 * inputs.scan_flops(*shape))
+    work = Work(product(dtype), flops=3 * inputs.scan_flops(*shape))
     rows = bench.compare(
         benchmark, TRAINING, case(*shape, dtype), Problem(*shape, dtype).contenders(True, bench.quick), work
     )

@@ -91,6 +91,7 @@ class Session:
             "complete": self.complete(),
             "minutes_allowed": self.minutes,
             "machine": self.machine,
+            "threads": self.bench.threads.summary(),
             "rates": rates,
             "demo": scores,
             "claims": judged,

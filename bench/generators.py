@@ -23,6 +23,8 @@ TOKENS, FEW = 8, 4
 """Decode steps in one timed call; at each position of a whole generation, but one of those of LONG tokens."""
 LONG = 32768
 PROMPT = 24
+PROBES = {PEER: (256, 4096), UNCACHED: (256, 1024)}
+"""Contexts at which the Transformer's steps are tried in both dtypes."""
 
 
 def case(context: int) -> str:
@@ -91,18 +93,26 @@ def step_error(who: str, dtype: str) -> float:
 
 
 @functools.cache
-def dtype_of(who: str) -> str:
-    """bf16 for ours; for the Transformer that in which a step takes it less time: some processors crawl at 16 bits."""
+def step_time(who: str, dtype: str, context: int) -> float:
+    """Seconds of a step, the least of four or of as many as take two seconds."""
+    decode, taken = decoder(who, dtype, context), []
+    while len(taken) < 4 and sum(taken) < 2:
+        taken.append(seconds(decode))
+    return min(taken)
+
+
+def dtype_of(who: str, context: float) -> str:
+    """bf16 for ours; for the Transformer that in which a step at ``context`` takes it less time, by the line through
+    its steps at two shorter ones: some processors crawl at 16 bits, and a cache in them is half as long to read."""
     if who == OURS:
         return "bfloat16"
+    few, more = PROBES[who]
 
-    def step_time(dtype: str) -> float:
-        decode, taken = decoder(who, dtype, 256), []
-        while len(taken) < 4 and sum(taken) < 2:
-            taken.append(seconds(decode))
-        return min(taken)
+    def predicted(dtype: str) -> float:
+        at_few, at_more = (step_time(who, dtype, at) for at in (few, more))
+        return at_few + (at_more - at_few) * (context - few) / (more - few)
 
-    return min(("bfloat16", "float32"), key=step_time)
+    return min(("bfloat16", "float32"), key=predicted)
 
 
 def bound(who: str, dtype: str) -> float:
@@ -110,7 +120,7 @@ def bound(who: str, dtype: str) -> float:
 
 
 def contender(who: str, context: int) -> Contender:
-    dtype = dtype_of(who)
+    dtype = dtype_of(who, context)
     decode = decoder(who, dtype, context)
     run = lambda: [decode() for _ in range(TOKENS)]  # noqa: E731
     check = functools.partial(step_error, who, dtype)
@@ -128,7 +138,7 @@ def work(who: str, dtype: str, context: float, tokens: int) -> Work:
 
 def pass_flops(length: int) -> float:
     """Of the Transformer's whole pass over ``length`` tokens, with scores below the diagonal, and one row of logits."""
-    network = model(UNCACHED, dtype_of(UNCACHED))
+    network = model(UNCACHED, "float32")
     table = network.table.weight.numel()
     matrices = sum(p.numel() for p in network.parameters() if p.ndim == 2) - table
     return 2.0 * length * matrices + 2.0 * length**2 * network.width * len(network.blocks) + 2.0 * table
@@ -142,7 +152,7 @@ def weight_bytes(network: torch.nn.Module) -> int:
 
 def generating(bench, who: str, total: int) -> Sampled:
     """The generation of ``total`` tokens; one cache of all positions serves every sampled step."""
-    dtype = dtype_of(who)
+    dtype = dtype_of(who, total / 2)
     network, token = model(who, dtype), torch.tensor([7])
     cache = filled(network.new_cache(1, total)) if who == PEER else None
     steps, each, expected = [], FEW if total < LONG else 1, 0.0

@@ -21,8 +21,9 @@ from torch import Tensor
 from omnimamba_kernels.backends import NAMES
 
 from . import memory
-from .rates import Rates, seconds
+from .rates import PRODUCTS, Rates, seconds
 from .results import Row
+from .threads import Threads
 
 SLOW_RATE = 0.85
 """A round counts if the rate on both sides of it was at least this share of the upper quartile of the case's rates."""
@@ -47,8 +48,8 @@ class Work:
     """Bytes that the calls cycle through, where more than one call's: the copy finds its data as far away."""
 
     def floor(self, rate: float) -> float:
-        """Seconds at ``rate``, which is in FLOP/s for sgemm and in byte/s for copy and read."""
-        return (self.flops if self.against == "sgemm" else self.bytes) / rate
+        """Seconds at ``rate``, which is in FLOP/s for a product and in byte/s for copy and read."""
+        return (self.flops if self.against in PRODUCTS else self.bytes) / rate
 
 
 @dataclass
@@ -111,6 +112,7 @@ class Bench:
         self.until = time.perf_counter() + limit
         """When time runs short: from then on each contender is timed once."""
         self.rates = rates or Rates()
+        self.threads = Threads()
         self.rows: list[Row] = []
         self.ours: set[str] = set(NAMES)
         """Names of contenders that are no peers."""
@@ -187,18 +189,22 @@ class Bench:
     ) -> tuple[list[float], list[float]]:
         before, after = [], []
 
+        def take(contender: Contender) -> None:
+            self.threads.take(contender.name, contender.take, contender.times.pop)
+
         def setup() -> None:
             for peer in peers:
                 if len(before) < wanted[peer.name]:
-                    peer.attempt(peer.take)
+                    peer.attempt(lambda peer=peer: take(peer))
             before.append(self.rates.sample(work.against, work.footprint or work.bytes))
 
-        benchmark.pedantic(
-            subject.take,
-            setup=setup,
-            teardown=lambda: after.append(self.rates.sample(work.against, work.footprint or work.bytes)),
-            rounds=max(wanted.values()),
-        )
+        with self.threads.bound():
+            benchmark.pedantic(
+                lambda: take(subject),
+                setup=setup,
+                teardown=lambda: after.append(self.rates.sample(work.against, work.footprint or work.bytes)),
+                rounds=max(wanted.values()),
+            )
         after += before[len(after) :]  # with timing disabled pytest-benchmark runs no teardown
         return before, after
 

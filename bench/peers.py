@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rates import seconds
+from .rates import torch_matmul_rate
 
 TRANSFORMERS = "transformers"
 
@@ -62,13 +62,6 @@ def gated_norm(width: int, group: int, eps: float) -> Callable[[Tensor, Tensor, 
 def label() -> str:
     """transformers with its version."""
     return TRANSFORMERS if isinstance(mamba2(), str) else f"{TRANSFORMERS} {metadata.version(TRANSFORMERS)}"
-
-
-@cache
-def torch_matmul_rate(dtype: torch.dtype, rows: int) -> float:
-    """FLOP/s of torch's product of a few rows with a 1024 x 1024 matrix: some processors crawl at 16 bits."""
-    x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    return 2 * rows * 1024**2 / min(seconds(lambda: x @ weight.T) for _ in range(2))
 
 
 def too_slow(dtype: torch.dtype, rows: int, flops: float, limit: float = 2.0) -> str | None:

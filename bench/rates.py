@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .machine import last_level_cache
 
 _EDGE = 1536
 _SMALLEST_COPY = 2**20
+PRODUCTS = ("sgemm", "bf16 gemm")
+"""Rates that are a product's, of torch in fp32 and in bf16."""
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -27,26 +29,43 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+@cache
+def torch_matmul_rate(dtype: torch.dtype, rows: int) -> float:
+    """FLOP/s of torch's product of a few rows with a 1024 x 1024 matrix: some processors crawl at 16 bits."""
+    x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    return 2 * rows * 1024**2 / min(seconds(lambda: x @ weight.T) for _ in range(2))
+
+
+def product(dtype: torch.dtype) -> str:
+    """The rate that products of this dtype are held against: torch's own, or fp32's where that is the faster one."""
+    if dtype == torch.bfloat16 and torch_matmul_rate(dtype, 256) > torch_matmul_rate(torch.float32, 256):
+        return "bf16 gemm"
+    return "sgemm"
+
+
 def _far_bytes() -> int:
     """Twice the last cache, at least 256 MiB."""
     return max(2 * last_level_cache(), 2**28)
 
 
 class Rates:
-    """Samples of three rates; every one taken is kept in ``history`` for the record."""
+    """Samples of the rates; every one taken is kept in ``history`` for the record."""
 
     def __init__(self) -> None:
         self.history: dict[str, list[float]] = defaultdict(list)
+        self._matrices: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
         self._copied: tuple[Tensor, Tensor] | None = None
 
     def sample(self, kind: str, nbytes: float = 0) -> float:
-        """One sample of ``sgemm`` (FLOP/s), ``read`` (byte/s from DRAM), ``copy`` or ``far copy`` (byte/s, both ways).
+        """One sample of ``sgemm`` or ``bf16 gemm`` (FLOP/s), ``read`` (byte/s from DRAM), ``copy`` or ``far copy``
+        (byte/s, both ways).
 
         A copy moves ``nbytes`` in all, so that it finds its data where an operation of that size finds its own: in a
         cache or in DRAM. A far copy moves as much as the buffer that ``read`` goes through.
         """
         ways = {
-            "sgemm": self._sgemm,
+            "sgemm": lambda: self._gemm(torch.float32),
+            "bf16 gemm": lambda: self._gemm(torch.bfloat16),
             "read": self._read,
             "copy": lambda: self._copy(nbytes),
             "far copy": lambda: self._copy(_far_bytes()),
@@ -61,12 +80,10 @@ class Rates:
             for kind, taken in self.history.items()
         }
 
-    @cached_property
-    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(torch.randn(_EDGE, _EDGE) for _ in range(3))
-
-    def _sgemm(self) -> float:
-        a, b, out = self._matrices
+    def _gemm(self, dtype: torch.dtype) -> float:
+        if dtype not in self._matrices:
+            self._matrices[dtype] = tuple(torch.randn(_EDGE, _EDGE).to(dtype) for _ in range(3))
+        a, b, out = self._matrices[dtype]
         torch.mm(a, b, out=out)
         return 2 * _EDGE**3 / min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(2))
 

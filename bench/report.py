@@ -19,11 +19,16 @@ from .tables import TABLES, Content, on_gpu, table
 
 READING = (
     "A time is the median of its own rounds. A ratio is the median over the rounds that both ran, side by side, so two "
-    "times need not divide to it. A floor is the time at a rate measured in the same run: torch's fp32 matmul (of bf16 "
-    "products too, which a processor's matrix unit does several times faster), a read of DRAM, or torch's copy of as "
-    "many bytes (which also reads what it overwrites, so that a kernel that works in place can be above 1)."
+    "times need not divide to it. A floor is the time at a rate measured in the same run: torch's fp32 matmul{bf16}, a "
+    "read of DRAM, or torch's copy of as many bytes (which also reads what it overwrites, so that a kernel that works "
+    "in place can be above 1).{threads}"
 )
-
+BOUND = " While something is timed each thread keeps to one processor."
+BF16 = {
+    True: ", its bf16 matmul where the processor is faster at it and the operands are bf16",
+    False: " (of bf16 products too, which a processor's matrix unit does several times faster)",
+}
+"""By whether the run measured it."""
 GPU_READING = (
     "Times are medians of calls timed by the device's own events, each after everything was pushed out of its cache; "
     "as a graph: the same calls replayed as a CUDA graph. The floor is the longer of bytes over a copy's speed and "
@@ -56,6 +61,8 @@ def bench(content: Content) -> str:
         text = TABLES[name](content)
         if not text:
             continue
+        bound = content.get("threads", {}).get("bound")
+        title = title.format(bf16=BF16["bf16 gemm" in content["rates"]], threads=BOUND if bound else "")
         end = ["", "</details>"] if title.startswith("<details>") else []
         parts.append("\n".join([*([title, ""] if title else []), text, *end]))
     return "\n\n".join(parts)

@@ -24,7 +24,7 @@ from omnimamba_model import MambaConfig
 
 from . import counts, results
 from .claims import Claim
-from .counts import Decoder, Part
+from .counts import FLOAT, Decoder, Part
 from .integrated import positions
 from .published import CACHED, OURS, UNCACHED
 from .results import Row, length_of
@@ -111,13 +111,15 @@ def _flat(content: dict[str, Any], reached: list[float]) -> Rates:
     return Rates({"*": statistics.median(reached) if reached else rates.flops["*"]}, rates.bytes)
 
 
-def cached_rate(content: dict[str, Any]) -> Rates:
-    """torch's step with a cache: weights and cache at the rates that solve its two shortest steps."""
-    steps = sorted(_timed(content, "generation", CACHED), key=lambda r: length_of(r.case))[:2]
+def cached_rate(content: dict[str, Any], size: int = FLOAT) -> Rates:
+    """torch's step with a cache: weights and cache at the rates that solve its two shortest steps in numbers of
+    ``size`` bytes."""
+    timed = [r for r in _timed(content, "generation", CACHED) if _size(r) == size]
+    steps = sorted(timed, key=lambda r: length_of(r.case))[:2]
     rates = measured_rates(content)
     if len(steps) < 2:
         return rates
-    (a, b), size = (length_of(r.case) for r in steps), _size(steps[0])
+    a, b = (length_of(r.case) for r in steps)
     first, second = (1 / r.tokens_s for r in steps)
     each = max((second - first) / (b - a), 1e-9)  # of one token in the cache
     weights = counts.decoder_step(PEER, 1, 0, size)[0].bytes
@@ -161,17 +163,17 @@ def checked(content: dict[str, Any]) -> list[Checked]:
 
 
 def _generations(content: dict[str, Any]) -> list[Checked]:
-    found, cached, uncached = [], cached_rate(content), uncached_rate(content)
+    found, cached, uncached = [], {size: cached_rate(content, size) for size in (2, FLOAT)}, uncached_rate(content)
     for r in _timed(content, "whole generation", OURS):
         one = measured_rates(content).seconds(counts.mamba_step(SMALL, 1, _size(r)))
         found.append(Checked(r, length_of(r.case) * one, r.seconds))
     for r in _timed(content, "generation", CACHED):
         if length_of(r.case) > SHORTEST:
             step = counts.decoder_step(PEER, 1, length_of(r.case), _size(r))
-            found.append(Checked(r, cached.seconds(step), 1 / r.tokens_s))
+            found.append(Checked(r, cached[_size(r)].seconds(step), 1 / r.tokens_s))
     for r in _timed(content, "whole generation", CACHED):
         step = counts.decoder_step(PEER, 1, length_of(r.case) / 2, _size(r))
-        found.append(Checked(r, length_of(r.case) * cached.seconds(step), r.seconds))
+        found.append(Checked(r, length_of(r.case) * cached[_size(r)].seconds(step), r.seconds))
     for r in sorted(_timed(content, "whole generation", UNCACHED), key=lambda r: length_of(r.case))[1:]:
         passes = [(steps, counts.decoder_pass(PEER, 1, at + 1, _size(r))) for at, steps in positions(length_of(r.case))]
         found.append(Checked(r, sum(steps * uncached.seconds(parts) for steps, parts in passes), r.seconds))

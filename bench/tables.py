@@ -6,11 +6,10 @@ from typing import Any
 
 from . import published, results
 from .plain import COMPILED
+from .rates import PRODUCTS
 from .results import Row
 
 Content = dict[str, Any]
-PRODUCTS = {"sgemm": "fp32 sgemm", "bf16 gemm": "bf16 gemm"}
-"""Floors that are a matrix product's rate, and what they are called."""
 MODEL_GROUPS = ("generation", "whole generation", "130M", "decode", "images")
 
 
@@ -32,7 +31,7 @@ def cold(row: Row) -> bool:
 
 
 def floor_of(row: Row) -> str:
-    floor = PRODUCTS.get(row.floor, row.floor)
+    floor = "fp32 sgemm" if row.floor == "sgemm" else row.floor
     return f"{row.floor_share:.2f} of {floor}" if row.floor_share else ""
 
 

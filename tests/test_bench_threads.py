@@ -1,0 +1,191 @@
+"""While something is timed each thread keeps to one processor; rates and dtypes that a machine is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "bench").is_dir():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from bench import compare, generators, measure, rates, report, scaling  # noqa: E402
+from bench.generators import PEER, UNCACHED  # noqa: E402
+from bench.measure import Bench, Contender, Work  # noqa: E402
+from bench.rates import Rates  # noqa: E402
+from bench.results import Row  # noqa: E402
+from bench.threads import Threads, _of  # noqa: E402
+
+several = pytest.mark.skipif(not Threads().able, reason="one processor, or a system that binds no threads")
+
+
+class FixedRates(Rates):
+    def sample(self, kind: str, nbytes: float = 0) -> float:
+        return 100.0
+
+
+class Pedantic:
+    """pytest-benchmark's fixture as far as it is used."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict = {}
+        self.group = None
+
+    def pedantic(self, target, setup, teardown, rounds) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+            teardown()
+
+
+def where(process: int) -> list[set[int]]:
+    return [os.sched_getaffinity(thread) for thread in _of(process)]
+
+
+@pytest.fixture
+def idle():
+    """Three more threads, and a child."""
+    ended = threading.Event()
+    threads = [threading.Thread(target=ended.wait) for _ in range(3)]
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    for thread in threads:
+        thread.start()
+    yield child
+    ended.set()
+    for thread in threads:
+        thread.join()
+    child.kill()
+    child.wait()
+
+
+@several
+def test_each_thread_keeps_to_one_processor_while_it_is_timed_and_no_longer(idle):
+    own, seen = os.getpid(), []
+    before = where(own)
+    first, *others = sorted(os.sched_getaffinity(0))
+
+    def run() -> None:
+        seen.append((where(own), where(idle.pid)))
+
+    bench = Bench(quick=True, rates=FixedRates())
+    contenders = [Contender(name, run, lambda: 0.0, 1.0, expected=99.0) for name in ("native", "peer")]
+    rows = bench.compare(Pedantic(), "group", "case", contenders, Work("copy", bytes=1.0))
+    assert [row.rounds_taken for row in rows] == [1, 1] and len(seen) == 2
+    for mine, childs in seen:
+        assert mine[0] == {first} and childs[0] == {first}
+        turns = [{others[i % len(others)]} for i in range(len(mine) - 1)]
+        assert mine[1:] == turns and len(mine) >= 4
+    assert where(own) == before and where(idle.pid) == [{first, *others}]
+    assert bench.threads.summary()["bound"] and not bench.threads.anew
+
+
+@several
+def test_who_begins_threads_in_its_calls_is_timed_again_with_its_caller_free():
+    bench, seen, ended = Bench(quick=True, rates=FixedRates()), [], threading.Event()
+
+    def run() -> None:
+        thread = threading.Thread(target=ended.wait)
+        thread.start()
+        seen.append((os.sched_getaffinity(0), os.sched_getaffinity(thread.native_id)))
+
+    contender = Contender("peer", run, lambda: 0.0, 1.0, expected=99.0)
+    (row,) = bench.compare(Pedantic(), "group", "case", [contender], Work("copy", bytes=1.0))
+    ended.set()
+    every = os.sched_getaffinity(0)
+    assert len(seen) == 2 and len(seen[0][1]) == 1  # it began on its caller's processor
+    assert seen[1] == (every, every) and row.rounds_taken == 1
+    assert bench.threads.summary()["caller free, as threads begin"] == ["peer"]
+
+
+def test_a_system_that_binds_no_threads_measures_all_the_same(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    bench, calls = Bench(quick=True, rates=FixedRates()), []
+    contender = Contender("native", lambda: calls.append(1), lambda: 0.0, 1.0, expected=99.0)
+    bench.compare(Pedantic(), "group", "case", [contender], Work("copy", bytes=1.0))
+    assert calls == [1] and not bench.threads.summary()["bound"]
+
+
+@pytest.mark.parametrize(("narrow", "wide", "kind"), [(900.0, 300.0, "bf16 gemm"), (2.0, 300.0, "sgemm")])
+def test_16_bit_products_are_held_against_the_faster_rate(narrow, wide, kind, monkeypatch):
+    monkeypatch.setattr(rates, "torch_matmul_rate", lambda dtype, rows: wide if dtype == torch.float32 else narrow)
+    assert rates.product(torch.bfloat16) == kind and rates.product(torch.float32) == "sgemm"
+    assert Work(kind, flops=6.0, bytes=1.0).floor(3.0) == 2.0 and Work("copy", flops=6.0, bytes=1.0).floor(1.0) == 1.0
+
+
+def test_the_rate_of_bf16_is_that_of_bf16_operands(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rates, "_EDGE", 8)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append({t.dtype for t in (a, b, out)}))
+    taken = Rates()
+    assert taken.sample("bf16 gemm") > 0 and set.union(*seen) == {torch.bfloat16}
+    assert taken.sample("sgemm") > 0 and seen[-1] == {torch.float32} and taken.history.keys() == {"bf16 gemm", "sgemm"}
+
+
+def test_the_reading_says_what_the_run_measured():
+    content = {"rates": {}, "claims": [], "rows": [], "exponents": [], "started": "2026-01-01", "seconds": 60.0}
+    content["machine"] = {"device": "A", "threads": 2, "instruction_set": "", "versions": {}, "commit": "abc"}
+    assert "of bf16 products too" in report.bench(content) and "keeps to one" not in report.bench(content)
+    content |= {"rates": {"bf16 gemm": {"median": 9e11}}, "threads": {"bound": True}}
+    assert "its bf16 matmul where" in report.bench(content) and "keeps to one processor" in report.bench(content)
+    assert "900 GFLOP/s bf16 matmul" in report.bench(content)
+
+
+@pytest.mark.parametrize("who", [PEER, UNCACHED])
+def test_a_transformers_dtype_is_the_faster_one_at_its_own_length(who, monkeypatch):
+    """16 bits begin slower here and grow less."""
+    cost = {"float32": (1.0, 2e-3), "bfloat16": (4.0, 1e-3)}
+    monkeypatch.setattr(generators, "step_time", lambda who, dtype, at: cost[dtype][0] + cost[dtype][1] * at)
+    found = [generators.dtype_of(who, context) for context in (256, 2900, 3100, 131072)]
+    assert found == 2 * ["float32"] + 2 * ["bfloat16"]
+    assert generators.dtype_of(generators.OURS, 5) == "bfloat16"
+
+
+def test_the_cached_rate_is_of_steps_in_one_dtype():
+    rows = []
+    for context, note, step in ((1024, "bfloat16", 0.5), (4096, "float32", 0.02), (16384, "float32", 0.05)):
+        rows.append(Row("generation", f"{context} tokens of context", PEER, 8 * step, note=note, tokens_s=1 / step))
+    content = {"rows": rows, "rates": {"sgemm": {"median": 1e11}, "read": {"median": 1e10}}}
+    each = (0.05 - 0.02) / (16384 - 4096)
+    size = scaling.counts.cache_bytes(scaling.PEER, 1, 4)
+    assert scaling.cached_rate(content, 4).bytes["cache"] == pytest.approx(size / each)
+    assert "cache" not in scaling.cached_rate(content, 2).bytes
+
+
+@pytest.mark.parametrize(("factor", "flagged"), [(1.0, False), (1.3, True)])
+def test_two_runs_with_noise_differ_only_where_the_code_does(factor, flagged, monkeypatch):
+    """Times with some 4 % of noise, drawn anew in each run, as the rounds that interleave with a peer's take them."""
+    make = torch.Generator().manual_seed(3)
+
+    def run(slower: float) -> list[Row]:
+        def take(contender: Contender) -> None:
+            noise = 1 + 0.04 * float(torch.randn((), generator=make))
+            contender.times.append(1e-3 * noise * (slower if contender.name == "native" else 1.0))
+
+        monkeypatch.setattr(Contender, "take", take)
+        bench = Bench(rates=FixedRates())
+        monkeypatch.setattr(bench, "_rounds_for", lambda taken: 15)
+        rows = []
+        for case in map(str, range(20)):
+            contenders = [Contender(name, lambda: None, lambda: 0.0, 1.0) for name in ("native", "peer")]
+            rows += bench.compare(Pedantic(), "op", case, contenders, Work("copy", bytes=0.1))
+        return rows
+
+    monkeypatch.setattr(measure, "_settle", lambda contender: 1e-3)
+    found = compare.slower(compare.changes(run(1.0), run(factor)))
+    assert {row.who for row, _, _ in found} <= {"native"}
+    assert len(found) == (20 if flagged else 0)
+
+
+def test_threads_of_a_process_that_has_ended_are_none():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    time.sleep(0.01)
+    assert _of(child.pid) == []
