@@ -28,7 +28,7 @@ ORDER = (
     "bench_omnimamba.py",
 )  # fmt: skip
 """Short cases first: what runs after the time for all rounds is gone takes too long for many anyway."""
-FULL_ROUNDS = 0.6
+FULL_ROUNDS = 0.5
 """Share of them in which contenders are timed in as many rounds as their own budget pays for; then once."""
 
 

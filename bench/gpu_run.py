@@ -61,4 +61,6 @@ def as_row(found: dict[str, Any]) -> Row:
     row = Row(**{name: value for name, value in found.items() if name in _KEPT})
     row.gb_s, row.gflop_s = row.gb_s or None, row.gflop_s or None
     row.floor, row.rounds_taken = FLOORS[found["limit"]], row.rounds
+    if "graph_reason" in found:
+        row.note = f"{row.note}; no graph: {found['graph_reason']}".lstrip("; ")
     return row

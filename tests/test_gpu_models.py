@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench import gpu_board, gpu_check, gpu_claims, gpu_ops  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
-from bench.gpu_problems import models  # noqa: E402
+from bench.gpu_problems import Problem, models  # noqa: E402
+from bench.gpu_run import as_row  # noqa: E402
 from omnimamba_kernels import backends  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -53,14 +54,32 @@ def test_a_wrong_model_fails_its_check(problems):
     assert not images.error(torch.zeros(16, 8)) <= images.bound
 
 
-def rows(step: float, long: float, draw: float, held: float) -> list[dict]:
+def rows(step: float, long: float, draw: float, held: float, replayed: float | None = None) -> list[dict]:
     times = dict(zip(models.CONTEXTS, (step, step, long), strict=True))
     found = [
         {"group": models.DECODE, "case": f"1.3B, {models.context_case(n)}", "who": "cuda", "seconds": t,
          "first_call": 9.0, "peak_bytes": held}
         for n, t in times.items()
     ]  # fmt: skip
+    for row in found if replayed else []:
+        row["graph_seconds"] = replayed
     return [*found, {"group": models.IMAGES, "case": "1.3B, 16", "who": "cuda", "seconds": draw}]
+
+
+def test_a_step_is_compared_as_a_graph_where_it_can_be_one(monkeypatch):
+    clock = Clock(CPU, 0.0)
+    replayed = {"ours": {"graph_seconds": 1e-3}, "peer": {"graph_seconds": 4e-3}, "no graph": {"graph_reason": "why"}}
+    contenders = {who: lambda: lambda: 0.0 for who in replayed}
+    for graph, ratios in ((True, [1.0, 4.0, 8.0]), (False, [1.0, 1.0, 1.0])):
+        found = iter(replayed.values())
+        monkeypatch.setattr(clock, "times", lambda call: [8e-3])
+        monkeypatch.setattr(clock, "more", lambda call, taken, graph, found=found: next(found))
+        problem = Problem("g", "c", 1e6, 0.0, contenders, lambda y: y, 1.0, graph=graph, tokens=1)
+        rows = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
+        assert [row["times_ours"] for row in rows] == ratios and [row["seconds"] for row in rows] == [8e-3] * 3
+        assert rows[0]["tokens_s"] == pytest.approx(1000.0 if graph else 125.0)
+        assert rows[0]["floor_share"] == pytest.approx(1.0 if graph else 0.125)
+    assert as_row(rows[2]).note == "no graph: why" and as_row(rows[0]).note == ""
 
 
 @pytest.mark.parametrize(
@@ -69,6 +88,7 @@ def rows(step: float, long: float, draw: float, held: float) -> list[dict]:
         (rows(0.8e-3, 0.82e-3, 0.3, 3.5e9), [True, True, True, True]),
         (rows(0.8e-3, 0.95e-3, 0.5, 5.0e9), [False, False, False, False]),
         (rows(0.8e-3, 0.82e-3, 0.3, 3.5e9)[1:], [None, None, True, None]),
+        (rows(5e-3, 9e-3, 0.3, 3.5e9, 0.8e-3), [True, True, True, True]),  # eager's time is that of the launches
         ([], [None] * 4),
     ],
 )

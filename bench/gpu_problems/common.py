@@ -53,7 +53,7 @@ class Problem:
     needs: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Bytes and FLOPs of a contender that cannot do with the others'."""
     graph: bool = False
-    """Whether contenders are timed as CUDA graphs too, however long a call takes."""
+    """Whether contenders are timed as CUDA graphs too, however long a call takes, and compared by these."""
     tokens: float = 0
     """Tokens that a call gives."""
     note: str = ""
