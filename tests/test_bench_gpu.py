@@ -159,6 +159,7 @@ def test_a_transformer_needs_its_cache_or_the_whole_sequence_again():
     assert short[models.OURS] == long[models.OURS] and 2.6e9 < short[models.OURS][0] < 2.9e9
     cache = 2 * 24 * 2048 * 2
     assert long[models.CACHED][0] - short[models.CACHED][0] == pytest.approx(cache * (131072 - 4096))
+    assert 0.5 < short[models.INT8][0] / short[models.OURS][0] < 0.55  # states stay fp32
     assert short[models.UNCACHED][1] > 2 * 1.2e9 * 4096
     moved, flops = generation._summed(gpu, models.CACHED, positions(4096))
     assert moved == pytest.approx(4096 * models.needs(gpu, 2048)[models.CACHED][0], rel=1e-3) and flops > 0
@@ -180,7 +181,7 @@ def test_clocks_are_read_while_the_calls_run():
         return {
             "clock_mhz": 300 if idle else 1980,
             "memory_clock_mhz": 3201,
-            "throttled": [] if idle else ["power cap"],
+            "throttled": ["idle"] if idle else ["power cap"],
         }
 
     clock.board = SimpleNamespace(state=state)

@@ -35,11 +35,9 @@ def test_models_pass_their_checks_or_say_why_they_cannot_run(problems):
         for row in gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf")):
             assert "seconds" in row or row["who"] == "attention, cuDNN", row
             timed |= {(row["group"], row["who"])} if "seconds" in row else set()
-    ours = {(group, OURS) for group in gpu_claims.MODELS}
     assert {problem.group for problem in problems if problem.graph} == {models.DECODE}
-    assert (
-        ours | {("decode", models.CACHED), ("decode", models.UNCACHED), ("layer forward", "attention, flash")} <= timed
-    )
+    wanted = {(group, OURS) for group in gpu_claims.MODELS} | {("layer forward", "attention, flash")}
+    assert wanted | {("decode", who) for who in (models.INT8, models.CACHED, models.UNCACHED)} <= timed
 
 
 def test_a_wrong_model_fails_its_check(problems):

@@ -58,6 +58,8 @@ def problems(device: torch.device) -> Iterator[Problem]:
         if case.tasks and (device.type == "cpu" or rows >= FEWEST):
             yield _backward(case, values, functions)
     yield from _one_adapter(device)
+    for case in sizes(device, cases.GPU[:2], cases.SMALL[1:2]):
+        yield _int8(device, case, dtype)
 
 
 def _named(functions: dict, how: str) -> dict:
@@ -83,9 +85,6 @@ def _one_adapter(device: torch.device) -> Iterator[Problem]:
     functions |= written_out(device, eager, True)
     yield _forward(case, values, functions | {peers.peft_label(): lambda v: layer()(v["x"])})
     yield _backward(case, values, functions | {peers.peft_label(): trained})
-
-    for case in sizes(device, cases.GPU[:2], cases.SMALL[1:2]):
-        yield _int8(device, case, dtype)
 
 
 def _int8(device: torch.device, case: cases.Case, dtype: torch.dtype) -> Problem:

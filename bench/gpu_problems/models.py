@@ -31,7 +31,7 @@ CONTEXTS, LENGTHS = (4096, 16384, 131072), (512, 4096, 32768, 131072, 2**20)
 LONGEST_ATTENTION = {False: 2**20, True: 131072}
 """Of a layer's forward and of its training: beyond it seconds a call."""
 LONGEST_UNCACHED = 16384
-OURS, CACHED, UNCACHED = "ours", "Transformer, KV cache", "Transformer, no cache"
+OURS, INT8, CACHED, UNCACHED = "ours", "ours, int8 weights", "Transformer, KV cache", "Transformer, no cache"
 TINY = MambaConfig(d_model=64, n_layer=2, vocab_size=128, d_state=16, headdim=32)
 SMALL = MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)
 PROMPT, SLICE = 24, 128
@@ -59,11 +59,11 @@ def size(device: torch.device) -> str:
     return "1.3B" if device.type == "cuda" else "tiny"
 
 
-def language(device: torch.device) -> MambaLM:
+def language(device: torch.device, int8: bool = False) -> MambaLM:
     torch.manual_seed(0)
     with device:
         model = MambaLM(MambaConfig() if device.type == "cuda" else TINY)
-    return cast_matrices(model, dtype_of(device)).eval()
+    return cast_matrices(model, torch.int8 if int8 else dtype_of(device)).eval()
 
 
 def transformer(device: torch.device) -> Transformer:
@@ -88,9 +88,9 @@ def step_of_ours(device: torch.device, model: MambaLM, context: int) -> Call:
 
 
 @torch.inference_mode()
-def exact_step(device: torch.device, context: int) -> Tensor:
+def exact_step(device: torch.device, context: int, int8: bool = False) -> Tensor:
     """The same as a sequence of one token, on the reference."""
-    model = language(device)
+    model = language(device, int8)
     state = model.backbone.new_state(1)
     state.position = context
     with use_backend("reference"):
@@ -118,8 +118,8 @@ def _theirs(device: torch.device, context: int) -> Call:
     return torch.inference_mode()(step)
 
 
-def _ours(device: torch.device, context: int) -> Call:
-    return step_of_ours(device, language(device), context)
+def _ours(device: torch.device, context: int, int8: bool = False) -> Call:
+    return step_of_ours(device, language(device, int8), context)
 
 
 def _cached(device: torch.device, context: int) -> Call:
@@ -150,6 +150,7 @@ def needs(device: torch.device, context: float) -> dict[str, tuple[float, float]
     total = lambda parts: (sum(p.bytes for p in parts), sum(p.flops for p in parts))  # noqa: E731
     return {
         OURS: total(counts.mamba_step(ours, 1, size)),
+        INT8: total(counts.mamba_step(ours, 1, 1)),
         CACHED: total(counts.decoder_step(theirs, 1, context, size)),
         UNCACHED: total(counts.decoder_pass(theirs, 1, int(context) + 1, size)),
     }
@@ -168,16 +169,19 @@ def transformer_error(device: torch.device) -> float:
 def _decode(device: torch.device, context: int) -> Problem:
     needed = needs(device, context)
     contenders = {backends(device)[0]: functools.partial(_ours, device, context)}
+    if context == sizes(device, CONTEXTS, (64,))[0]:  # ours takes as long at any
+        contenders[INT8] = functools.partial(_ours, device, context, int8=True)
     if device.type == "cuda":
         contenders["mamba_ssm"] = functools.partial(_theirs, device, context)
     contenders[CACHED] = functools.partial(_cached, device, context)
     if context <= LONGEST_UNCACHED:
         contenders[UNCACHED] = functools.partial(_uncached, device, context)
     theirs = lambda found: transformer_error(device)  # noqa: E731
+    narrow = lambda found: relative_error(found, exact_step(device, context, int8=True))  # noqa: E731
     return Problem(
         DECODE, case(device, context_case(context)), *needed.pop(OURS), contenders,
         lambda found: relative_error(found, exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
-        {CACHED: theirs, UNCACHED: theirs}, needed, graph=True, tokens=1,
+        {INT8: narrow, CACHED: theirs, UNCACHED: theirs}, needed, graph=True, tokens=1,
     )  # fmt: skip
 
 
