@@ -20,6 +20,15 @@ inline CpuFeatures cpu_features() {
   return f;
 }
 
+// Asked for by single kernels of the avx512 module: sums of four products of bytes.
+inline bool cpu_has_avx512_vnni() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 // Floats in a vector of the instruction set that the module was compiled for.
 int vector_width();
 

@@ -2,17 +2,17 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/isa.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "lora_linear/cpu_int8.h"
 #include "lora_linear/lora_linear.h"
 
 namespace omnimamba {
 namespace {
 
-constexpr int STEP = 2 * W;      // weights taken at a time from each row
-constexpr int ROWS = 4;          // rows of x in one tile
-constexpr int STREAMS = 4;       // weight rows in one tile, each in a stream of its own
-constexpr int64_t AHEAD = 1024;  // bytes from a weight in use to the one prefetched, in each stream
+constexpr int STEP = 2 * W;  // weights taken at a time from each row
+constexpr int ROWS = 4;      // rows of x in one tile
 
 constexpr int64_t ENOUGH = 1 << 14;  // elements below which waking threads costs more than it saves
 
@@ -66,30 +66,18 @@ void unpack_row(const TX* x, int64_t in, float* to) {
 
 // ---- the tile ----
 
-// One weight row of each stream; and one of int8 weights, with its scales `step` elements apart.
+// One weight row of each stream.
 template <class TW>
 struct Rows {
   const TW* w[STREAMS];
 
   void set(const LoraLinearParams& p, int m, int64_t o) { w[m] = p.weight.at<TW>(o); }
 };
-template <class TS>
-struct Int8Rows {
-  const int8_t* w[STREAMS];
-  const TS* scale[STREAMS];
-  int64_t step;
-
-  void set(const LoraLinearParams& p, int m, int64_t o) {
-    w[m] = p.weight.at<int8_t>(o);
-    scale[m] = p.weight_scale.at<TS>(o);
-    step = p.weight_scale.stride[1];
-  }
-};
 
 // sums[r][m] = dot(x row r, weight row m), for R rows of x and one weight row of each stream.
 template <int R, class TW>
-OM_INLINE void dot_tile(const Rows<TW>& rows, const float* x, int64_t in, float (*sums)[STREAMS]) {
-  const int64_t pitch = padded(in), whole = in / STEP * STEP;
+OM_INLINE void dot_tile(const Rows<TW>& rows, const float* x, int64_t pitch, int64_t in, float (*sums)[STREAMS]) {
+  const int64_t whole = in / STEP * STEP;
   vf acc[R][STREAMS] = {};
   auto multiply = [&](const Pair& pair, int64_t k, int m) {
     for (int r = 0; r < R; r++) {
@@ -113,46 +101,61 @@ OM_INLINE void dot_tile(const Rows<TW>& rows, const float* x, int64_t in, float 
     for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
 }
 
-template <int R, class TS>
-OM_INLINE void dot_tile(const Int8Rows<TS>& rows, const float* x, int64_t in, float (*sums)[STREAMS]) {
-  const int64_t pitch = padded(in), whole = in / kInt8Group * kInt8Group;
-  vf acc[R][STREAMS] = {};
-  auto scaled = [&](const vf* part, int64_t k, int m) {
-    const vf scale = splat(to_float(rows.scale[m][k / kInt8Group * rows.step]));
-    for (int r = 0; r < R; r++) acc[r][m] += scale * part[r];
-  };
-  for (int64_t k = 0; k < whole; k += kInt8Group)
-    for (int m = 0; m < STREAMS; m++) {
-      __builtin_prefetch(rows.w[m] + k + AHEAD);
-      vf part[R] = {};
-      for (int64_t j = k; j < k + kInt8Group; j += W) {
-        const vf w = load(rows.w[m] + j);
-        for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
-      }
-      scaled(part, k, m);
-    }
-  if (whole < in)
-    for (int m = 0; m < STREAMS; m++) {
-      vf part[R] = {};
-      for (int64_t j = whole; j < in; j += W) {  // x is padded with zeros
-        const vf w = load_part(rows.w[m] + j, static_cast<int>(std::min<int64_t>(W, in - j)));
-        for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
-      }
-      scaled(part, whole, m);
-    }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
-}
+// x in floats, and its dot products with up to ROWS rows of it.
+struct Floats {
+  float* x;
+  int64_t in;
 
-template <class AnyRows>
-void dot_rows(int64_t count, const AnyRows& rows, const float* x, int64_t in, float (*sums)[STREAMS]) {
-  switch (count) {
-    case 1: return dot_tile<1>(rows, x, in, sums);
-    case 2: return dot_tile<2>(rows, x, in, sums);
-    case 3: return dot_tile<3>(rows, x, in, sums);
-    default: return dot_tile<ROWS>(rows, x, in, sums);
+  template <class TX, class TW>
+  void take(const TX* from, int64_t row, TW) {
+    unpack_row<TX, TW>(from, in, x + row * padded(in));
   }
-}
+  template <class AnyRows>
+  void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[STREAMS]) const {
+    const int64_t pitch = padded(in);
+    const float* first = x + row * pitch;
+    switch (count) {
+      case 1: return dot_tile<1>(rows, first, pitch, in, sums);
+      case 2: return dot_tile<2>(rows, first, pitch, in, sums);
+      case 3: return dot_tile<3>(rows, first, pitch, in, sums);
+      default: return dot_tile<ROWS>(rows, first, pitch, in, sums);
+    }
+  }
+};
+
+#if defined(OM_VNNI)
+// The same in digits, where a row's numbers allow it: then a tile's other rows go one by one, with the same bits.
+struct Digits {
+  DigitGroup* x;
+  int64_t in;
+
+  DigitGroup* row(int64_t i) const { return x + i * groups_of(in); }
+  int32_t& in_digits(int64_t i) const { return row(i + 1)[-1].in_digits; }
+
+  template <class TX>
+  void take(const TX* from, int64_t i, int8_t) {
+    const bool fits = split_row(from, in, row(i));
+    if (!fits) unpack_row<TX, int8_t>(from, in, reinterpret_cast<float*>(row(i)));
+    in_digits(i) = fits;
+  }
+  template <class TS>
+  void dot(int64_t i, int64_t count, const Int8Rows<TS>& rows, float (*sums)[STREAMS]) const {
+    bool all = true;
+    for (int64_t r = 0; r < count; r++) all &= in_digits(i + r) != 0;
+    if (!all && count > 1) {
+      for (int64_t r = 0; r < count; r++) dot(i + r, 1, rows, sums + r);
+      return;
+    }
+    if (!all) return dot_tile<1>(rows, reinterpret_cast<const float*>(row(i)), 0, in, sums);
+    switch (count) {
+      case 1: return dot_digits<1>(rows, row(i), in, sums);
+      case 2: return dot_digits<2>(rows, row(i), in, sums);
+      case 3: return dot_digits<3>(rows, row(i), in, sums);
+      default: return dot_digits<ROWS>(rows, row(i), in, sums);
+    }
+  }
+};
+#endif
 
 // ---- the adapter ----
 
@@ -201,8 +204,8 @@ OM_INLINE void finish(const LoraLinearParams& p, const float* low, int64_t row, 
 }
 
 // Outputs [begin, end), cut into STREAMS streams of neighbouring weight rows.
-template <class AnyRows, class TY>
-void streams(const LoraLinearParams& p, const float* x, const float* low, int64_t begin, int64_t end) {
+template <class AnyRows, class TY, class Taken>
+void streams(const LoraLinearParams& p, const Taken& x, const float* low, int64_t begin, int64_t end) {
   const int64_t length = (end - begin + STREAMS - 1) / STREAMS;
   for (int64_t i = begin; i < begin + length; i++) {
     AnyRows w;
@@ -211,7 +214,7 @@ void streams(const LoraLinearParams& p, const float* x, const float* low, int64_
     for (int64_t row = 0; row < p.rows; row += ROWS) {
       float sums[ROWS][STREAMS];
       const int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
-      dot_rows(rows, w, x + row * padded(p.in), p.in, sums);
+      x.dot(row, rows, w, sums);
       for (int64_t r = 0; r < rows; r++)
         for (int m = 0; m < STREAMS && i + m * length < end; m++)
           finish<TY>(p, low, row + r, i + m * length, sums[r][m]);
@@ -219,34 +222,39 @@ void streams(const LoraLinearParams& p, const float* x, const float* low, int64_
   }
 }
 
-// Calls body(rows, w) with the kind of rows that the weights are stored in and their type.
-template <class Body>
-void for_weight_rows(const LoraLinearParams& p, Body&& body) {
-  if (p.weight.dtype == DType::I8) {
-    check(bool(p.weight_scale), "lora_linear: int8 weights need weight_scale");
-    for_float_type(p.weight_scale.dtype, [&](auto s) { body(Int8Rows<decltype(s)>{}, int8_t{}); });
-  } else {
-    for_float_type(p.weight.dtype, [&](auto w) { body(Rows<decltype(w)>{}, w); });
-  }
+// y from x as `taken` holds it, in the first part of the workspace; the adapter's sums stand behind it.
+template <class AnyRows, class TW, class Taken>
+void forward(const LoraLinearParams& p, Taken taken, float* low) {
+  for_float_type(p.x.dtype, [&](auto v) {
+    using TX = decltype(v);
+    parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows,
+                 [&](int64_t row, int) { taken.take(p.x.at<TX>(row), row, TW{}); });
+    if (p.task) project_down(p, low);
+    parallel_parts(p.rows * p.in * p.out < ENOUGH ? 1 : p.threads, p.out,
+                   [&](int64_t begin, int64_t end, int) { streams<AnyRows, TX>(p, taken, low, begin, end); });
+  });
 }
 
 }  // namespace
 
 void lora_linear_forward(const LoraLinearParams& p) {
   check(p.x && p.weight && p.y && p.workspace, "lora_linear: x, weight, y and workspace are needed");
-  float* x = p.workspace.at<float>();
-  float* low = x + p.rows * padded(p.in);
-  for_weight_rows(p, [&](auto rows, auto w) {
-    for_float_type(p.x.dtype, [&](auto v) {
-      using AnyRows = decltype(rows);
-      using TW = decltype(w);
-      using TX = decltype(v);
-      parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows,
-                   [&](int64_t row, int) { unpack_row<TX, TW>(p.x.at<TX>(row), p.in, x + row * padded(p.in)); });
-      if (p.task) project_down(p, low);
-      parallel_parts(p.rows * p.in * p.out < ENOUGH ? 1 : p.threads, p.out,
-                     [&](int64_t begin, int64_t end, int) { streams<AnyRows, TX>(p, x, low, begin, end); });
-    });
+  float* space = p.workspace.at<float>();
+  const Floats floats{space, p.in};
+  if (p.weight.dtype != DType::I8) {
+    for_float_type(p.weight.dtype,
+                   [&](auto w) { forward<Rows<decltype(w)>, decltype(w)>(p, floats, space + p.rows * padded(p.in)); });
+    return;
+  }
+  check(bool(p.weight_scale), "lora_linear: int8 weights need weight_scale");
+  for_float_type(p.weight_scale.dtype, [&](auto s) {
+    using AnyRows = Int8Rows<decltype(s)>;
+#if defined(OM_VNNI)
+    static const bool sums_bytes = cpu_has_avx512_vnni();
+    const Digits digits{reinterpret_cast<DigitGroup*>(space), p.in};
+    if (sums_bytes) return forward<AnyRows, int8_t>(p, digits, reinterpret_cast<float*>(digits.row(p.rows)));
+#endif
+    forward<AnyRows, int8_t>(p, floats, space + p.rows * padded(p.in));
   });
 }
 

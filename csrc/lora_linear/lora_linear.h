@@ -11,7 +11,7 @@
 //          outputs, each cut into four streams of neighbouring weight rows: a tile takes one row of every stream to
 //          four rows of x in registers. A core waits for memory, not for its multipliers, and has more lines on their way
 //          when it reads several long streams, each prefetched a little ahead, than one, or than neighbouring rows.
-//          int8 weights go to float32 in registers, a group's sum is scaled once. x stays float32: no activation is rounded.
+//          int8 weights: cpu_int8.h.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
 // Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
 // Many rows are a matrix product: matmul.h.
@@ -21,6 +21,8 @@
 namespace omnimamba {
 
 constexpr int kInt8Group = 64;  // neighbouring int8 weights of a row that share a scale
+constexpr int kDigitGroupFloats =
+    80;  // floats of memory that as many values of x take where int8 weights meet integers
 
 struct LoraLinearParams {
   View x, weight, weight_scale, lora_A, lora_B, bias, task, y, workspace;
@@ -35,7 +37,8 @@ struct LoraLinearParams {
   uint64_t stream = 0;  // of the GPU
 };
 
-// workspace: rows * (in rounded up to a multiple of 32 + rank) floats.
+// workspace: rows * (in rounded up to a multiple of 32 + rank) floats; with int8 weights kDigitGroupFloats for each
+// kInt8Group of `in` in the place of the first.
 void lora_linear_forward(const LoraLinearParams& p);
 
 // dense[o, k] = weight_scale[o, k / kInt8Group] weight[o, k], contiguous, for products of many rows: in float32, on a GPU in

@@ -70,7 +70,9 @@ def lora_linear(
         dropout_p: dropout on the adapter's input, in [0, 1).
         dropout_seed: its seed; required with dropout. The mask is a pure function of seed and position.
         weight_scale: (out, in / 64 rounded up), of int8 weights: one scale for every 64 neighbours of a row. Scales of
-            whole rows (out, 1) fit as ``weight_scale.expand(-1, groups)``.
+            whole rows (out, 1) fit as ``weight_scale.expand(-1, groups)``. With up to 48 rows of x, a CPU that has
+            AVX-512 VNNI takes each activation within 2^-30 of the largest of the 64 that share a scale (exactly, where
+            it is above 2^-6 of that); everything else is float32, as elsewhere.
         backend: one of ``backends()``; None chooses.
 
     Returns:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .int8 import GROUP
 from .routing import tasks_of_rows
 
 # Up to so many rows, one pass over the weights beats unpacking them for a matrix product.
 FEW_ROWS = 48
+# Floats for 64 values of x in digits, as kDigitGroupFloats in lora_linear.h.
+DIGITS = 80
 # The matrix product's blocks, as in matmul.h.
 DEPTH, COLUMNS = 256, 128
 
@@ -102,6 +105,7 @@ def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float)
     out = weight.shape[0]
     y = x.new_empty(rows, out)
     rank = 0 if task is None else lora_A.shape[1]
+    kept = width + 31 if weight_scale is None else -(-width // GROUP) * DIGITS
     native.call(
         "lora_linear_forward",
         x=_rows_apart(x),
@@ -112,7 +116,7 @@ def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float)
         bias=bias,
         task=task,
         y=y,
-        workspace=native.floats(rows * (width + 31 + rank)),
+        workspace=native.floats(rows * (kept + rank)),
         rows=rows,
         out=out,
         rank=rank,

@@ -21,8 +21,9 @@ CASES = (
     Case((3,), 191, 65, tasks=0, bias=True),
     Case((5, 11), 300, 61, tasks=3, rank=3, bias=True),
     Case((70,), 144, 72, bias=True),
+    Case((3,), 1100, 9, rank=2),
 )
-"""Widths below, at and between multiples of a group of 64; few and many rows; rows of whole packs."""
+"""Widths below, at and between multiples of a group of 64, and above 16 of them; few and many rows; whole packs."""
 
 
 def int8_inputs(case: Case, dtype=torch.float32, scale_dtype=SCALES) -> dict:
@@ -101,6 +102,43 @@ def test_rows_alone_and_thread_counts_give_the_same_bits(run):
     for count in (2, 3) if run != "reference" else ():
         with threads(count):
             assert same_bits(layer(**t), together)
+
+
+def test_activations_within_a_fraction_of_their_largest_neighbour(run):
+    """One weight a row, so that an output is one activation: within 2^-30 of its group's largest, and roundings."""
+    make = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 150, generator=make) * torch.logspace(-9, 9, 150)[torch.randperm(150, generator=make)]
+    weight = 127 * torch.eye(150, dtype=torch.int8)
+    weight[::2] *= -1
+    y = lora_linear(x, weight, weight_scale=torch.full((150, 3), 2.0**-7))
+    largest = torch.stack([group.abs().amax(-1) for group in x.split(64, -1)], -1).repeat_interleave(64, -1)[:, :150]
+    exact = x.double() * weight.diag().double() / 128
+    assert ((y.double() - exact).abs() <= 2.0**-30 * largest + 2.0**-22 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 3e-15, 1e34], ids=str)
+def test_rows_of_any_size(run, size):
+    """Each by itself under the budget, and beside others with the same bits."""
+    t = int8_inputs(Case((7,), 200, 20, tasks=0))
+    t["x"][2] *= size
+    t["x"][5, 64:] *= size
+    for row in (t["x"][2:3], t["x"][5:6]):
+        check(run, layer, oracle, t | {"x": row})
+    if run != "reference":
+        together = layer(**t)
+        assert all(same_bits(layer(**(t | {"x": t["x"][i : i + 1]}))[0], together[i]) for i in range(7))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_what_is_not_finite_stays_so(run, bad):
+    t = int8_inputs(Case((6,), 130, 20, tasks=0))
+    clean = layer(**t)
+    t["x"][1, 70], t["x"][4, 129] = bad, bad
+    got, expected = layer(**t), layer(**t, backend="reference")
+    assert not torch.isfinite(expected[[1, 4]]).any()
+    assert torch.equal(got.nan_to_num(1, 2, 3)[[1, 4]], expected.nan_to_num(1, 2, 3)[[1, 4]])
+    if run != "reference":
+        assert same_bits(got[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
 
 
 def test_replayed_with_the_same_bits(run):
