@@ -80,6 +80,7 @@ def test_forward(bench, benchmark, shape, dtype):
         case(*shape, dtype),
         [contender(*f) for f in functions((shape, dtype) == CASES[0] and not bench.quick)],
         work,
+        peaks=True,
     )
     bench.against_dram(benchmark, rows, work)
 
@@ -101,6 +102,7 @@ def test_backward(bench, benchmark, shape, dtype):
             for f in functions((shape, dtype) == CASES[0] and not bench.quick)
         ],
         work,
+        peaks=True,
     )
     bench.against_dram(benchmark, rows, work)
 
@@ -141,4 +143,4 @@ def test_update(bench, benchmark, batch):
     moved = 4 * batch * d * (2 + 2 * (inputs.WIDTH - 1))
     work = Work("copy", bytes=moved, footprint=layers * moved)
     contenders = [contender(*f) for f in [*own, (peers.label(), transformers)]]
-    bench.compare(benchmark, UPDATE, f"{batch} x {d}", contenders, work)
+    bench.compare(benchmark, UPDATE, f"{batch} x {d}", contenders, work, peaks=True)

@@ -64,6 +64,7 @@ def test_forward(bench, benchmark, shape, dtype):
         case(*shape, dtype),
         [contender(*f) for f in functions(shape[-1], (shape, dtype) == CASES[0] and not bench.quick)],
         work,
+        peaks=True,
     )
     bench.against_dram(benchmark, rows, work)
 
@@ -85,5 +86,6 @@ def test_backward(bench, benchmark, shape, dtype):
             for f in functions(shape[-1], (shape, dtype) == CASES[0] and not bench.quick)
         ],
         work,
+        peaks=True,
     )
     bench.against_dram(benchmark, rows, work)

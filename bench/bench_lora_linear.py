@@ -92,7 +92,7 @@ def test_forward(bench, benchmark, rows, dtype, adapter):
             call = lambda x, weight, **v: layer(weight.data_ptr())(x.to(weight.dtype))  # noqa: E731
             contenders.append(contender(peers.peft_label(), call, inputs.BOUND[dtype]))
     work = Work("read" if few else product(dtype), bytes=weight.nbytes, flops=flops)
-    bench.compare(benchmark, GROUP, case(rows, dtype, adapter), contenders, work)
+    bench.compare(benchmark, GROUP, case(rows, dtype, adapter), contenders, work, peaks=True)
 
 
 def lazy(make):
@@ -132,7 +132,9 @@ def test_training(bench, benchmark, dtype):
             for name, make in plain.peers(plain.lora, dtype == torch.float32)
         ]
         contenders.append(peft_training(values, weight, upstream, exact))
-    bench.compare(benchmark, TRAINING, case(rows, dtype, True), contenders, Work(product(dtype), flops=flops))
+    bench.compare(
+        benchmark, TRAINING, case(rows, dtype, True), contenders, Work(product(dtype), flops=flops), peaks=True
+    )
 
 
 def peft_training(values, weight, upstream, exact) -> Contender:

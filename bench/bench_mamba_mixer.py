@@ -45,7 +45,7 @@ def test_sequence(bench, benchmark, l, h):
         for name in inputs.own_backends()
     ]
     work = Work("sgemm", bytes=4.0 * l * (width(h) + h * inputs.HEADDIM), flops=inputs.scan_flops(1, l, h))
-    bench.compare(benchmark, SPLIT, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone")
+    bench.compare(benchmark, SPLIT, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone", peaks=True)
 
 
 @pytest.mark.parametrize(("l", "h"), [pytest.param(1024, 24, marks=pytest.mark.full)])
@@ -75,7 +75,9 @@ def test_training(bench, benchmark, l, h):
         for name in inputs.own_backends()
     ]
     work = Work("sgemm", flops=3 * inputs.scan_flops(1, l, h))
-    bench.compare(benchmark, TRAINING, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone")
+    bench.compare(
+        benchmark, TRAINING, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone", peaks=True
+    )
 
 
 @pytest.mark.parametrize(("b", "h"), [(1, 24), pytest.param(16, 64, marks=pytest.mark.full)])
@@ -102,4 +104,4 @@ def test_step(bench, benchmark, b, h):
 
     moved = 2 * sum(state.nbytes for state in states)
     work = Work("copy", bytes=moved, footprint=LAYERS * moved)
-    bench.compare(benchmark, STEP, f"{b} x {h} heads", [contender(n) for n in inputs.own_backends()], work)
+    bench.compare(benchmark, STEP, f"{b} x {h} heads", [contender(n) for n in inputs.own_backends()], work, peaks=True)

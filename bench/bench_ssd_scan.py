@@ -101,7 +101,9 @@ class Problem:
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_forward(bench, benchmark, shape, dtype):
     work = Work(product(dtype), flops=inputs.scan_flops(*shape))
-    bench.compare(benchmark, FORWARD, case(*shape, dtype), Problem(*shape, dtype).contenders(False, bench.quick), work)
+    bench.compare(
+        benchmark, FORWARD, case(*shape, dtype), Problem(*shape, dtype).contenders(False, bench.quick), work, peaks=True
+    )
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)

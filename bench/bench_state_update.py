@@ -75,4 +75,4 @@ def test_update(bench, benchmark, b, h, dtype):
         ]
     ]
     work = Work("copy", bytes=2 * state.nbytes, footprint=2 * LAYERS * state.nbytes)
-    bench.compare(benchmark, GROUP, f"{b} x {h} heads{inputs.suffix(dtype)}", contenders, work)
+    bench.compare(benchmark, GROUP, f"{b} x {h} heads{inputs.suffix(dtype)}", contenders, work, peaks=True)

@@ -125,9 +125,10 @@ class Bench:
 
     def compare(
         self, benchmark: Any, group: str, case: str, contenders: list[Contender], work: Work,
-        *, tokens: int = 0, note: str = "",
+        *, tokens: int = 0, note: str = "", peaks: bool = False,
     ) -> list[Row]:  # fmt: skip
-        """Times the contenders, the first that passes its check being ours; ``tokens`` a call give tokens/s.
+        """Times the contenders, the first that passes its check being ours; ``tokens`` a call give tokens/s. With
+        ``peaks`` each is called once more, for what a call adds in memory.
 
         The contenders of a backend that cannot run, or whose result is wrong, are recorded with the reason.
         """
@@ -151,6 +152,8 @@ class Bench:
                 rows[contender.name].reason = contender.refused
             else:
                 _fill(rows[contender.name], contender, subject, kept, rate, work, tokens)
+                if peaks and rows[contender.name].seconds < _LONG:
+                    rows[contender.name].peak_bytes = contender.attempt(lambda c=contender: memory.added(c.run)) or None
         _publish(benchmark, list(rows.values()))
         return list(rows.values())
 

@@ -15,7 +15,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .machine import ROOT
@@ -31,6 +31,19 @@ def whole(task: str, timeout: float = 900.0, **arguments: object) -> int:
     return _measured(task, timeout, arguments)[1]
 
 
+def added(run: Callable[[], object]) -> int | None:
+    """Bytes that a call adds at its height in this process, its result included, its inputs not; None where the system
+    does not tell. What an earlier call has left to use again is not counted."""
+    try:
+        _trim()
+        before = _resident("VmRSS")
+        _reset_height()
+        run()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
 def _measured(task: str, timeout: float, arguments: dict[str, object]) -> list[int]:
     command = [sys.executable, "-m", "bench.memory", task, json.dumps(arguments)]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
@@ -41,6 +54,10 @@ def _measured(task: str, timeout: float, arguments: dict[str, object]) -> list[i
 
 def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+def _reset_height() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def scan_training(b: int, l: int, h: int, who: str) -> Iterator[None]:
@@ -116,7 +133,7 @@ def main(name: str, arguments: str) -> None:
     before = _resident("VmRSS")
     next(task)
     _trim()
-    Path("/proc/self/clear_refs").write_text("5")
+    _reset_height()
     next(task, None)
     height = _resident("VmHWM")
     print(height - before, height)

@@ -21,7 +21,8 @@ READING = (
     "A time is the median of its own rounds. A ratio is the median over the rounds that both ran, side by side, so two "
     "times need not divide to it. A floor is the time at a rate measured in the same run: torch's fp32 matmul{bf16}, a "
     "read of DRAM, or torch's copy of as many bytes (which also reads what it overwrites, so that a kernel that works "
-    "in place can be above 1).{threads}"
+    "in place can be above 1). Peak memory is what a call adds at its height; of scan training, generation and "
+    "OmniMamba what a process of its own needs for it, inputs and weights included.{threads}"
 )
 BOUND = " While something is timed each thread keeps to one processor."
 BF16 = {

@@ -17,7 +17,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import compare, generators, measure, rates, report, scaling  # noqa: E402
+from bench import compare, generators, measure, memory, rates, report, scaling  # noqa: E402
 from bench.generators import PEER, UNCACHED  # noqa: E402
 from bench.measure import Bench, Contender, Work  # noqa: E402
 from bench.rates import Rates  # noqa: E402
@@ -189,3 +189,32 @@ def test_threads_of_a_process_that_has_ended_are_none():
     child.wait()
     time.sleep(0.01)
     assert _of(child.pid) == []
+
+
+def test_peak_memory_is_what_a_call_adds():
+    kept = torch.ones(2**23)  # 32 MiB that were there before
+
+    def run(mebibytes: int) -> None:
+        for _ in range(3):  # one after the other: none is held twice
+            torch.ones(mebibytes * 2**18).add_(kept[0])
+
+    bench = Bench(quick=True, rates=FixedRates())
+    sizes = {"native": 96, "peer": 40}  # such tensors are mapped, smaller ones may stay with the allocator
+    contenders = [Contender(name, lambda size=size: run(size), lambda: 0.0, 1.0) for name, size in sizes.items()]
+    rows = bench.compare(Pedantic(), "group", "case", contenders, Work("copy", bytes=1.0), peaks=True)
+    for row, size in zip(rows, sizes.values(), strict=True):
+        assert size * 2**20 <= row.peak_bytes + 2**20 <= (size + 4) * 2**20
+    assert [r.peak_bytes for r in bench.compare(Pedantic(), "g", "c", contenders, Work("copy", bytes=1.0))] == [
+        None
+    ] * 2
+
+
+def test_a_system_that_tells_no_memory_leaves_it_out(monkeypatch):
+    def refuse() -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(memory, "_reset_height", refuse)
+    bench = Bench(quick=True, rates=FixedRates())
+    contender = Contender("native", lambda: None, lambda: 0.0, 1.0)
+    (row,) = bench.compare(Pedantic(), "group", "case", [contender], Work("copy", bytes=1.0), peaks=True)
+    assert row.seconds and row.peak_bytes is None and row.reason is None
