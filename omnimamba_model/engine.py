@@ -17,7 +17,7 @@ from .backbone import MambaBackbone, MambaLM
 from .config import BASE, MMU, T2I
 from .layers import Task
 from .omnimamba import OmniMamba
-from .sampling import Sampling, penalised, sample
+from .sampling import LARGEST, Sampling, penalised, sample
 from .state import MambaState
 
 
@@ -173,7 +173,7 @@ class _Batch:
             every = [next(parts[task]) for task in self.tasks]
             asked, free = every[:count], every[count:]
         for k, null in zip(self.twins, free, strict=True):
-            asked[k] = null.lerp(asked[k], self.rows[k].guidance)
+            asked[k] = null.lerp(asked[k], self.rows[k].guidance).clamp(-LARGEST, LARGEST)
         return asked
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from pathlib import Path
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: an interruption leaves what was there.
 
-    A link stays a link, and the file that it names is replaced. OSError as in ``regular_target``.
+    A link stays a link, and the file that it names is replaced. The file may be read by whom the process's umask lets,
+    however ``write`` makes it (safetensors: by its owner alone). OSError as in ``regular_target``.
     """
     target = regular_target(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(stat.S_IMODE(mode))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig, SpecialTokens
 from .omnimamba import OmniMamba
-from .weights import CONFIG, CheckpointError, check_fit, load, usable, weight_files
+from .weights import CONFIG, CheckpointError, check_dtypes, check_fit, load, usable, weight_files
 
 PICKLES = (".pth", ".pt", ".bin")
 _OFFICIAL = "llm_backbone.mamba."
@@ -77,8 +77,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} holds more than tensors, or is damaged, and was not read: {reason}") from error
+        # torch's own message begins with how to run such a file after all.
+        reason = re.search(r"WeightsUnpickler error:\s*(.+?)(?: was not an allowed|$)", str(error), re.MULTILINE)
+        told = f": {reason[1]}" if reason else ""
+        raise CheckpointError(f"{path} holds more than tensors, or is damaged, and was not read{told}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise CheckpointError(f"{path} is not a whole file of torch.save: {reason}") from error
@@ -90,6 +92,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     odd = [str(name) for name, value in found.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if odd:
         raise CheckpointError(f"{path} must hold tensors by name; these are none: {', '.join(odd[:10])}")
+    odd = [name for name, tensor in found.items() if tensor.layout != torch.strided or tensor.device.type != "cpu"]
+    if odd:
+        raise CheckpointError(f"{path} must hold dense tensors with values; these are none: {', '.join(odd[:10])}")
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -226,9 +231,7 @@ def _filled(kind: type[nn.Module], config: Any, tensors: dict[str, Tensor], path
     with torch.device("meta"):
         model = kind(config)
     check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
-    odd = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if odd:
-        raise CheckpointError(f"{path}: weights must be floating point, got {', '.join(odd)}")
+    check_dtypes({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}, path)
     model.load_state_dict({name: tensors[name] for name in model.state_dict()}, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from .backbone import MambaLM
 from .config import BASE, MMU, T2I
 from .engine import Row, generate
 from .omnimamba import OmniMamba
-from .sampling import GREEDY, Sampling
+from .sampling import GREEDY, LARGEST, Sampling
 
 Stop = int | Sequence[int] | None
 
@@ -77,8 +76,8 @@ def drawing_rows(
     """What ``engine.generate`` takes to draw captions (b, text_slots)."""
     cfg = model.config
     _check_ids("caption", caption, cfg.backbone.vocab_size, least=cfg.text_slots)
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
+    if not abs(guidance) <= LARGEST:
+        raise ValueError(f"guidance must be finite in fp32, got {guidance}")
     if type(copies) is not int or copies < 1:
         raise ValueError(f"copies must be a whole number of at least 1, got {copies!r}")
     null = None

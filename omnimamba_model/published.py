@@ -23,7 +23,7 @@ from .files import write_whole
 from .foreign import read_pickle
 from .vision import DINO, SIGLIP, VisionEncoder
 from .vq16 import VQ16, VQConfig
-from .weights import CheckpointError, check_fit
+from .weights import CheckpointError, check_dtypes, check_fit
 
 FILE, VISION = "vq16.safetensors", "vision.json"
 _CONFIG = "vq_config"
@@ -125,5 +125,6 @@ def _filled(config: VQConfig, tensors: dict[str, Tensor], path: Path) -> VQ16:
     with torch.device("meta"):
         vq = VQ16(config)
     check_fit(vq, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    check_dtypes({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}, path)
     vq.load_state_dict(tensors, assign=True)
     return vq

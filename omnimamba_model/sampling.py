@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
+"""What logits are cut to where arguments take them further: infinities have no difference."""
 COLDEST = torch.finfo(torch.float32).tiny
 """The smallest normal number of fp32: dividing by less overflows, even where the dividend is 0."""
 
@@ -57,8 +59,8 @@ GREEDY = Sampling(temperature=0.0)
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits (b, vocabulary) to what ``sampling`` draws from, in fp32, each row summing to 1."""
     logits = logits.float()
-    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0: nothing overflows
-    logits = logits / max(sampling.temperature, COLDEST)
+    logits = (logits - logits.amax(-1, keepdim=True)).clamp(min=-LARGEST)  # the largest is 0: nothing overflows
+    logits = logits / min(max(sampling.temperature, COLDEST), LARGEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -68,6 +70,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, places = chances.sort(dim=-1, descending=True)
         spare = ordered.cumsum(-1) - ordered >= sampling.top_p
+        spare[:, 0] = False  # p may be 0 in fp32
         chances = torch.zeros_like(chances).scatter(-1, places, ordered.masked_fill(spare, 0.0))
         chances /= chances.sum(-1, keepdim=True)
     return chances
@@ -82,4 +85,5 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 def penalised(logits: Tensor, drawn: Tensor, penalty: float) -> Tensor:
     """``logits`` (b, vocabulary) after the repetition penalty, ``drawn`` (b, vocabulary) marking a row's tokens."""
-    return torch.where(drawn, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-LARGEST, LARGEST)
+    return torch.where(drawn, changed, logits)

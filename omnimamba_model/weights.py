@@ -102,7 +102,7 @@ def load(
                 part = file.get_slice(name)
                 found[name] = tuple(part.get_shape()), part.get_dtype()
         check_fit(model, {name: shape for name, (shape, _) in found.items()}, folder)
-        _check_dtypes({name: kind for name, (_, kind) in found.items()}, folder)
+        check_dtypes({name: kind for name, (_, kind) in found.items()}, folder)
         for file in files:
             for name in file.keys():
                 tensor = file.get_tensor(name)
@@ -247,7 +247,8 @@ def check_fit(model: nn.Module, found: dict[str, tuple[int, ...]], path: Path) -
         raise CheckpointError(f"{path} does not fit its config:\n  " + "\n  ".join(problems))
 
 
-def _check_dtypes(found: dict[str, str], path: Path) -> None:
-    unfit = [f"{name} {dtype}" for name, dtype in found.items() if dtype not in _DTYPES]
+def check_dtypes(found: Mapping[str, str], path: Path) -> None:
+    """CheckpointError that lists each tensor of an unfit dtype, which ``found`` names as torch or safetensors do."""
+    unfit = [f"{name} {dtype}" for name, dtype in found.items() if dtype not in (*_DTYPES, *_DTYPES.values())]
     if unfit:
         raise CheckpointError(f"{path}: weights must be {', '.join(_DTYPES.values())}, got {', '.join(unfit)}")

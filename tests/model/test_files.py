@@ -2,6 +2,8 @@ import os
 import stat
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from omnimamba_model.files import write_whole
 
@@ -34,3 +36,15 @@ def test_what_is_no_regular_file_stays(tmp_path):
             write_whole(path, lambda temporary: temporary.write_text("new"))
     assert stat.S_ISFIFO(pipe.lstat().st_mode) and folder.is_dir() and link.is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_a_file_is_the_umasks_to_say(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "text", lambda temporary: temporary.write_text("new"))
+        write_whole(tmp_path / "tensors", lambda temporary: save_file({"a": torch.ones(3)}, temporary))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+    assert load_file(tmp_path / "tensors")["a"].tolist() == [1, 1, 1]

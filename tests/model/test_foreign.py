@@ -86,14 +86,26 @@ class Evil:
         (lambda path: path.write_bytes(b""), "whole file of torch.save"),
         (lambda path: path.write_bytes(b"PK\x03\x04 not a zip"), "not a whole|damaged"),
         (lambda path: torch.save({"a": torch.ones(3)}, path), "it lacks"),
+        (lambda path: torch.save({"a": torch.eye(3).to_sparse()}, path), "dense tensors with values.*: a"),
+        (lambda path: torch.save({"b": torch.ones(3, device="meta")}, path), "dense tensors with values.*: b"),
     ],
 )  # fmt: skip
 def test_malicious_and_damaged_pickles(tmp_path, capfd, write, message):
     path = tmp_path / "OmniMamba.pth"
     write(path)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         read_foreign(path)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)  # how to run it after all
     assert "never run" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.complex64, torch.bool])
+def test_weights_of_other_dtypes_are_named(official, tmp_path, dtype):
+    name = "backbone.norm_f.weight"
+    tensors = official_tensors(official, heads=False)
+    torch.save(tensors | {PREFIX + name: tensors[PREFIX + name].to(dtype)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=f"must be float16, bfloat16, float32, float64, got {name} "):
+        read_foreign(tmp_path / "x.pth")
 
 
 def test_a_truncated_official_file(official, tmp_path):

@@ -188,7 +188,7 @@ def test_ids_are_checked(lm, model, caption, features):
         answer(model, features[:2], long, 2)
 
 
-@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_guidance_is_finite(model, caption, guidance):
     with pytest.raises(ValueError, match="guidance must be finite"):
         draw(model, caption, guidance=guidance)

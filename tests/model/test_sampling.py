@@ -128,3 +128,18 @@ def test_mixed_batches_draw_from_the_defined_chances(model, rows, given, monkeyp
     other = [found.tolist() for found in generate(model, rows, Sampling(**given, seed=6))]
     assert (other == said) == sampling.greedy
     assert said[-1] != said[-2] or sampling.greedy, "copies of one prompt are drawn apart"
+
+
+EXTREME = [
+    {"top_p": 5e-324}, {"min_p": 5e-324}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300},
+    {"repetition_penalty": 1e-40}, {"temperature": 1e300}, {"repetition_penalty": 1e-40, "temperature": 1e-30},
+    {"repetition_penalty": 1e300, "temperature": 1e300, "top_p": 1e-40},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", EXTREME, ids=str)
+@pytest.mark.parametrize("guidance", [1.0, 1e38, -1e38])
+def test_extreme_arguments_still_pick_tokens(model, caption, features, text, given, guidance):
+    rows = drawing_rows(model, caption[:2], guidance) + answer_rows(model, features[:1], [text[1, :3]], 20, stop=())
+    found = generate(model, rows, Sampling(**given, seed=1))
+    assert [len(row) for row in found] == [9, 9, 20]
