@@ -34,6 +34,9 @@ OPS = ("gated_norm", "models", "generation")
 def session(tmp_path_factory) -> conftest.Session:
     """A run of three operations, in this process instead of one each."""
 
+    if torch.cuda.is_available():
+        pytest.skip("it would be a run on a GPU")
+
     def child(arguments: list[str], seconds: float, log: Path, **environment: str) -> int:
         return gpu_ops.main(arguments[2:])
 
@@ -89,10 +92,14 @@ def test_a_run_keeps_rows_rates_and_what_must_be_shown(session):
 def test_a_gpus_run_fills_its_part_of_the_readme_alone(as_on_a_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(results.latest, "__defaults__", (tmp_path / "results", False))
     readme, path = tmp_path / "README.md", tmp_path / "gpu.json"
-    readme.write_text("<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    readme.write_text("<!-- bench:begin -->\n<!-- bench:end -->\n<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    about = {"device": "A processor", "threads": 2, "instruction_set": "", "versions": {}, "commit": "abc"}
+    cpu = {"started": "2026-01-01", "seconds": 60.0, "complete": True, "quick": False, "machine": about, "rates": {}}
+    results.save(tmp_path / "results" / "a" / "a.json", cpu | {"claims": [], "rows": [], "exponents": [], "demo": {}})
     results.save(path, as_on_a_gpu)
     assert report.main(["--readme", str(readme), "--results", str(path)]) == 0
-    text = readme.read_text()
+    other, text = readme.read_text().split("<!-- gpu:begin -->")
+    assert "A processor" in other and "H200" not in other and "A processor" not in text
     for words in (
         "What must be shown on an H200", "119.2x", "63.0% less | 33.3% less", "55.6% less", "9.00 GB",
         "Images a second, 16 at once, 1.3B: 50 here",
