@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 BUILD := MAKEFLAGS= $(BIN)/python setup.py
 NATIVE := $(BUILD) -q build_ext --inplace --strict
-PYTEST := OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal
+# Threads that wait sleep: two processes of more threads than processors would take each other's time by spinning.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test bench native modules modules-native modules-sanitized modules-emulated check test-interpreted \
     test-sanitize test-emulated gpu-check format clean
