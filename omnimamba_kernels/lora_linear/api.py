@@ -72,7 +72,9 @@ def lora_linear(
         weight_scale: (out, in / 64 rounded up), of int8 weights: one scale for every 64 neighbours of a row. Scales of
             whole rows (out, 1) fit as ``weight_scale.expand(-1, groups)``. With up to 48 rows of x, a CPU that has
             AVX-512 VNNI takes each activation within 2^-30 of the largest of the 64 that share a scale (exactly, where
-            it is above 2^-6 of that); everything else is float32, as elsewhere.
+            it is above 2^-6 of that); everything else is float32, as elsewhere. On a GPU up to 64 rows of x meet the
+            int8 values themselves; for more, and for x's gradient, the weights that they stand for are rounded to x's
+            dtype, in memory of their own.
         backend: one of ``backends()``; None chooses.
 
     Returns:
