@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import TASKS
-from .files import write_whole
+from .files import absent, write_whole
 from .omnimamba import OmniMamba
 from .weights import CheckpointError
 
@@ -110,7 +110,7 @@ def _read_weights(folder: Path) -> tuple[dict[tuple[int, str], Tensor], list[str
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+        raise CheckpointError(absent(path)) from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     matched = {name: _NAME.fullmatch(name) for name in tensors}

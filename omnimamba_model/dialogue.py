@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import MMU
 from .engine import Row, stream
-from .files import write_whole
+from .files import absent, write_whole
 from .omnimamba import OmniMamba
 from .pipeline import FORMATS, Pipeline
 from .sampling import GREEDY, Sampling
@@ -103,7 +103,7 @@ def read_about(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+        raise CheckpointError(absent(Path(path))) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no dialogue's state: {error!r}") from error
 

@@ -26,6 +26,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def absent(path: Path) -> str:
+    """What is wrong with a file that safetensors does not find; one that may not be read is among them."""
+    return f"{path} cannot be read: is it yours to read?" if os.path.exists(path) else f"{path} does not exist"
+
+
 def regular_target(path: Path) -> Path:
     """The regular file, there or yet to be made, that ``path`` names once links are followed.
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig, SpecialTokens
+from .files import absent
 from .omnimamba import OmniMamba
 from .weights import CONFIG, CheckpointError, check_dtypes, check_fit, load, usable, weight_files
 
@@ -257,7 +258,7 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
             try:
                 tensors |= load_file(path)
             except FileNotFoundError:
-                raise CheckpointError(f"{path} does not exist") from None
+                raise CheckpointError(absent(path)) from None
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
         return tensors

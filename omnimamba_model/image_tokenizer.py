@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import write_whole
+from .files import absent, write_whole
 from .weights import CheckpointError
 
 FILE = "image_tokenizer.safetensors"
@@ -109,7 +109,7 @@ class PatchTokenizer(nn.Module):
             tokenizer = cls(len(codebook), math.isqrt(codebook.shape[1]), tuple(size.tolist()))
             tokenizer.codebook.copy_(codebook)
         except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist") from None
+            raise CheckpointError(absent(path)) from None
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not an image tokenizer: {error}") from error
         return tokenizer

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import write_whole
+from .files import absent, write_whole
 from .foreign import read_pickle
 from .vision import DINO, SIGLIP, VisionEncoder
 from .vq16 import VQ16, VQConfig
@@ -97,7 +97,7 @@ class PublishedPixels:
             names = json.loads(encoders.read_text(encoding="utf-8"))
             return cls(vq, side, (_found(folder, names["dino"]), _found(folder, names["siglip"])))
         except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename or path} does not exist") from None
+            raise CheckpointError(absent(Path(error.filename or path))) from None
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} or {encoders.name} is damaged: {error}") from error
 

@@ -59,7 +59,7 @@ GREEDY = Sampling(temperature=0.0)
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits (b, vocabulary) to what ``sampling`` draws from, in fp32, each row summing to 1."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)).clamp(min=-LARGEST)  # the largest is 0: nothing overflows
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0: nothing overflows
     logits = logits / min(max(sampling.temperature, COLDEST), LARGEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig
-from .files import write_whole
+from .files import absent, write_whole
 from .omnimamba import OmniMamba
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -147,7 +147,7 @@ def _open(path: Path, device: str | torch.device) -> Iterator[Any]:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+        raise CheckpointError(absent(path)) from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     except OSError as error:

@@ -76,6 +76,8 @@ def _chat(arguments: argparse.Namespace) -> None:
     image = None if arguments.image is None else read_image(arguments.image)
     with loaded(arguments) as pipeline:
         chat = Chat.load(pipeline, kept, image, form) if goes_on else Chat(pipeline, image, form)
+        if kept is not None and not goes_on:
+            chat.save(kept)  # a place that cannot be written is told before the first question
         for asked, said in chat.turns:
             print(f"> {asked}\n{said}")
         while True:

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..omnimamba import STAGES
 
+MOST_THREADS = 1024
+"""OpenMP ends the process where it cannot have as many as it is told to take."""
 PRECISIONS = ("fp32", "bf16")
 SHIPPED = ("stage1-mmu", "stage1-t2i", "stage2")
 FREE = (
@@ -90,11 +92,14 @@ class Run:
         _expect("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}", self.precision)
         _expect("model and fresh", (self.model is None) != (self.fresh is None), "one of the two", "both or none")
         _expect("text, t2i and mmu", bool(self.text or self.t2i or self.mmu), "data for at least one task", "none")
+        unreached = [name for name in ("text", "t2i") if getattr(self, name) and self.stage == "mmu"]
+        _expect("data", not unreached, "mmu's alone in stage mmu, whose parameters no other reaches", unreached)
         for name in ("save_every", "keep", "log_every", "threads"):
             value = getattr(self, name)
             if name == "threads" and value is None:
                 continue
             _expect(name, type(value) is int and value >= 1, "a whole number of at least 1", value)
+        _expect("threads", (self.threads or 1) <= MOST_THREADS, f"at most {MOST_THREADS}", self.threads)
         _expect("seed", type(self.seed) is int and 0 <= self.seed < 2**63, "a whole number of 63 bits", self.seed)
         for name, data in (("text", self.text), ("t2i", self.t2i), ("mmu", self.mmu)):
             if data is not None:

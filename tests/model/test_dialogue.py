@@ -177,6 +177,8 @@ def test_the_terminal_dialogue_goes_on(folder, tmp_path, talk):
     assert status == 2 and "no dialogue's state" in err
     status, _, err = talk("word1", options=(*image, "--dialogue", str(tmp_path / "no" / "talk")))
     assert status == 2 and "make it first" in err  # said before the first question
+    assert talk(options=(*image, "--dialogue", str(tmp_path / "new")))[0] == 0
+    assert Chat.load(Pipeline.load(folder), tmp_path / "new").turns == []
 
 
 def test_device_dtype_and_backend_from_the_command_line(folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omnimamba_model.files import write_whole
+from omnimamba_model.files import absent, write_whole
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -48,3 +48,9 @@ def test_who_may_read_a_file_is_the_umasks_to_say(tmp_path, umask, mode):
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
     assert load_file(tmp_path / "tensors")["a"].tolist() == [1, 1, 1]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path):
+    (tmp_path / "here").touch()
+    assert absent(tmp_path / "here").startswith(f"{tmp_path / 'here'} cannot be read")
+    assert absent(tmp_path / "gone") == f"{tmp_path / 'gone'} does not exist"

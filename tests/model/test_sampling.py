@@ -138,7 +138,7 @@ EXTREME = [
 
 
 @pytest.mark.parametrize("given", EXTREME, ids=str)
-@pytest.mark.parametrize("guidance", [1.0, 1e38, -1e38])
+@pytest.mark.parametrize("guidance", [1.0, 3e38, -3e38])
 def test_extreme_arguments_still_pick_tokens(model, caption, features, text, given, guidance):
     rows = drawing_rows(model, caption[:2], guidance) + answer_rows(model, features[:1], [text[1, :3]], 20, stop=())
     found = generate(model, rows, Sampling(**given, seed=1))

@@ -273,6 +273,8 @@ def test_shipped_settings_are_the_papers(name):
         (["t2i.files=[3]"], "must be texts"),
         (["recompute=2"], "recompute must be bool"),
         (["seed=-1"], "seed must be a whole number"),
+        (["stage=mmu"], r"mmu's alone in stage mmu.*got \['t2i'\]"),
+        (["threads=100000"], "threads must be at most 1024"),
     ],
 )
 def test_mistakes_in_settings_are_named(values, tmp_path, changes, message):
