@@ -8,6 +8,19 @@
 //   is 0 again at the end, so that a captured graph can run once more.
 // Traffic: 2 h p n elements of ssm_state a row, in accesses of 16 bytes where its addresses allow them. Beside it, mostly in
 //   L2: 2 g n (2 w + 1) elements for B and C in each block, and 8 h p bytes of y on their way to the norm.
+// Whole sequences have no kernel of their own, on Hopper neither: they are the convolution, the scan and the norm. KB from and
+//   to memory a position, bf16, 64 heads of 64, n 128, one group: convolution 8.7 + 8.7; steps 0.1 + 1.3; the scan's walk on
+//   Hopper 10.0 + 8.2; norm 16.4 + 8.2: 61.6, at 8 x 2048 positions 1.0 GB. What a fusion would save of that, by arithmetic:
+//     convolution in the walk's producer  16.4, where no gradient is wanted (which reads the convolved x). But of a
+//       multiprocessor's 65536 registers the walk leaves none, and for 128 channels by 64 positions w products and a SiLU are
+//       some 900 issue slots of each scheduler a chunk, beside 2432 clocks of products and about as many slots that feed
+//       them: what memory saves in 63 us the walk loses for the most part. B and C, 256 channels, would be convolved anew by
+//       each pair of heads, 32 times
+//     gate and squares in the walk's end  nothing: z is read there instead of by the norm, and y goes out, in and out again
+//     norm in the walk                    16.4, but it needs all heads of a position, which are other blocks'
+//     norm in the projection that follows 16.4: squares from the walk, a factor a row there, the norm's weight on its
+//       columns. It is the one that pays, and belongs to lora_linear, not here
+//   Times are predictions, at 4.25 TB/s; nothing of this was run.
 #include "../common/launch.h"
 #include "../common/math.cuh"
 #include "../common/reduce.cuh"
