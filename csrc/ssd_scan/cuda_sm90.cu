@@ -16,13 +16,15 @@
 //              2^(cum_t - anchor) 2^(anchor - cum_s): 2 exponentials for 4 scores; within the 16 they are taken one by one
 //     walkers  one each of the two. S stays in a walker's registers in float32. S C^T reads it as bf16 from registers,
 //              x^T M^T and (weight x)^T B read x from registers, so that of what was computed only M passes through shared
-//              memory. While products run that change S, the walker sends out y.
+//              memory. While one walker sends out y, the other multiplies: what a chunk adds to S needs as many registers
+//              as S, which y has until then.
 //   Nothing in a block waits for all of it: stages and scores are handed over by mbarriers.
 // Launches: the steps; the ends of segments and of packed sequences (cuda_ends.cu), where there are any; this walk. Segments
 //   are as many as fill the chip, seeded by what the earlier ones left. No block waits for another.
 // Budget, n 128, two heads of p 64: a stage 52224 bytes (B, C, x 16384 each, steps 3072), three of them; M 4 x 8192; y 2 x
 //   8192: 205824 of 232448. With z two stages of 68608, 186368. n 64: 156672. n 256, one head: two stages, 192512.
-//   Registers a thread: fetch 24, score 88, walkers 200 (S 64, S as bf16 32, y 32, x 16, weight x in three terms 12).
+//   Registers a thread: fetch 24, score 88, walkers 200 (S 64; S as bf16 32, y 32, x 16; or what is added to S 64, weight x
+//   in three terms 12 for 16 positions).
 // Traffic a position and head at p 64, n 128, 64 heads: x read once and y written once, 256 bytes; steps 20 written and 20
 //   read; B and C from L2, 512 shared by two heads, 8 of HBM: 304 of HBM, 404 read from L2. `states` adds 512, z 128,
 //   `ungated` 128.
@@ -139,6 +141,41 @@ OM_DEVICE void put_state(const float (&S)[OWN<N> / 2], const SsdScanParams& q, c
   }
 }
 
+// What a chunk adds to S: (weight x)^T B. It is summed apart from S, which is often larger and would round it at every step,
+// and its least terms first.
+template <int N>
+OM_DEVICE void gain(float (&sum)[OWN<N> / 2], const Rows<bf16, SIDE>& x, const float* weight, const unsigned char* B,
+                    int own) {
+  constexpr int OWNED = OWN<N>;
+  auto weigh = [&](float (&v)[8], int k) {
+    const Block<bf16> block = load_block<true>(x, 16 * k, own);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = scaled(block.value(i), weight[16 * k + block_column(i)]);
+  };
+  float v[8];
+#pragma unroll
+  for (int k = 0; k < COLUMNS; k++) {
+    weigh(v, k);
+    const Left<bf16, 3> left(v);
+    wgmma_fence();
+    wgmma<bf16, OWNED, true>(sum, left.pair[2], by_rows(B, k), k > 0);
+    wgmma<bf16, OWNED, true>(sum, left.pair[1], by_rows(B, k), true);
+    wgmma_commit();
+    wgmma_wait<PARTS<N> == 2 ? 0 : 1>();  // else the compiler runs out of registers
+  }
+#pragma unroll
+  for (int k = 0; k < COLUMNS; k++) {
+    weigh(v, k);
+    const Left<bf16, 1> left(v);
+    wgmma_fence();
+    wgmma<bf16, OWNED, true>(sum, left.pair[0], by_rows(B, k), true);
+    wgmma_commit();
+    wgmma_wait<1>();
+  }
+  wgmma_wait<0>();
+  hold(sum);
+}
+
 // A warpgroup: y and the state of 64 channels of a head.
 template <int N>
 OM_DEVICE void walk_chunks(const Walk<N>& walk) {
@@ -162,53 +199,36 @@ OM_DEVICE void walk_chunks(const Walk<N>& walk) {
     uint32_t state[OWNED / 16][4];
 #pragma unroll
     for (int i = 0; i < OWNED / 4; i++) state[i / 4][i % 4] = pack_two<bf16>(S[2 * i], S[2 * i + 1]);
-    const float end = carry[SIDE - 1];
-#pragma unroll
-    for (int i = 0; i < OWNED / 2; i++) S[i] = scaled(S[i], end);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < OWNED / 16; k++)
       wgmma<bf16, SIDE>(y, state[k], by_columns(stage + walk.layout.C + panels, k), k > 0);
     wgmma_commit();  // y^T = S C^T
 
-    Block<bf16> x[COLUMNS];
-    x[0] = load_block<true>(x_tile, 0, own);
-    auto advance_by = [&](int k) {  // S += (weight x)^T B of 16 positions
-      const float* weight = steps + WEIGHT * SIDE + 16 * k;
-      float v[8];
-#pragma unroll
-      for (int i = 0; i < 8; i++) v[i] = scaled(x[k].value(i), weight[block_column(i)]);
-      const Left<bf16, 3> left(v);
-      wgmma_fence();
-#pragma unroll
-      for (int term = 2; term >= 0; term--)
-        wgmma<bf16, OWNED, true>(S, left.pair[term], by_rows(stage + panels, k), true);
-      wgmma_commit();
-    };
-    advance_by(0);
-    wgmma_wait<1>();
+    wgmma_wait<0>();
     hold(y);
-#pragma unroll
-    for (int k = 1; k < COLUMNS; k++) x[k] = load_block<true>(x_tile, 16 * k, own);
 #pragma unroll
     for (int i = 0; i < SIDE / 2; i++) y[i] = scaled(y[i], carry[i / 4 * 8 + state_column(i % 2)]);
     if (PARTS<N> == 2) join_parts<N>(walk, y, chunk);
     const int i = walk.score_index(chunk, at.head);
     mbarrier_wait(walk.signal.ready + i, walk.score_turn(chunk) % 2);
+    Block<bf16> x[COLUMNS];
+#pragma unroll
+    for (int k = 0; k < COLUMNS; k++) x[k] = load_block<true>(x_tile, 16 * k, own);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < COLUMNS; k++) wgmma<bf16, SIDE>(y, x[k].pair, by_columns(walk.scores(chunk, at.head), k), true);
     wgmma_commit();  // y^T += x^T M^T
-    advance_by(1);
-    advance_by(2);
-    wgmma_wait<2>();
+    wgmma_wait<0>();
     hold(y);
     sync_warp();
     if (lane_id() == 0) mbarrier_arrive(walk.signal.spare + i);
-    advance_by(3);
     if (at.part == 0) store_outputs<N>(walk, y, chunk, slot);
-    wgmma_wait<0>();
-    hold(S);
+    float gained[OWNED / 2];
+    gain<N>(gained, x_tile, steps + WEIGHT * SIDE, stage + panels, own);
+    const float end = carry[SIDE - 1];
+#pragma unroll
+    for (int i = 0; i < OWNED / 2; i++) S[i] = scaled(S[i], end) + gained[i];
     walk.leave_stage(chunk);
   }
   if (at.part == 0 && threadIdx.x % TEAM == 0) bulk_wait_read<0>();

@@ -24,6 +24,8 @@ HOPPER = (
     Case("packed by offsets", 1, 170, 3, 40, n=34, skip=1, initial_states=True, sequences="cu_seqlens"),
     Case("eight chunks", 1, 500, 2, 64, n=128, gate=True, limit=SLOW),
     Case("segments", 1, 700, 1, 32, n=64, skip=1, limit=SLOW, initial_states=True),
+    *(Case(f"states that outweigh what {l} positions add", 1, l, 5, 64, n=128, skip=2, limit=SLOW, initial_states=True)
+      for l in (70, 100)),
 )  # fmt: skip
 BACKWARD = (
     Case("five heads", 1, 70, 5, 64, n=128, skip=2, limit=(0.05, 0.2), initial_states=True),
