@@ -41,9 +41,9 @@ def forward(
     initial_states: Tensor | None, seq_idx: Tensor | None, *, target: Target, save: bool = False, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
     """x, B, C and z have one type. ssd_ends: dt once for steps and once for each piece's tiles of the state, and there
-    x and B. ssd_walk: x and z once, B and C for each tile of channels, steps for each tile."""
+    x and B. ssd_walk: x and z once, B, C and C B^T for each pair of heads and tile of channels, steps for each tile."""
     (b, l, h, p), n = x.shape, B.shape[3]
-    walk = tiles.walk(target, x, n, l % CHUNK == 0 and seq_idx is None and z is None and not save)
+    walk = tiles.walk(target, x, B, l % CHUNK == 0 and seq_idx is None and z is None and not save)
     narrow = walk.tile.constants["NARROW"]
     ids = 0 if seq_idx is None else seq_idx.element_size()
     number = _size(A) + _size(dt_bias)  # of a head
@@ -62,19 +62,33 @@ def forward(
     flops = tasks * p_blocks * n_blocks * walked * _product(walk.ends, "BLOCK_P", "BLOCK_N")
     ends = Cost(loaded, tasks * (p * n + 1) * FLOAT, flops * (tiles.TERMS if narrow else 1))
 
-    programs, parts = b * h * walk.tile.p_blocks, walk.tile.n_blocks
+    programs, parts = b * h * walk.tile.p_blocks, walk.tile.n_blocks  # as if each took one head
+    together = programs // walk.heads
     earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2  # pieces that segments begin with
     loaded = b * h * walk.segments * p * (_size(D) + n * _size(initial_states))
     loaded += earlier * (b * h * p * n + programs * parts) * FLOAT
-    loaded += programs * walk.chunks * (5 * walk.chunk + 1 + (2 * walk.chunk if ids else 0)) * FLOAT
+    loaded += walk.chunks * (programs * (5 * walk.chunk + 1) + together * (2 * walk.chunk if ids else 0)) * FLOAT
     again = 1 if not narrow and parts > 1 else 0
-    loaded += nbytes(x, z) + programs * l * n * ((1 + again) * _size(B) + _size(C))
+    loaded += nbytes(x, z) + l * n * (together + programs * again) * (_size(B) + _size(C))
     stored = nbytes(x) + (nbytes(z) if save else 0) + b * h * p * n * FLOAT
     stored += b * blocks(l, CHUNK) * h * p * n * FLOAT if save else 0
-    inside = parts * _product(walk.tile, "BLOCK_N") * walk.chunk + _product(walk.tile, "BLOCK_P") * walk.chunk
-    through = parts * (1 + (tiles.TERMS if narrow else 1)) * _product(walk.tile, "BLOCK_P", "BLOCK_N")
-    flops = programs * walk.chunks * walk.chunk * (inside + through)
+    inside = together * parts * _product(walk.tile, "BLOCK_N") * walk.chunk  # C B^T
+    inside += programs * _product(walk.tile, "BLOCK_P") * walk.chunk
+    through = programs * parts * (1 + (tiles.TERMS if narrow else 1)) * _product(walk.tile, "BLOCK_P", "BLOCK_N")
+    flops = walk.chunks * walk.chunk * (inside + through)
     return {"ssd_ends": steps + ends, "ssd_walk": Cost(loaded, stored, flops)}
+
+
+def walk_exponentials(x: Tensor, B: Tensor, z: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None, *,
+                      target: Target, save: bool = False, **_: object) -> int:  # fmt: skip
+    """How many exponentials ssd_walk takes: L of each head and chunk, gates, and one for each state that seeds it."""
+    b, l, h, _ = x.shape
+    walk = tiles.walk(target, x, B, l % CHUNK == 0 and seq_idx is None and z is None and not save)
+    programs, tile = b * h * walk.tile.p_blocks, walk.tile
+    each = walk.chunk * (walk.chunk + (tile.constants["BLOCK_P"] if z is not None else 0))
+    earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2
+    seeds = earlier + (walk.segments if initial_states is not None else 0)
+    return programs * (walk.chunks * each + seeds * tile.n_blocks)
 
 
 def backward(

@@ -66,7 +66,8 @@ def narrow_backward(z: Tensor | None, *tensors: Tensor | None) -> bool:
 @dataclass(frozen=True)
 class Walk:
     """A walk over the chunks: ``segments`` of ``each`` chunks of ``chunk`` positions. Of every segment but the one that
-    is walked last, the pre-pass finds what ``per_segment`` pieces leave to the next."""
+    is walked last, the pre-pass finds what ``per_segment`` pieces leave to the next. The forward's programs take
+    ``heads`` heads of a group together."""
 
     tile: Tile
     ends: Tile
@@ -75,6 +76,7 @@ class Walk:
     segments: int
     each: int
     per_segment: int
+    heads: int = 1
 
     @property
     def pieces(self) -> int:
@@ -86,15 +88,16 @@ class Walk:
         return self.each // self.per_segment * self.chunk
 
 
-def walk(target: Target, x: Tensor, n: int, plain: bool) -> Walk:
+def walk(target: Target, x: Tensor, B: Tensor, plain: bool) -> Walk:
     """``plain``: whole chunks and no extras, which leaves more registers to the state."""
-    b, l, h, _ = x.shape
+    (b, l, h, _), (_, _, g, n) = x.shape, B.shape
     narrow = narrow_forward(target, x)
-    found = tile("walk", target, x, n, narrow, plain=int(plain))
-    chunk = found.use["CHUNK"]
+    found = tile("walk", target, x, n, narrow, plain=int(plain), paired=int(h // g % 2 == 0))
+    chunk, heads = found.use["CHUNK"], found.use.get("HEADS", 1)
     chunks = blocks(l, chunk)
-    segments, each = _segments(b * h * found.p_blocks, chunks, found.use, target)
-    return Walk(found, tile("ends", target, x, n, narrow), chunk, chunks, segments, each, found.use["pieces"])
+    segments, each = _segments(b * h // heads * found.p_blocks, chunks, found.use, target)
+    ends = tile("ends", target, x, n, narrow)
+    return Walk(found, ends, chunk, chunks, segments, each, found.use["pieces"], heads)
 
 
 def back_walk(target: Target, x: Tensor, n: int, narrow: bool) -> Walk:

@@ -4,7 +4,7 @@
     ends    S at the end of a piece of the sequence that started from nothing
     decays  log2 of what is left, after that piece, of the state before it; -inf where a sequence begins in it
 
-Shapes: steps (b, h, chunks, 4, CHUNK) float32; lasts (b, chunks, CHUNK) int32, the last position in its chunk of each
+Shapes: steps (b, chunks, h, 4, CHUNK) float32; lasts (b, chunks, CHUNK) int32, the last position in its chunk of each
 position's sequence, -1 in padding and past the end; ends (b, h, pieces, p, n) and decays (b, h, pieces)
 float32. The names are those of triton_common.py; carry is -1 where a sequence has begun, so that not even a NaN in the
 state crosses into it.
@@ -73,7 +73,7 @@ def write_steps(
     if HAS_SEQ:
         carry = tl.where((run == 0)[:, None], carry, -1.0)
         weight = tl.where((run == last_run)[:, None], weight, 0.0)
-    out = steps + ((row * h + wide[None]) * chunks + chunk) * (4 * CHUNK) + cs[:, None]
+    out = steps + ((row * chunks + chunk) * h + wide[None]) * (4 * CHUNK) + cs[:, None]
     tl.store(out, step, mask=head_in[None])
     tl.store(out + CHUNK, centred(high, low, end_high[None]), mask=head_in[None])
     tl.store(out + 2 * CHUNK, carry, mask=head_in[None])

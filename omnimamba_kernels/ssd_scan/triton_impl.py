@@ -62,21 +62,21 @@ def forward(
         final.copy_(initial_states) if initial_states is not None else final.zero_()
     rows = _rows(x, B, C, z)
     plain = l % CHUNK == 0 and seq_idx is None and z is None and not save
-    walk = tiles.walk(triton_launch.target_of(x), rows[0], n, plain)
+    walk = tiles.walk(triton_launch.target_of(x), rows[0], rows[1], plain)
     inputs = (rows[0], dt, A, rows[1], dt_bias, initial_states, seq_idx)
-    steps, lasts = floats(b, h, walk.chunks, 4, walk.chunk), None
+    steps, lasts = floats(b, walk.chunks, h, 4, walk.chunk), None
     if seq_idx is not None:
         lasts = x.new_empty(b, walk.chunks, walk.chunk, dtype=int32)
     work = (steps, lasts, floats(b, h, walk.pieces, p, n), floats(b, h, walk.pieces))
     _start_ends(walk, inputs, cu_seqlens, (*work, varlen), dt_softplus, dt_limit)
     if l:
         launch(
-            ssd_walk, (b * h * walk.tile.p_blocks * walk.segments,),
+            ssd_walk, (b * (h // walk.heads) * walk.tile.p_blocks * walk.segments,),
             *rows[:3], D, rows[3], initial_states, *work, y, final, states, ungated,
             l, h, h // B.shape[2], walk.segments, walk.each, walk.per_segment,
             *rows[0].stride()[:3], *rows[1].stride()[:3], *rows[2].stride()[:3], *_strides(D, 2), *_strides(rows[3], 3),
-            *_strides(initial_states, 4), CHUNK=walk.chunk, N_PARTS=walk.tile.n_blocks, SEEDED=walk.segments > 1,
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial_states is not None,
+            *_strides(initial_states, 4), CHUNK=walk.chunk, HEADS=walk.heads, N_PARTS=walk.tile.n_blocks,
+            SEEDED=walk.segments > 1, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial_states is not None,
             HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk,
             EVEN=lasts is None and l % walk.chunk == 0, **_constants(walk.tile),
         )  # fmt: skip

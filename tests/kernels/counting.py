@@ -58,6 +58,40 @@ def counted() -> Iterator[dict[str, Cost]]:
         yield found
 
 
+@contextmanager
+def counted_exponentials(kernel: str) -> Iterator[list[int]]:
+    """Within the block the exponentials of each launch of ``kernel`` are counted, masked lanes among them."""
+    from triton.runtime import interpreter
+
+    found: list[int] = []
+    running: list[str] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    start = executor.__call__
+
+    def counting(one):
+        def call(self, v):
+            if running[-1] == kernel:
+                found[-1] += v.data.size
+            return one(self, v)
+
+        return call
+
+    def counting_start(self, *args, **named):
+        running.append(self.fn.__name__)
+        found.extend([0] * (running[-1] == kernel))
+        try:
+            return start(self, *args, **named)
+        finally:
+            running.pop()
+
+    with (
+        mock.patch.object(builder, "create_exp", counting(builder.create_exp)),
+        mock.patch.object(builder, "create_exp2", counting(builder.create_exp2)),
+        mock.patch.object(executor, "__call__", counting_start),
+    ):
+        yield found
+
+
 class Seen(TorchDispatchMode):
     """The names of torch's own operations within the block, views apart."""
 

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from counting import counted
+from counting import counted, counted_exponentials
 
 from omnimamba_kernels import mamba_chunk_scan_combined, use_backend
 from omnimamba_kernels.cost import Cost
+from omnimamba_kernels.report.calls import Made
 from omnimamba_kernels.ssd_scan import cost
-from omnimamba_kernels.ssd_scan.cases import CASES, Case
-from omnimamba_kernels.triton_launch import INTERPRETER, interpreting
+from omnimamba_kernels.ssd_scan.cases import CASES, GPU, Case
+from omnimamba_kernels.triton_launch import INTERPRETER, TARGETS, interpreting
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="counts what the interpreter does: set TRITON_INTERPRET=1")
 COUNTED = (
@@ -47,3 +48,25 @@ def test_scan(case, dtype):
     for found, floor in ((inference, cost.forward_floor(**read)), (backward, cost.backward_floor(**read))):
         total = sum(found.values(), Cost())
         assert all(getattr(total, f.name) >= getattr(floor, f.name) for f in dataclasses.fields(Cost))
+
+
+@interpreted
+@pytest.mark.parametrize("case", COUNTED[3:], ids=lambda c: c.name)
+def test_exponentials_of_the_scan(case):
+    tensors = case.tensors() | {"cu_seqlens": None}
+    tensors["A"] = tensors["A"] * 1e-3
+    if case.sequences:
+        tensors["seq_idx"] = torch.zeros(case.b, case.l, dtype=torch.int64)
+    with use_backend("triton"), counted_exponentials("ssd_walk") as found:
+        mamba_chunk_scan_combined(**tensors, **case.options | {"return_varlen_states": False})
+    assert found == [cost.walk_exponentials(**tensors, target=INTERPRETER)]
+
+
+@pytest.mark.parametrize("case", GPU, ids=lambda c: c.name)
+def test_exponentials_do_not_bound_the_scan(case):
+    """On Hopper: 16 exponentials and 4096 FLOPs a clock and multiprocessor."""
+    with Made("meta"):
+        tensors = case.tensors(torch.bfloat16)
+    tensors.pop("cu_seqlens")
+    flops = cost.forward(**tensors, target=TARGETS["sm_90"])["ssd_walk"].flops
+    assert cost.walk_exponentials(**tensors, target=TARGETS["sm_90"]) / 16 < flops / 4096 / 4
