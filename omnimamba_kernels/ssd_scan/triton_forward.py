@@ -28,9 +28,9 @@ HBM, of which 915 clocks are needed in any case):
     chunk 32, pairs of heads               128    256        64     768      1216      998           128
 
 To read it, 8 KB in 16 bits and twice that in float32, takes longer than to form it, and spares nothing of B and C; a
-pair of heads spares half of all three. In chunks of 64 it spills 524 bytes a thread, so plain walks
-go by pairs in chunks of 32, without spills. With states to save
-a pair spills 16 bytes on Hopper: there, and with a gate or sequences, each head has a program.
+pair of heads spares half of all three. In chunks of 64 it spills 524 bytes a thread, so plain walks go by pairs in
+chunks of 32, without spills. With states to save a pair spills 16 bytes on Hopper: there, and with a gate or sequences,
+each head has a program.
 
 The exponentials of L are CHUNK^2 a head and chunk, a ninth of the products' time and beside them: they are not the
 bound. Factors about an anchor, 2^(cum_t - anchor) 2^(anchor - cum_s) outside the two diagonal blocks of 16, would leave

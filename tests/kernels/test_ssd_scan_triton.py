@@ -75,7 +75,7 @@ def uncut(case: Case, walk: Launch) -> int:
     """How many programs a walk over the whole sequence would have."""
     cut = dict(walk.constants)
     n_blocks = triton.cdiv(case.n, cut["BLOCK_N"]) if walk.kernel.__name__ == "ssd_back_walk" else 1
-    return case.b * case.h * triton.cdiv(case.p, cut["BLOCK_P"]) * n_blocks
+    return case.b * (case.h // cut.get("HEADS", 1)) * triton.cdiv(case.p, cut["BLOCK_P"]) * n_blocks
 
 
 @interpreted
