@@ -33,7 +33,10 @@ def seconds(function: Callable[[], object]) -> float:
 def torch_matmul_rate(dtype: torch.dtype, rows: int) -> float:
     """FLOP/s of torch's product of a few rows with a 1024 x 1024 matrix: some processors crawl at 16 bits."""
     x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    return 2 * rows * 1024**2 / min(seconds(lambda: x @ weight.T) for _ in range(2))
+    taken = [seconds(lambda: x @ weight.T) for _ in range(2)]
+    while len(taken) < 10 and sum(taken) < 0.5:  # a neighbour on the processor must not decide
+        taken.append(seconds(lambda: x @ weight.T))
+    return 2 * rows * 1024**2 / min(taken)
 
 
 def product(dtype: torch.dtype) -> str:

@@ -120,6 +120,16 @@ def test_16_bit_products_are_held_against_the_faster_rate(narrow, wide, kind, mo
     assert Work(kind, flops=6.0, bytes=1.0).floor(3.0) == 2.0 and Work("copy", flops=6.0, bytes=1.0).floor(1.0) == 1.0
 
 
+@pytest.mark.parametrize(("taken", "calls"), [(1e-3, 10), (0.4, 2)])
+def test_a_products_rate_is_its_best_of_several_short_calls(taken, calls, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rates, "seconds", lambda run: seen.append(1) or taken * (0.5 if len(seen) == 2 else 1.0))
+    rates.torch_matmul_rate.cache_clear()
+    assert rates.torch_matmul_rate(torch.float32, 3) == 2 * 3 * 1024**2 / (0.5 * taken)
+    rates.torch_matmul_rate.cache_clear()
+    assert len(seen) == calls
+
+
 def test_the_rate_of_bf16_is_that_of_bf16_operands(monkeypatch):
     seen = []
     monkeypatch.setattr(rates, "_EDGE", 8)
