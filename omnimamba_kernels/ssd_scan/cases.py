@@ -105,3 +105,6 @@ GPU = (
     Case("1 x 1M, 24 heads", 1, 2**20, 24, 64, n=128, chunk=256, skip=1),
 )
 """What a GPU is measured at: the 1.3B, the 2.7B and, for one very long sequence, the 130M model."""
+
+WIDE = Case("4 x 4096, 24 heads of 128, 256 states", 4, 4096, 24, 128, n=256, chunk=256, skip=1)
+"""The largest heads and states in use: kernels are compiled for it, not measured."""

@@ -130,6 +130,19 @@ def test_offsets_beyond_the_end_stop_there(whole, monkeypatch):
     assert len(found[0]) == 3 and all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
+LARGE = (
+    Case("256 states", 1, 70, 2, 16, n=256, skip=1, initial_states=True),
+    Case("heads of 128 channels", 1, 40, 2, 128, gate=True),
+)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
+def test_many_states_and_wide_heads(case, dtype):
+    check("triton", scan(case.options), exact(case.options), case.tensors(dtype), WANTED)
+
+
 @triton.jit
 def split(v, found, N: tl.constexpr):
     i = tl.arange(0, N)
