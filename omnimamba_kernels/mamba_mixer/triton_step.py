@@ -14,9 +14,9 @@ Plan     a program owns BLOCK_C channels of one group of one row, of one head or
          last one takes the group's tickets back, so that a captured graph can run again, and a slot that two rows
          shared against the rules, whose state is lost, still counts right at the next step.
 Order    on NVIDIA the barrier before a ticket and the ticket's own release and acquire publish what all threads of the
-         program stored. On gfx942 (read in what Triton 3.6 emits, not seen on a chip) the barrier waits for no store:
-         the wave that takes the ticket waits for its own (s_waitcnt vmcnt(0), buffer_wbl2 sc1), so what the other
-         waves stored last is not guaranteed to be there for the one that takes the last ticket.
+         program stored. On gfx942 (read in what Triton 3.6 emits, not seen on a chip) the barrier waits for no store,
+         and the wave that takes the ticket for its own alone (s_waitcnt vmcnt(0), buffer_wbl2 sc1): there a program
+         is one wave.
 Traffic  2 h p n elements of ssm_state a row. Beside it, mostly in L2: 2 g n (2 w + 1) elements for B and C in each
          program, whose own rows of S are 2 BLOCK_C n, and 8 h p bytes of y on their way to the norm.
 Cost     the norm of a group is left to one program at the end, size / BLOCK rounds to L2: what a launch of its own

@@ -258,3 +258,10 @@ def test_masks_of_numbers_and_rows_reach_the_interpreter_as_booleans(monkeypatch
     x = torch.ones(8)
     launch(double_first, (2,), x, N=8)
     assert x.tolist() == [2.0] * 8 and {str(kind) for kind in kinds} == {"bool"} and len(kinds) == 4
+
+
+@pytest.mark.parametrize("n", [16, 128, 256, 1024])
+@pytest.mark.parametrize("channels", [64, 2**20])
+def test_a_program_of_the_step_is_one_wave_on_amd(n, channels):
+    """Whose ticket publishes the stores of its own wave only."""
+    assert settings("mamba_mixer", "step", TARGETS["gfx942"], n=n, channels=channels)["num_warps"] == 1
