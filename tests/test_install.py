@@ -161,8 +161,6 @@ def test_without_nvcc_the_build_says_so(checkout, tmp_path):
 
 
 def test_without_nvcc_the_kernels_are_left_to_nvrtc_where_they_are_asked_for(checkout, tmp_path):
-    for source in checkout.glob("csrc/[!g]*/cuda*.cu"):  # test_nvrtc.py has the module with these
-        source.unlink()
     cuda, folder = without_nvcc(checkout, tmp_path, "on")
     assert cuda == {"wanted": "on", "reason": None, "architectures": [], "on_demand": True}
     assert list(folder.glob("_native_cuda*"))
