@@ -15,6 +15,7 @@ if not (ROOT / "bench").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from bench import gpu_board, gpu_check, gpu_claims, gpu_ops  # noqa: E402
+from bench.baselines.attention import Attention  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
 from bench.gpu_problems import Problem, models  # noqa: E402
 from bench.gpu_run import as_row  # noqa: E402
@@ -50,6 +51,12 @@ def test_a_wrong_model_fails_its_check(problems):
         wrong = (*right[:i], torch.zeros_like(part), *right[i + 1 :])
         assert (training.error(wrong) <= training.bound) == (part.ndim == 1)
     assert not images.error(torch.zeros(16, 8)) <= images.bound
+
+
+def test_attentions_check_makes_its_mask_where_its_input_is():
+    with torch.device("meta"):
+        layer, u = Attention(64), torch.empty(1, 8, 64)
+    assert layer.plain(u).is_meta
 
 
 def rows(step: float, long: float, draw: float, held: float, replayed: float | None = None) -> list[dict]:

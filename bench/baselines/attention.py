@@ -60,5 +60,6 @@ class Attention(nn.Module):
         """The same by the definition, with the whole matrix of scores: what ``forward`` is checked against."""
         l = u.shape[1]
         q, k, v = self.project(u, rotary(torch.arange(l, device=u.device)))
-        scores = (q @ k.transpose(-1, -2) / HEADDIM**0.5).masked_fill(~torch.ones(l, l).tril().bool(), -torch.inf)
+        later = torch.ones(l, l, dtype=torch.bool, device=u.device).triu(1)
+        scores = (q @ k.transpose(-1, -2) / HEADDIM**0.5).masked_fill(later, -torch.inf)
         return self.join(scores.softmax(-1) @ v)
