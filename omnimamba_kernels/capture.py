@@ -90,9 +90,16 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     function: Callable[..., Tensor]
+    places: list[Tensor]
+    output: Tensor
 
+    @torch.no_grad()
     def run(self) -> None:
-        self.graph.replay()
+        """Inside the capture of another graph, which can hold no replay, the kernels themselves become a part of it."""
+        if torch.cuda.is_current_stream_capturing():
+            self.output.copy_(self.function(*self.places))
+        else:
+            self.graph.replay()
 
 
 def _cuda_graph(function: Callable[..., Tensor], places: list[Tensor], changes: Sequence[Tensor]) -> Recorded:
@@ -114,4 +121,4 @@ def _cuda_graph(function: Callable[..., Tensor], places: list[Tensor], changes: 
             torch.cuda.current_stream().wait_stream(side)
             for t, values in zip(changes, before, strict=True):
                 t.copy_(values)
-    return _Graph(graph, function).run, output
+    return _Graph(graph, function, places, output).run, output

@@ -173,9 +173,19 @@ def test_a_replay_wants_the_inputs_it_was_made_for(run, wrong):
 class Graph(TorchDispatchMode):
     """In place of a CUDA graph, on a CPU: the same operations on the same memory, and no Python between them."""
 
+    recording = False
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list = []
+
+    def __enter__(self):
+        Graph.recording = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Graph.recording = False
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -183,6 +193,8 @@ class Graph(TorchDispatchMode):
         return found
 
     def replay(self) -> None:
+        if Graph.recording:
+            raise RuntimeError("Cannot prepare for replay during capturing stage.")
         for function, args, kwargs, found in self.calls:
             for old, new in zip(tree_leaves(found), tree_leaves(function(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
@@ -201,6 +213,7 @@ def graphs(monkeypatch) -> list[Graph]:
         "stream": lambda stream: nullcontext(),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
+        "is_current_stream_capturing": lambda: Graph.recording,
     }
     for name, place in places.items():
         monkeypatch.setattr(torch.cuda, name, place)
@@ -220,6 +233,27 @@ def test_a_graph_replays_the_calls_and_making_it_moves_no_state(graphs):
             assert same_bits(output, plain(token.clone()))
             assert all(same_bits(recorded.own[name], plain.own[name]) for name in STATES)
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_graph_may_become_a_part_of_another(graphs):
+    with use_backend("reference"):
+        plain, recorded = Layer(), Layer()
+        within = torch.empty_like(tokens(1)[0])
+        run, output = _cuda_graph(recorded, [within], recorded.states())
+
+        def twice(residual: Tensor) -> Tensor:
+            within.copy_(residual)
+            run()
+            return 2 * output
+
+        place = torch.empty_like(within)
+        outer, doubled = _cuda_graph(twice, [place], recorded.states())
+        for token in tokens(4):
+            place.copy_(token)
+            outer()
+            assert same_bits(doubled, 2 * plain(token.clone()))
+            assert all(same_bits(recorded.own[name], plain.own[name]) for name in STATES)
 
 
 def test_a_graph_keeps_its_memory_alive(graphs):
