@@ -1,9 +1,9 @@
 """OmniMamba at its published size on this machine: a checkpoint with the official names and shapes, random values.
 
 1.61 B stored numbers in bf16: it is written as the official pickle, converted, loaded, and must come back bit for bit.
-Then one image of 256 tokens is drawn and a question about an image answered in 32, batch 1; and 16 images at once, as
-in the paper's Table 3. The floor is the matrices that a token needs, read once at the DRAM rate, and beyond one image
-the states there and back; peak memory is a child process's, over the weights' bytes.
+Then one image of 256 tokens is drawn and a question about an image answered in 32, batch 1, the answer's tokens alone
+after that; and 16 images at once, as in the paper's Table 3. The floor is the matrices that a token needs, read once at
+the DRAM rate, and beyond one image the states there and back; peak memory is a child's, over the weights' bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from torch import Tensor
 from omnimamba_kernels import use_backend
 from omnimamba_model import MambaConfig, OmniMamba, OmniMambaConfig, answer, draw
 from omnimamba_model.cli import main
+from omnimamba_model.config import MMU
+from omnimamba_model.engine import stream
+from omnimamba_model.generation import answer_rows
+from omnimamba_model.sampling import GREEDY
 
 from . import inputs
 from .measure import Contender, Work, relative_error
 from .published import AT_ONCE, TABLE_3, at_once_case
 
 GROUP, OURS = "OmniMamba", "OmniMamba, bf16 weights"
-QUESTION, ANSWER = 16, 32
+QUESTION, ANSWER, PIECE = 16, 32, 16
 full = pytest.mark.full
 
 
@@ -88,9 +92,11 @@ def caption(count: int = 1) -> Tensor:
     return torch.randint(1, 50000, (count, 68), generator=torch.Generator().manual_seed(0))
 
 
-def sight() -> tuple[Tensor, Tensor]:
+def sight(config: OmniMambaConfig = CONFIGS[FULL]) -> tuple[Tensor, Tensor]:
+    """An image's features and a question."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 729, 2176, generator=generator), torch.randint(1, 50000, (1, QUESTION), generator=generator)
+    looks = torch.randn(1, config.image_features, config.feature_dim, generator=generator)
+    return looks, torch.randint(1, 50000, (1, QUESTION), generator=generator)
 
 
 @torch.inference_mode()
@@ -149,6 +155,45 @@ def test_official_names(bench, benchmark, size, task):
         row.note = f"the floor is the tokens' reads alone, without the products of the {read} positions before them"
         if row.peak_bytes:
             row.note += f"; peak {row.peak_bytes / weights:.2f} of the weights"
+
+
+class Answering:
+    """An answer whose question is taken in already: each call of ``more`` is PIECE tokens, a step and a choice each."""
+
+    def __init__(self, size: str) -> None:
+        self.network = model(size)
+        self.state = self.network.backbone.new_state(1)
+        rows = answer_rows(self.network, *sight(self.network.config), steps=10**9, stop=[])
+        self.spoken = stream(self.network, rows, GREEDY, self.state)
+        next(self.spoken)
+
+    def more(self) -> None:
+        for _ in range(PIECE):
+            next(self.spoken)
+
+    @torch.inference_mode()
+    def error(self) -> float:
+        """A further token's logits against plain PyTorch in fp32 on the same weights and state."""
+        backbone = self.network.backbone
+
+        def logits() -> Tensor:
+            step = backbone.bind_step(self.state.take([0]), MMU)
+            return self.network.text_head(step(backbone.embedding(torch.tensor([QUESTION]))))
+
+        got = logits()
+        with use_backend("reference"):
+            return relative_error(got, logits())
+
+
+@pytest.mark.parametrize("size", [SMALL, pytest.param(FULL, marks=full)])
+def test_tokens_of_an_answer(bench, benchmark, size):
+    """After the prefill of the image and the question, which is most of a short answer's time."""
+    answering = Answering(size)
+    bound, expected = 2 * inputs.BOUND[torch.float32], 4.0 if size == FULL else 0.0
+    contender = Contender(OURS, answering.more, answering.error, bound, expected=expected)
+    work = Work("read", bytes=PIECE * token_bytes(size, answering.network.backbone.embedding.weight))
+    case = f"{size}: decodes {PIECE} tokens of an answer"
+    bench.compare(benchmark, GROUP, case, [contender], work, tokens=PIECE)
 
 
 @pytest.mark.parametrize("size", [pytest.param(FULL, marks=full)])

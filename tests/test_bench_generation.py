@@ -99,12 +99,16 @@ def test_a_cache_is_filled_to_its_end():
     assert (cache != 0).float().mean() > 0.99 and (cache[-1, -1, 0, -1, -9:] != 0).all()
 
 
-def omnimamba_rows(share: float | None, peaks: tuple[float | None, float | None]) -> list[Row]:
-    """At the published size, peaks as shares of the weights; and two rows that no claim is about."""
+def omnimamba_rows(
+    share: float | None, peaks: tuple[float | None, float | None], spoken: float | None = 0.61
+) -> list[Row]:
+    """At the published size, peaks as shares of the weights; and two rows that no claim is about. ``spoken``: the share
+    of an answer's tokens alone."""
     drawn, answered = (None if peak is None else int(peak * claims.OMNIMAMBA_BYTES) for peak in peaks)
     cases = [
         ("1.3B: draws an image of 256 tokens", share, drawn),
         ("1.3B: answers 16 tokens about an image in 32", 0.2, answered),
+        ("1.3B: decodes 16 tokens of an answer", spoken, None),
         ("two layers of width 64: draws an image of 256 tokens", 0.1, 10**11),
         (published.at_once_case("1.3B"), 0.1, 10**11),
     ]
@@ -118,12 +122,14 @@ def omnimamba_rows(share: float | None, peaks: tuple[float | None, float | None]
 @pytest.mark.parametrize(
     ("found", "verdicts"),
     [
-        (omnimamba_rows(0.61, (1.0, 1.29)), [True, True]),
-        (omnimamba_rows(0.59, (1.31, 1.0)), [False, False]),
-        (omnimamba_rows(0.61, (1.0, 1.31)), [True, False]),
-        (omnimamba_rows(None, (1.0, None)), [None, None]),
-        (omnimamba_rows(0.61, (None, 1.0)), [True, None]),
-        (omnimamba_rows(0.61, (1.0, 1.0))[2:], [None, None]),
+        (omnimamba_rows(0.61, (1.0, 1.29)), [True, True, True]),
+        (omnimamba_rows(0.59, (1.31, 1.0)), [False, True, False]),
+        (omnimamba_rows(0.61, (1.0, 1.31)), [True, True, False]),
+        (omnimamba_rows(0.61, (1.0, 1.0), 0.59), [True, False, True]),
+        (omnimamba_rows(0.61, (1.0, 1.0), None), [True, None, True]),
+        (omnimamba_rows(None, (1.0, None)), [None, True, None]),
+        (omnimamba_rows(0.61, (None, 1.0)), [True, True, None]),
+        (omnimamba_rows(0.61, (1.0, 1.0))[3:], [None, None, None]),
     ],
 )
 def test_the_claims_at_the_published_size(found, verdicts):
