@@ -111,7 +111,7 @@ struct Floats {
     unpack_row<TX, TW>(from, in, x + row * padded(in));
   }
   template <class AnyRows>
-  void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[STREAMS]) const {
+  OM_INLINE void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[STREAMS]) const {
     const int64_t pitch = padded(in);
     const float* first = x + row * pitch;
     switch (count) {

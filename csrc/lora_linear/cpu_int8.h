@@ -48,29 +48,31 @@ struct Int8Rows {
 // sums[r][m] = dot(x row r, weight row m), for R rows of x that lie `pitch` apart, padded with zeros to whole vectors.
 template <int R, class TS>
 OM_INLINE void dot_tile(const Int8Rows<TS>& rows, const float* x, int64_t pitch, int64_t in, float (*sums)[STREAMS]) {
+  const int64_t whole = in / kInt8Group * kInt8Group;
   vf acc[R][STREAMS] = {};
-  for (int64_t k = 0; k < in; k += kInt8Group) {
-    const int64_t end = std::min<int64_t>(k + kInt8Group, in);
-#pragma GCC unroll 4
+  auto scaled = [&](const vf* part, int64_t k, int m) {
+    const vf scale = splat(to_float(rows.scale[m][k / kInt8Group * rows.step]));
+    for (int r = 0; r < R; r++) acc[r][m] += scale * part[r];
+  };
+  for (int64_t k = 0; k < whole; k += kInt8Group)
     for (int m = 0; m < STREAMS; m++) {
       __builtin_prefetch(rows.w[m] + k + AHEAD);
       vf part[R] = {};
-      if (end - k == kInt8Group) {
-#pragma GCC unroll 16
-        for (int64_t j = k; j < k + kInt8Group; j += W) {
-          const vf w = load(rows.w[m] + j);
-          for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
-        }
-      } else {
-        for (int64_t j = k; j < end; j += W) {
-          const vf w = load_part(rows.w[m] + j, static_cast<int>(std::min<int64_t>(W, end - j)));
-          for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
-        }
+      for (int64_t j = k; j < k + kInt8Group; j += W) {
+        const vf w = load(rows.w[m] + j);
+        for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
       }
-      const vf scale = splat(to_float(rows.scale[m][k / kInt8Group * rows.step]));
-      for (int r = 0; r < R; r++) acc[r][m] += scale * part[r];
+      scaled(part, k, m);
     }
-  }
+  if (whole < in)
+    for (int m = 0; m < STREAMS; m++) {
+      vf part[R] = {};
+      for (int64_t j = whole; j < in; j += W) {  // x is padded with zeros
+        const vf w = load_part(rows.w[m] + j, static_cast<int>(std::min<int64_t>(W, in - j)));
+        for (int r = 0; r < R; r++) part[r] += w * load(x + r * pitch + j);
+      }
+      scaled(part, whole, m);
+    }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
 }

@@ -13,7 +13,7 @@
 //          when it reads several long streams, each prefetched a little ahead, than one, or than neighbouring rows.
 //          int8 weights: cpu_int8.h.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
-// Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while rows * in * 4 bytes do.
+// Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while x in floats does.
 // Many rows are a matrix product: matmul.h.
 #pragma once
 #include "common/types.h"
@@ -21,8 +21,8 @@
 namespace omnimamba {
 
 constexpr int kInt8Group = 64;  // neighbouring int8 weights of a row that share a scale
-constexpr int kDigitGroupFloats =
-    80;  // floats of memory that as many values of x take where int8 weights meet integers
+// Floats of memory for kInt8Group values of x in digits (cpu_int8.h).
+constexpr int kDigitGroupFloats = 80;
 
 struct LoraLinearParams {
   View x, weight, weight_scale, lora_A, lora_B, bias, task, y, workspace;

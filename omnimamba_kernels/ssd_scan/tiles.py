@@ -28,6 +28,12 @@ class Tile:
     def options(self) -> dict[str, int]:
         return {name: value for name, value in self.use.items() if name.startswith("num_")}
 
+    @property
+    def whole(self) -> bool:
+        """Whether every tile is full of the head's channels and states."""
+        sizes = self.constants
+        return sizes["P"] % sizes["BLOCK_P"] == 0 and sizes["N"] % sizes["BLOCK_N"] == 0
+
 
 def tile(kernel: str, target: Target, x: Tensor, n: int, narrow: bool, **sizes: int) -> Tile:
     """The tile of ``kernel``. ``narrow``: the matrix units take x, B and C as they are, in 16 bits."""

@@ -162,7 +162,7 @@ def ssd_ends(
         start = which * piece
         end = start + piece
         if VARLEN:
-            begins = tl.load(cu_seqlens + which * cu_i, mask=packed, other=0).to(tl.int32)
+            begins = tl.minimum(tl.load(cu_seqlens + which * cu_i, mask=packed, other=0), l).to(tl.int32)
             finish = tl.minimum(tl.load(cu_seqlens + (which + 1) * cu_i, mask=packed, other=0), l).to(tl.int32)
             start = tl.where(packed, 0, start)
             end = tl.where(packed, tl.where(finish > begins, finish, 0), end)

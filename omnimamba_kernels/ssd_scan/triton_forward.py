@@ -73,7 +73,7 @@ def seed(state, ends, decays, initial, index, count, size, at, initial_at, insid
 
 @triton.jit
 def load_rows(at, rows_in, columns_in, EVEN: tl.constexpr):
-    """A tile, 0 outside; EVEN: no row is outside."""
+    """A tile, 0 outside; EVEN: no row and no column is outside."""
     if EVEN:
         return tl.load(at)
     return tl.load(at, mask=rows_in[:, None] & columns_in[None], other=0.0)

@@ -78,7 +78,7 @@ def forward(
             *_strides(initial_states, 4), CHUNK=walk.chunk, HEADS=walk.heads, N_PARTS=walk.tile.n_blocks,
             SEEDED=walk.segments > 1, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial_states is not None,
             HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk,
-            EVEN=lasts is None and l % walk.chunk == 0, **_constants(walk.tile),
+            EVEN=lasts is None and l % walk.chunk == 0 and walk.tile.whole, **_constants(walk.tile),
         )  # fmt: skip
     return (y, final, varlen), saved if save else ()
 

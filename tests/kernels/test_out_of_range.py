@@ -18,6 +18,7 @@ from omnimamba_kernels.state_update.cases import Case as Step
 
 RUNS = [run for run in runs("ssd_scan") if run in ("triton", "cuda", "cuda-emulated", "cuda-emulated90")]
 WHOLE = torch.int32, torch.int64
+BEYOND_32_BITS = 2**32, 2**32 + 1  # cut to 32 bits these are the first slots
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def _as_on_a_gpu(monkeypatch):
 def is_padding(function, states, count, whole):
     """``function(states, slots)`` for two rows gives the same for any slot out of range, and touches its own alone."""
     found = []
-    for slot in (-1, count, count + 1, 2**31 - 1):
+    for slot in (-1, count, count + 1, 2**31 - 1, *(BEYOND_32_BITS if whole is torch.int64 else ())):
         frames = {name: framed(t) for name, t in states.items()}
         out = function({name: frame.tensor for name, frame in frames.items()}, torch.tensor([slot, 1], dtype=whole))
         assert all(frame.intact() for frame in frames.values()), slot
@@ -85,7 +86,8 @@ def test_an_offset_of_the_scan(run, dtype, whole):
     def scan(**t):
         return mamba_chunk_scan_combined(**t, **case.options)
 
-    for ends in ([0, 40, 90, 90], [0, 40, 120, 150], [0, 40, 2**31 - 2, 2**31 - 1]):
+    beyond = [[0, 40, 2**31 + 5, 2**31 + 9], [0, 40, 2**32, 2**32 + 8]] if whole is torch.int64 else []
+    for ends in ([0, 40, 90, 90], [0, 40, 120, 150], [0, 40, 2**31 - 2, 2**31 - 1], *beyond):
         tensors["cu_seqlens"] = torch.tensor(ends, dtype=whole)
         found.append(evaluate(scan, tensors, ("x", "dt", "B", "C", "A", "initial_states")))
     assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)

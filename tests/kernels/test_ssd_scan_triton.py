@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from bfloat16 import interpreted_bfloat16
-from common import check, evaluate, same_bits
+from common import check, evaluate, framed, same_bits
 from test_ssd_scan import GRADS as WANTED
 from test_ssd_scan import exact, scan
 from test_triton_addresses import guarded
@@ -128,6 +128,22 @@ def test_offsets_beyond_the_end_stop_there(whole, monkeypatch):
         with use_backend("triton"), guarded():
             found.append(mamba_chunk_scan_combined(**tensors, **case.options))
     assert len(found[0]) == 3 and all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+ODD = (
+    Case("whole chunks, odd sizes, heads in pairs", 1, 128, 4, 24, g=2, n=20, skip=1),
+    Case("whole chunks, odd sizes", 1, 128, 3, 5, n=35, skip=1, gate=True, initial_states=True),
+)
+
+
+@interpreted
+@pytest.mark.parametrize("case", ODD, ids=lambda c: c.name)
+def test_whole_chunks_of_odd_sizes(case):
+    """Where no position is outside a tile, channels and states may be."""
+    tensors = {name: None if t is None else framed(t).tensor for name, t in case.tensors().items()}
+    check("triton", scan(case.options), exact(case.options), tensors, WANTED)
+    with use_backend("triton"), guarded():
+        mamba_chunk_scan_combined(**tensors, **case.options)
 
 
 LARGE = (
