@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from omnimamba_kernels.capture import recover
+
 from . import gpu_board
 
 SHORT = 1e-3
@@ -32,6 +34,12 @@ class Clock:
         size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28) if self.cuda else 0
         self.board = gpu_board.find(device) if self.cuda else None
         self._other = torch.empty(size // 4, dtype=torch.int32, device=device)
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        """In this block belongs all that is timed, from its inputs on: torch can capture a backward on the stream of
+        its forward alone, and nothing on the default one."""
+        return torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext()
 
     def wait(self) -> None:
         if self.cuda:
@@ -132,15 +140,15 @@ class Clock:
 
     def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call's kernels as a graph: its replay."""
-        beside = torch.cuda.Stream(self.device)
-        beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(beside):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(self.device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        for _ in range(3):
             call()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                call()
+        except Exception:
+            recover(here, self._other)
+            raise
         return graph.replay
 
     def rates(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,17 @@ def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: floa
         try:
             _time(problem, who, make, clock, row)
         except Exception as error:  # a peer may fail in any way; its words are kept
-            row["reason"] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
-            )
+            row["reason"] = said(error)
         if "seconds" in row:
             ours = ours or counted(row, problem)
             _compared(row, ours, problem)
         elif clock.cuda:
             torch.cuda.empty_cache()
     return rows
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def floor(problem: Problem, who: str, rates: dict[str, float]) -> dict[str, Any]:
@@ -100,6 +103,25 @@ def _compared(row: dict[str, Any], ours: float, problem: Problem) -> None:
         row["tokens_s"] = problem.tokens / taken
 
 
+def run(op: str, clock: Clock, until: float, out: Path) -> int:
+    """Measures an operation's problems and writes what there is after each; 1 where one could not be made, which ends
+    them, and which ``ended`` tells."""
+    found: dict[str, Any] = {"rates": clock.rates(), "rows": []}
+    problems, status = OPERATIONS[op](clock.device), None
+    while status is None:
+        try:
+            problem = next(problems)
+            found["rows"] += measure(problem, clock, found["rates"], until)
+            del problem
+        except StopIteration:
+            status = 0
+        except Exception as error:
+            traceback.print_exc()
+            found["ended"], status = said(error), 1
+        out.write_text(json.dumps(found, indent=1))
+    return status
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_ops", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPERATIONS)
@@ -109,12 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + options.seconds
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     clock = Clock(device, 0.3 if device.type == "cuda" else 0.2)
-    rates, rows = clock.rates(), []
-    for problem in OPERATIONS[options.op](device):
-        rows += measure(problem, clock, rates, until)
-        options.out.write_text(json.dumps({"rates": rates, "rows": rows}, indent=1))
-        del problem
-    return 0
+    with clock.beside():
+        return run(options.op, clock, until, options.out)
 
 
 if __name__ == "__main__":

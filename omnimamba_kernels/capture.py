@@ -108,17 +108,32 @@ def _cuda_graph(function: Callable[..., Tensor], places: list[Tensor], changes: 
     with torch.no_grad(), torch.cuda.device(places[0].device):
         for place in places:
             place.zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
         try:
             with torch.cuda.stream(side):
                 function(*places)
             with torch.cuda.graph(graph, stream=side):
                 output = function(*places)
         except RuntimeError as error:
+            recover(here, places[0])
             raise CannotCapture(f"capture: a CUDA graph of it cannot be made: {error}") from error
         finally:
-            torch.cuda.current_stream().wait_stream(side)
+            here.wait_stream(side)
             for t, values in zip(changes, before, strict=True):
                 t.copy_(values)
     return _Graph(graph, function, places, output).run, output
+
+
+def recover(stream: torch.cuda.Stream, scratch: Tensor) -> None:
+    """Back to ``stream`` after a capture that failed; ``scratch``, a tensor on the device, is overwritten.
+
+    torch then stays on the capture's stream, and its generator refuses to draw as if the capture went on. The end of
+    another one, of a single kernel, tells the generator otherwise.
+    """
+    torch.cuda.set_stream(stream)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
+            scratch.zero_()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # what failed first is what the caller tells

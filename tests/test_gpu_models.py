@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,3 +162,64 @@ def test_a_machine_without_the_driver_has_no_board(monkeypatch):
     monkeypatch.setattr(gpu_board, "import_module", lambda name: there)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-c"))
     assert gpu_board.find(CPU).handle == "GPU-ab-c"
+
+
+def test_a_graph_that_fails_leaves_the_stream_and_the_generator_as_they_were(monkeypatch):
+    """torch.cuda.graph restores neither where the capture's end raises."""
+    clock = Clock(CPU, 0.0)
+    clock.stream, now, captured = "its own", SimpleNamespace(stream="here", draws=True), []
+
+    class Capturing:
+        def __init__(self, graph, stream):
+            self.stream = stream
+            captured.append(stream)
+
+        def __enter__(self):
+            self.before, now.stream, now.draws = now.stream, self.stream, False
+
+        def __exit__(self, kind, *_):
+            if kind is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            now.stream, now.draws = self.before, True
+
+    for name, place in {
+        "graph": Capturing, "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "Stream": lambda: "another",
+        "current_stream": lambda device=None: now.stream, "set_stream": lambda stream: setattr(now, "stream", stream),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, place)
+
+    def implicit():
+        if now.stream == "its own":
+            raise RuntimeError("operation would make the legacy stream depend on a capturing stream")
+
+    assert clock._captured(lambda: None) == "replay" and captured == ["its own"]
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        clock._captured(implicit)
+    assert now.stream == "here" and now.draws
+
+
+def test_an_operation_is_on_one_stream_and_a_problem_that_cannot_be_made_is_told(monkeypatch, tmp_path):
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def beside(clock):
+        inside.append(clock)
+        yield
+        inside.clear()
+
+    def make():
+        seen.append(len(inside))
+        return lambda: seen.append(len(inside)) or 0.0
+
+    def problems(device):
+        seen.append(len(inside))
+        yield Problem("g", "c", 1e3, 0.0, {"reference": make}, float, 1.0)
+        raise RuntimeError("Offset increment outside graph capture")
+
+    monkeypatch.setattr(Clock, "beside", beside)
+    monkeypatch.setitem(gpu_ops.OPERATIONS, "gated_norm", problems)
+    monkeypatch.setattr(gpu_check, "child", lambda arguments, *_, **__: gpu_ops.main(arguments[2:]))
+    part, found = gpu_check.run_benchmark("gated_norm", tmp_path, 60.0)
+    assert set(seen) == {1} and [row["who"] for row in found["rows"] if "seconds" in row] == ["reference"]
+    assert part.status == "failed"
+    assert part.failures == ["no more problems: RuntimeError: Offset increment outside graph capture"]

@@ -213,6 +213,7 @@ def graphs(monkeypatch) -> list[Graph]:
         "stream": lambda stream: nullcontext(),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
+        "set_stream": lambda stream: None,
         "is_current_stream_capturing": lambda: Graph.recording,
     }
     for name, place in places.items():
@@ -286,3 +287,36 @@ def test_what_cannot_become_a_graph_is_refused_and_moves_no_state(graphs):
         _cuda_graph(waits, [torch.ones(3)], [state])
     assert recording == [False, True], "it runs once, so that all is compiled and loaded, and then is recorded"
     assert not state.any()
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_the_generator_as_they_were(graphs, monkeypatch):
+    """torch.cuda.graph restores neither where the capture's end raises."""
+    here, side = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
+    now = SimpleNamespace(stream=here, draws=True)
+
+    class Capturing:
+        def __init__(self, graph, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, now.stream, now.draws = now.stream, self.stream, False
+
+        def __exit__(self, kind, *_):
+            if kind is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            now.stream, now.draws = self.before, True
+
+    for name, place in {
+        "graph": Capturing, "Stream": lambda: side, "current_stream": lambda: now.stream,
+        "set_stream": lambda stream: setattr(now, "stream", stream),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, place)
+
+    def waits(x):
+        if now.stream is side:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    with pytest.raises(CannotCapture, match="previous error during capture"):
+        _cuda_graph(waits, [torch.ones(3)], [])
+    assert now.stream is here and now.draws
