@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib import import_module
 from typing import Any
 
@@ -34,15 +35,26 @@ class Board:
         self.nvml, self.handle = nvml, handle
 
     def state(self) -> dict[str, Any]:
-        """``clock_mhz`` of the SMs and of the memory now, and what holds them back, in words."""
-        nvml = self.nvml
-        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self.handle)
-        return {
-            "clock_mhz": nvml.nvmlDeviceGetClockInfo(self.handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(self.handle, nvml.NVML_CLOCK_MEM),
-            "throttled": [words for bit, words in REASONS.items() if bits & bit],
-        }
+        """``clock_mhz`` of SMs and memory now, and what holds them back, in words: as far as they can be read."""
+        asked = {"clock_mhz": self._sm_clock, "memory_clock_mhz": self._memory_clock, "throttled": self._held_back}
+        found = {}
+        for name, ask in asked.items():
+            with contextlib.suppress(Exception):  # not every chip tells everything, nor every user may ask
+                found[name] = ask()
+        return found
 
-    def joules(self) -> float:
-        """Since the driver was loaded."""
-        return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
+    def _sm_clock(self) -> int:
+        return self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM)
+
+    def _memory_clock(self) -> int:
+        return self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_MEM)
+
+    def _held_back(self) -> list[str]:
+        bits = self.nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self.handle)
+        return [words for bit, words in REASONS.items() if bits & bit]
+
+    def joules(self) -> float | None:
+        """Since the driver was loaded; None where it cannot be read."""
+        with contextlib.suppress(Exception):
+            return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
+        return None

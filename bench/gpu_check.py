@@ -178,7 +178,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
         graph = duration(row["graph_seconds"]) if "graph_seconds" in row else ""
         held = f"{row['peak_bytes'] / 1e9:.2f} GB" if row.get("peak_bytes") else ""
         clock = f"{row['clock_mhz']} MHz" if "clock_mhz" in row else ""
-        clock = ", ".join([clock, *row.get("throttled", [])])
+        clock = ", ".join(filter(None, [clock, *row.get("throttled", [])]))
         energy = f"{row['joules']:.2g}" if "joules" in row else ""
         lines.append([row["group"], row["case"], row["who"], *shown, first, graph, held, clock, energy])
     return lines

@@ -93,7 +93,7 @@ class Clock:
     @contextlib.contextmanager
     def watched(self, row: dict[str, Any]) -> Iterator[None]:
         """Adds clocks, medians of what the driver tells every LOOK seconds while the block runs, and all that slowed
-        them meanwhile."""
+        them meanwhile; of what it does not tell, nothing."""
         if self.board is None:
             yield
             return
@@ -112,15 +112,18 @@ class Clock:
             beside.join()
         during = seen[1:] or seen  # the first look is at an idle chip
         for key in ("clock_mhz", "memory_clock_mhz"):
-            row[key] = statistics.median_low([state[key] for state in during])
-        row["throttled"] = list(dict.fromkeys(words for state in during for words in state["throttled"]))
+            told = [state[key] for state in during if key in state]
+            row |= {key: statistics.median_low(told)} if told else {}
+        told = [state["throttled"] for state in during if "throttled" in state]
+        row |= {"throttled": list(dict.fromkeys(words for each in told for words in each))} if told else {}
 
     def more(self, call: Callable[[], object], taken: float, graph: bool = False) -> dict[str, Any]:
         """Of a GPU: joules a call where they can be read; seconds as a CUDA graph of what is over in a millisecond,
         and of any call with ``graph``."""
         found: dict[str, Any] = {}
         if self.board is not None and taken < LONG:
-            found["joules"] = self._joules(call, taken)
+            energy = self._joules(call, taken)
+            found |= {} if energy is None else {"joules": energy}
         if self.cuda and (graph or taken < SHORT):
             try:
                 found["graph_seconds"] = self.median(self._captured(call))
@@ -128,15 +131,19 @@ class Clock:
                 found["graph_reason"] = (str(error).strip().splitlines() or ["no message"])[0]
         return found
 
-    def _joules(self, call: Callable[[], object], taken: float) -> float:
-        """Back to back for ENERGY_FOR seconds, over which the driver counts energy in steps of some milliseconds."""
+    def _joules(self, call: Callable[[], object], taken: float) -> float | None:
+        """Back to back for ENERGY_FOR seconds, over which the driver counts energy in steps of some milliseconds; None
+        where it does not tell."""
         count = max(1, round(ENERGY_FOR / max(taken, 1e-6)))
         self.wait()
         start = self.board.joules()
+        if start is None:
+            return None
         for _ in range(count):
             call()
         self.wait()
-        return (self.board.joules() - start) / count
+        end = self.board.joules()
+        return None if end is None else (end - start) / count
 
     def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call's kernels as a graph: its replay."""

@@ -94,7 +94,8 @@ OF_THE_CHIP = ("as a graph", "first call", "SM and memory clock", "joules")
 
 def of_the_chip(row: Row) -> list[str]:
     """What only a GPU's row has, in the order of OF_THE_CHIP; clocks with what held them back."""
-    clocks = f"{row.clock_mhz:.0f} and {row.memory_clock_mhz:.0f} MHz" if row.clock_mhz else ""
+    clocks = " and ".join(f"{clock:.0f}" for clock in (row.clock_mhz, row.memory_clock_mhz) if clock)
+    clocks += " MHz" if clocks else ""
     return [
         duration(row.graph_seconds) if row.graph_seconds else "",
         duration(row.first_call) if row.first_call else "",

@@ -20,6 +20,7 @@ from bench.baselines.attention import Attention  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
 from bench.gpu_problems import Problem, models  # noqa: E402
 from bench.gpu_run import as_row  # noqa: E402
+from bench.tables import of_the_chip  # noqa: E402
 from omnimamba_kernels import backends  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -134,6 +135,22 @@ def test_the_board_tells_clocks_what_holds_them_back_and_energy():
                              "floor_share": 0.5, "limit": "memory", "joules": 0.25,
                              "graph_seconds": 5e-6}])  # fmt: skip
     assert "5 us" in shown[0] and "1980 MHz, power cap, thermal, hardware" in shown[0] and "0.25" in shown[0]
+
+
+def test_what_the_driver_does_not_tell_costs_no_time():
+    def refused(*_):
+        raise RuntimeError("NVMLError_NotSupported")
+
+    driver, clock = Driver(), Clock(CPU, 0.0)
+    driver.nvmlDeviceGetTotalEnergyConsumption = driver.nvmlDeviceGetCurrentClocksThrottleReasons = refused
+    clock.board = gpu_board.Board(driver, None)
+    problem = Problem("g", "c", 1e6, 0.0, {"torch": lambda: lambda: 0.0}, float, 1.0)
+    (row,) = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
+    assert row["seconds"] > 0 and row["clock_mhz"] == 1980 and not {"throttled", "joules", "reason"} & row.keys()
+    driver.nvmlDeviceGetClockInfo = refused
+    (row,) = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
+    assert row["seconds"] > 0 and "clock_mhz" not in row
+    assert gpu_check.rows([row])[0][-2:] == ["", ""] and of_the_chip(as_row(row))[2:] == ["", ""]
 
 
 def test_a_short_call_is_also_timed_as_a_graph_or_says_why_not(monkeypatch):
