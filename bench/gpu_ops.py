@@ -31,7 +31,8 @@ def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: floa
     rows: list[dict[str, Any]] = []
     ours = None
     for who, make in problem.contenders.items():
-        row = {"group": problem.group, "case": problem.case, "who": who, **floor(problem, who, rates)}
+        row = {"group": problem.group, "case": problem.case, "who": who, "ours": who in problem.ours}
+        row |= floor(problem, who, rates)
         row |= {"note": problem.note} if problem.note else {}
         rows.append(row)
         if time.monotonic() > until:

@@ -189,16 +189,32 @@ def test_one_timed_case_meets_no_claim_of_several():
     assert claim([*rows[:4], rows[4] | {"seconds": 0.5}])["met"] is False
 
 
-def test_a_contender_of_ours_that_breaks_is_a_fault_and_a_missing_peer_is_none():
+def test_each_problem_says_which_contenders_are_ours():
+    """All that are no package of others, no torch and no Transformer."""
+    device = torch.device("cpu")
+    found = {who: who in problem.ours for op in ("models", "generation", "gated_norm")
+             for problem in OPERATIONS[op](device) for who in problem.contenders}  # fmt: skip
+    ours = {"native" if backends()["native"] is None else "reference", "reference", "ours, int8 weights",
+            "Mamba-2 tiny"}  # fmt: skip
+    assert {who for who, own in found.items() if own} == ours
+    assert {"mamba_ssm", "Transformer tiny, KV cache", "attention, flash"} <= found.keys()
+
+
+def test_a_contender_of_ours_that_breaks_or_is_wrong_is_a_fault_and_a_peer_never():
     def broken():
         raise ValueError("shape")
 
-    calls = {"reference": broken, "mamba_ssm": broken, "wrong": lambda: lambda: 1.0, "torch": lambda: lambda: 0.0}
-    problem = Problem("g", "c", 1e3, 0.0, calls, error=float, bound=0.5)
+    wrong, right = (lambda: lambda: 1.0), (lambda: lambda: 0.0)
+    calls = {
+        "reference": broken, "mamba_ssm": broken, "a wrong peer": wrong, "torch": right, "Mamba-2 1.3B": broken,
+        "ours, int8 weights": wrong,
+    }  # fmt: skip
+    ours = ("reference", "Mamba-2 1.3B", "ours, int8 weights")
+    problem = Problem("g", "c", 1e3, 0.0, calls, error=float, bound=0.5, ours=ours)
     clock = Clock(torch.device("cpu"), 0.01)
     rows = {row["who"]: row for row in gpu_ops.measure(problem, clock, RATES, float("inf"))}
     assert rows["torch"]["seconds"] > 0 and rows["torch"]["floor"] == 1e-6 and rows["torch"]["limit"] == "memory"
-    assert [who for who, row in rows.items() if gpu_check.is_fault(row)] == ["reference", "wrong"]
+    assert [who for who, row in rows.items() if gpu_check.is_fault(row)] == list(ours)
     late = gpu_ops.measure(problem, clock, RATES, 0.0)
     assert all(row["reason"] == gpu_ops.NO_TIME and not gpu_check.is_fault(row) for row in late)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import omnimamba_kernels as kernels
+from omnimamba_kernels.backends import NAMES
 from omnimamba_kernels.report.calls import Made
 
 from .. import plain
@@ -57,6 +58,8 @@ class Problem:
     tokens: float = 0
     """Tokens that a call gives."""
     note: str = ""
+    ours: tuple[str, ...] = tuple(NAMES)
+    """Names of contenders that are ours; all others are peers."""
 
 
 def backends(device: torch.device, tokens: int = 0) -> list[str]:

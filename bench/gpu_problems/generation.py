@@ -47,6 +47,7 @@ def _generation(
         {who.cached: lambda found: theirs(), who.uncached: lambda found: theirs()},
         {who.cached: needed[models.CACHED], who.uncached: needed[models.UNCACHED]},
         tokens=sum(count for _, count in steps), note=NOTE if len(steps) > 1 else "",
+        ours=(who.ours,),
     )  # fmt: skip
 
 
