@@ -55,9 +55,10 @@ class Session:
         """Seconds of each benchmark, its preparation and checks included."""
 
     def complete(self) -> bool:
-        """Whether every benchmark took part, everything ran and nothing broke."""
+        """Whether every benchmark took part, everything ran, in time, and nothing broke."""
         return (
             not self.broken
+            and self.on_gpu.whole()
             and not self.chosen
             and self.done == self.total
             and self.collected == files(self.gpu)
@@ -97,6 +98,7 @@ class Session:
             "claims": judged,
             "exponents": claims.exponents(rows),
             "durations": self.durations,
+            "parts": [asdict(part) for part in self.on_gpu.parts],
             "rows": results.as_json(rows),
         }
 

@@ -130,13 +130,47 @@ def test_what_is_collected_belongs_to_the_device():
 def test_time_is_dealt_out_by_weight_and_what_is_left(monkeypatch):
     given = []
     nothing = {"rates": {}, "rows": []}
-    monkeypatch.setattr(gpu_check, "run_benchmark", lambda op, out, seconds: (given.append(seconds), nothing))
+    part = gpu_check.Part("benchmark", "ok")
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda op, out, seconds: (given.append(seconds) or part, nothing))
     run = gpu_run.GpuRun(SimpleNamespace(rates=SimpleNamespace(history={}), rows=[]), 0.0)
     run.until = time.monotonic() + 110.0
     for op in gpu_run.ORDER:
         run.measure(op)
     assert sum(gpu_run.HEAVY.get(op, 1.0) for op in gpu_run.ORDER) == 11
     assert given[0] == pytest.approx(110 * 2 / 11, rel=0.05) and given[-1] == pytest.approx(110, rel=0.05)
+
+
+def test_a_part_that_failed_or_had_no_time_makes_a_partial_run_and_leaves_its_last_words(monkeypatch):
+    def ended(status: str, rows: list[dict]) -> gpu_run.GpuRun:
+        def run_benchmark(op: str, out: Path, seconds: float) -> tuple:
+            (out / f"bench-{op}.log").write_text("".join(f"line {i}\n" for i in range(99)) + "illegal address\n")
+            return gpu_check.Part(op, status, detail="0 timed of 1"), {"rates": {}, "rows": rows}
+
+        monkeypatch.setattr(gpu_check, "run_benchmark", run_benchmark)
+        run = gpu_run.GpuRun(SimpleNamespace(rates=SimpleNamespace(history={}), rows=[]), 60.0)
+        run.measure("models")
+        return run
+
+    row = {"group": "g", "case": "c", "who": "cuda", "limit": "memory"}
+    assert ended("ok", [row | {"seconds": 1.0}, row | {"reason": "ModuleNotFoundError: fla"}]).whole()
+    assert not ended("ok", [row | {"reason": gpu_ops.NO_TIME}]).whole()
+    for status in ("failed", "out of time"):
+        run = ended(status, [])
+        assert not run.whole()
+        lines = run.parts[0].detail.splitlines()
+        assert lines[0] == "0 timed of 1" and lines[-1] == "illegal address" and len(lines) == 1 + gpu_run.TAIL
+    assert ended("ok", []).parts[0].detail == "0 timed of 1"
+
+
+def test_a_whole_session_needs_whole_parts(tmp_path, monkeypatch):
+    options = {"--quick": False, "--device": "gpu", "--results": str(tmp_path), "--minutes": None}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(conftest.machine, "describe", lambda gpu: {"device": "a GPU", "commit": "abc"})
+    session = conftest.Session(SimpleNamespace(getoption=options.get))
+    session.collected, session.total, session.done = conftest.files(gpu=True), 1, 1
+    assert session.complete()
+    session.on_gpu.parts.append(gpu_check.Part("benchmark, models", "out of time", detail="why"))
+    assert not session.complete() and session.content()["parts"][0]["detail"] == "why"
 
 
 def test_steps_are_weighed_and_replayed_where_a_fast_generation_does(monkeypatch):
