@@ -18,7 +18,8 @@ from . import gpu_board
 
 SHORT = 1e-3
 """Seconds below which launches can be what a call takes: such a one is also timed as a CUDA graph."""
-ENERGY_FOR = 0.3
+ENERGY_FOR = 1.0
+"""Seconds over which energy is counted: the driver's counter moves every 20 to 100 ms."""
 LONG = 2.0
 """Seconds from which on a call is timed once: it has been checked and so was run before."""
 LOOK = 0.02
@@ -117,33 +118,37 @@ class Clock:
         told = [state["throttled"] for state in during if "throttled" in state]
         row |= {"throttled": list(dict.fromkeys(words for each in told for words in each))} if told else {}
 
-    def more(self, call: Callable[[], object], taken: float, graph: bool = False) -> dict[str, Any]:
-        """Of a GPU: joules a call where they can be read; seconds as a CUDA graph of what is over in a millisecond,
-        and of any call with ``graph``."""
+    def more(
+        self, call: Callable[[], object], taken: float, graph: bool = False, energy: bool = False
+    ) -> dict[str, Any]:
+        """Of a GPU: seconds as a CUDA graph of what is over in a millisecond, and of any call with ``graph``; with
+        ``energy`` joules a call, of the graph where there is one, where they can be read."""
         found: dict[str, Any] = {}
-        if self.board is not None and taken < LONG:
-            energy = self._joules(call, taken)
-            found |= {} if energy is None else {"joules": energy}
         if self.cuda and (graph or taken < SHORT):
             try:
-                found["graph_seconds"] = self.median(self._captured(call))
+                replay = self._captured(call)
+                found["graph_seconds"] = self.median(replay)
+                call, taken = replay, found["graph_seconds"]
             except Exception as error:  # what a graph cannot hold is told
                 found["graph_reason"] = (str(error).strip().splitlines() or ["no message"])[0]
-        return found
+        joules = self._joules(call, taken) if energy and self.board is not None and taken < LONG else None
+        return found if joules is None else found | {"joules": joules}
 
     def _joules(self, call: Callable[[], object], taken: float) -> float | None:
-        """Back to back for ENERGY_FOR seconds, over which the driver counts energy in steps of some milliseconds; None
-        where it does not tell."""
-        count = max(1, round(ENERGY_FOR / max(taken, 1e-6)))
+        """Back to back for ENERGY_FOR seconds by the clock, looked at every LOOK seconds of calls; None where the
+        driver does not tell."""
+        together, count = max(1, round(LOOK / max(taken, 1e-6))), 0
         self.wait()
-        start = self.board.joules()
-        if start is None:
+        before, start = self.board.joules(), time.perf_counter()
+        if before is None:
             return None
-        for _ in range(count):
-            call()
-        self.wait()
-        end = self.board.joules()
-        return None if end is None else (end - start) / count
+        while time.perf_counter() - start < ENERGY_FOR:
+            for _ in range(together):
+                call()
+            self.wait()
+            count += together
+        after = self.board.joules()
+        return None if after is None else (after - before) / count
 
     def _captured(self, call: Callable[[], object]) -> Callable[[], object]:
         """The call's kernels as a graph: its replay."""

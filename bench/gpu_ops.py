@@ -80,7 +80,7 @@ def _time(problem: Problem, who: str, make: Callable[[], Call], clock: Clock, ro
     row["seconds"], row["rounds"], row["spread"] = statistics.median(taken), len(taken), spread(taken)
     row["peak_bytes"] = clock.peak() - before
     if not isinstance(call, Steps):
-        row.update(clock.more(call, row["seconds"], problem.graph))
+        row.update(clock.more(call, row["seconds"], problem.graph, problem.energy))
 
 
 def times(clock: Clock, call: Call) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_board, gpu_check, gpu_claims, gpu_ops  # noqa: E402
+from bench import gpu_board, gpu_check, gpu_claims, gpu_clock, gpu_ops  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
 from bench.gpu_problems import Problem, models  # noqa: E402
@@ -39,6 +40,7 @@ def test_models_pass_their_checks_or_say_why_they_cannot_run(problems):
             assert "seconds" in row or row["who"] == "attention, cuDNN", row
             timed |= {(row["group"], row["who"])} if "seconds" in row else set()
     assert {problem.group for problem in problems if problem.graph} == {models.DECODE}
+    assert [problem.group for problem in problems if problem.energy] == [models.DECODE]
     wanted = {(group, OURS) for group in gpu_claims.MODELS} | {("layer forward", "attention, flash")}
     assert wanted | {("decode", who) for who in (models.INT8, models.CACHED, models.UNCACHED)} <= timed
 
@@ -80,7 +82,7 @@ def test_a_step_is_compared_as_a_graph_where_it_can_be_one(monkeypatch):
     for graph, ratios in ((True, [1.0, 4.0, 8.0]), (False, [1.0, 1.0, 1.0])):
         found = iter(replayed.values())
         monkeypatch.setattr(clock, "times", lambda call: [8e-3])
-        monkeypatch.setattr(clock, "more", lambda call, taken, graph, found=found: next(found))
+        monkeypatch.setattr(clock, "more", lambda call, taken, graph, energy, found=found: next(found))
         problem = Problem("g", "c", 1e6, 0.0, contenders, lambda y: y, 1.0, graph=graph, tokens=1)
         rows = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
         assert [row["times_ours"] for row in rows] == ratios and [row["seconds"] for row in rows] == [8e-3] * 3
@@ -123,14 +125,18 @@ class Driver:
         return self.millijoules
 
 
-def test_the_board_tells_clocks_what_holds_them_back_and_energy():
+def test_the_board_tells_clocks_what_holds_them_back_and_energy(monkeypatch):
+    monkeypatch.setattr(gpu_clock, "ENERGY_FOR", 0.1)
     clock = Clock(CPU, 0.0)
     clock.board = gpu_board.Board(Driver(), None)
     calls, row = [], {}
     with clock.watched(row):
         pass
     assert row == {"clock_mhz": 1980, "memory_clock_mhz": 3201, "throttled": ["power cap", "thermal, hardware"]}
-    assert clock.more(lambda: calls.append(1), 0.1) == {"joules": pytest.approx(2.0 / 3)} and len(calls) == 3
+    start = time.perf_counter()  # a call is over much sooner than was thought
+    found = clock.more(lambda: calls.append(1), 0.1, energy=True)
+    assert time.perf_counter() - start >= 0.1 and found == {"joules": pytest.approx(2.0 / len(calls))}
+    assert clock.more(lambda: None, 0.1) == clock.more(lambda: None, 3.0, energy=True) == {}
     shown = gpu_check.rows([{"group": "g", "case": "c", "who": "cuda", "seconds": 1.0, "times_ours": 1.0, **row,
                              "floor_share": 0.5, "limit": "memory", "joules": 0.25,
                              "graph_seconds": 5e-6}])  # fmt: skip
@@ -145,6 +151,7 @@ def test_what_the_driver_does_not_tell_costs_no_time():
     driver.nvmlDeviceGetTotalEnergyConsumption = driver.nvmlDeviceGetCurrentClocksThrottleReasons = refused
     clock.board = gpu_board.Board(driver, None)
     problem = Problem("g", "c", 1e6, 0.0, {"torch": lambda: lambda: 0.0}, float, 1.0)
+    problem.energy = True
     (row,) = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
     assert row["seconds"] > 0 and row["clock_mhz"] == 1980 and not {"throttled", "joules", "reason"} & row.keys()
     driver.nvmlDeviceGetClockInfo = refused
@@ -161,6 +168,15 @@ def test_a_short_call_is_also_timed_as_a_graph_or_says_why_not(monkeypatch):
     assert clock.more(lambda: None, 1e-4) == {"graph_seconds": 5e-6}
     assert clock.more(lambda: None, 1e-2) == {}
     assert clock.more(lambda: None, 1e-2, graph=True) == {"graph_seconds": 5e-6}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_clock, "ENERGY_FOR", 0.01)
+        clock.wait, clock.board = lambda: None, gpu_board.Board(Driver(), None)
+        launched, replayed = [], []
+        patch.setattr(clock, "_captured", lambda call: lambda: replayed.append(1) or 5e-6)
+        found = clock.more(lambda: launched.append(1), 1e-4, energy=True)
+        assert found == {"graph_seconds": 5e-6, "joules": pytest.approx(2.0 / (len(replayed) - 1))} and not launched
+        clock.board = None
 
     def refused(call):
         raise RuntimeError("operation not permitted\nmore")

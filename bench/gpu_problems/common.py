@@ -55,6 +55,8 @@ class Problem:
     """Bytes and FLOPs of a contender that cannot do with the others'."""
     graph: bool = False
     """Whether contenders are timed as CUDA graphs too, however long a call takes, and compared by these."""
+    energy: bool = False
+    """Whether a call's energy is read, for which calls take a second more."""
     tokens: float = 0
     """Tokens that a call gives."""
     note: str = ""

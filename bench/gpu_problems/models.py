@@ -170,7 +170,8 @@ def _decode(device: torch.device, context: int) -> Problem:
     needed = needs(device, context)
     own = backends(device)[0]
     contenders = {own: functools.partial(_ours, device, context)}
-    if context == sizes(device, CONTEXTS, (64,))[0]:  # ours takes as long at any
+    first = context == sizes(device, CONTEXTS, (64,))[0]
+    if first:  # ours takes as long at any
         contenders[INT8] = functools.partial(_ours, device, context, int8=True)
     if device.type == "cuda":
         contenders["mamba_ssm"] = functools.partial(_theirs, device, context)
@@ -182,7 +183,8 @@ def _decode(device: torch.device, context: int) -> Problem:
     return Problem(
         DECODE, case(device, context_case(context)), *needed.pop(OURS), contenders,
         lambda found: relative_error(found, exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
-        {INT8: narrow, CACHED: theirs, UNCACHED: theirs}, needed, graph=True, tokens=1, ours=(own, INT8),
+        {INT8: narrow, CACHED: theirs, UNCACHED: theirs}, needed, graph=True, energy=first, tokens=1,
+        ours=(own, INT8),
     )  # fmt: skip
 
 

@@ -76,7 +76,8 @@ def problems(device: torch.device) -> Iterator[Problem]:
         calls = forward(functions, values) | {"fla, without D": _simple_gla(values)}
         exact_gla = {"fla, without D": lambda y, few=few, heads=heads, ours=ours: worst_error(
             (y[0][:1, :PREFIX, heads],), (ours({k: v for k, v in few.items() if k != "D"}, "reference"),))}  # fmt: skip
-        yield Problem("ssd_scan forward", case.name, moved, flops, calls, error, bound, exact_gla)
+        yield Problem("ssd_scan forward", case.name, moved, flops, calls, error, bound, exact_gla,
+                      energy=not number)  # fmt: skip
         if tokens < 10**6:
             yield Problem("ssd_scan backward", case.name, 2 * moved - nbytes(values["x"]), 2 * flops,
                           backward(functions, values, upstream), gradient_error, 3 * bound)  # fmt: skip
