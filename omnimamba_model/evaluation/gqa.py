@@ -43,7 +43,8 @@ def score(pairs: Pairs) -> Scores:
 
 
 def _accuracy(pairs: Pairs) -> float:
-    return share(sum(_plain(answer) == _plain(question.truth[0]) for question, answer in pairs), len(pairs))
+    right = [answer is not None and _plain(answer) == _plain(question.truth[0]) for question, answer in pairs]
+    return share(sum(right), len(pairs))
 
 
 def _plain(answer: str) -> str:

@@ -51,7 +51,7 @@ def judge(
         sampling=sampling,
         form=form,
     )
-    pairs = [(question, answer or "") for question, answer in zip(questions, said, strict=True)]
+    pairs = list(zip(questions, said, strict=True))
     scores = {**benchmark.score(pairs), "unreadable": said.count(UNREADABLE)}
     _write(out / "scores.json", scores)
     if benchmark is BENCHMARKS["vqav2"]:

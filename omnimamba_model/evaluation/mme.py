@@ -66,7 +66,7 @@ def score(pairs: Pairs) -> Scores:
     return {**total, **kinds}
 
 
-def _word(answer: str) -> str:
+def _word(answer: str | None) -> str:
     """As MME's own script reads an answer: by its first four characters."""
-    begun = answer.strip().lower()[:4]
+    begun = (answer or "").strip().lower()[:4]
     return "yes" if "yes" in begun else "no" if "no" in begun else "other"

@@ -37,7 +37,7 @@ def _read(path: Path, images: Path) -> list[Question]:
 
 
 def score(pairs: Pairs) -> Scores:
-    """``yes`` is the positive answer; the mean is over the files."""
+    """``yes`` is the positive answer, no answer neither yes nor no; the mean is over the files."""
     groups = sorted({question.group for question, _ in pairs})
     found = {group: _score([pair for pair in pairs if pair[0].group == group]) for group in groups}
     mean = {name: sum(part[name] for part in found.values()) / len(found) for name in FIGURES}
@@ -45,9 +45,9 @@ def score(pairs: Pairs) -> Scores:
 
 
 def _score(pairs: Pairs) -> dict[str, float]:
-    said = [(_yes(answer), question.truth == ("yes",)) for question, answer in pairs]
-    hits = sum(yes and true for yes, true in said)
-    claimed, there = sum(yes for yes, _ in said), sum(true for _, true in said)
+    said = [(None if answer is None else _yes(answer), question.truth == ("yes",)) for question, answer in pairs]
+    hits = sum(yes is True and true for yes, true in said)
+    claimed, there = sum(yes is True for yes, _ in said), sum(true for _, true in said)
     return {
         "accuracy": share(sum(yes == true for yes, true in said), len(said)),
         "precision": share(hits, claimed),

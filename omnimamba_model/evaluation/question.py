@@ -23,8 +23,8 @@ class Question:
     group: str = ""
 
 
-Pairs = Sequence[tuple[Question, str]]
-"""Questions and what the model said."""
+Pairs = Sequence[tuple[Question, str | None]]
+"""Questions and what the model said; None is no answer, which is a wrong one, whatever is asked."""
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,12 @@ def score(pairs: Pairs) -> Scores:
 
 def submission(pairs: Pairs) -> list[dict[str, int | str]]:
     """What the evaluation server takes for the splits whose answers are secret."""
-    return [{"question_id": int(question.key), "answer": normalised(answer)} for question, answer in pairs]
+    return [{"question_id": int(question.key), "answer": normalised(answer or "")} for question, answer in pairs]
 
 
-def _score(question: Question, answer: str) -> float:
+def _score(question: Question, answer: str | None) -> float:
+    if answer is None:
+        return 0.0
     if len(set(question.truth)) == 1:  # the official script leaves answers as they are where all agree
         hits = [other in (_flat(answer), normalised(answer)) for other in map(_flat, question.truth)]
     else:

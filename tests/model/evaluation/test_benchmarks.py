@@ -123,6 +123,55 @@ def test_vqav2_without_annotations_writes_what_the_server_takes(tmp_path, vqav2,
     ]  # fmt: skip
 
 
+def write_pope(folder, images):
+    lines = [{"question_id": n, "image": f"{n}.jpg", "text": f"q{n}", "label": "yes"} for n in (1, 2)]
+    (folder / "q.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return images("1.jpg", "2.jpg"), {}
+
+
+def write_mme(folder, images):
+    found = images("count/1.jpg", "count/2.jpg")
+    for n in (1, 2):
+        (found / "count" / f"{n}.txt").write_text(f"q{n}\tYes\n")
+    return found, {}
+
+
+def write_gqa(folder, images):
+    (folder / "q.json").write_text(
+        json.dumps({str(n): {"question": f"q{n}", "imageId": f"{n}", "answer": ("yes", ".")[n - 1]} for n in (1, 2)})
+    )
+    return images("1.jpg", "2.jpg"), {}
+
+
+def write_vqav2(folder, images):
+    asked = [{"question_id": n, "image_id": n, "question": f"q{n}"} for n in (1, 2)]
+    (folder / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    given = ["yes"] * 10, ["a"] * 5 + ["the"] * 5  # articles, of which nothing is left to compare
+    notes = [{"question_id": n, "answers": [{"answer": a} for a in of]} for n, of in enumerate(given, 1)]
+    (folder / "a.json").write_text(json.dumps({"annotations": notes}))
+    return images(*(f"COCO_val2014_{n:012}.jpg" for n in (1, 2))), {"annotations": folder / "a.json"}
+
+
+@pytest.mark.parametrize(
+    "name, write, right",
+    [
+        ("pope", write_pope, lambda found: (found["mean"]["accuracy"], found["mean"]["recall"])),
+        ("mme", write_mme, lambda found: (found["count"]["accuracy"], found["count"]["accuracy_plus"])),
+        ("gqa", write_gqa, lambda found: (found["accuracy"], 50)),
+        ("vqav2", write_vqav2, lambda found: (found["accuracy"], 50)),
+    ],
+)
+def test_a_broken_image_counts_as_a_wrong_answer(tmp_path, images, by_heart, name, write, right):
+    """Two questions, the image of the second cut off, with a truth that no answer at all might be taken for."""
+    folder, options = write(tmp_path, images)
+    (broken,) = folder.rglob("*2.jpg")
+    broken.write_bytes(broken.read_bytes()[:200])
+    files = [] if name == "mme" else [tmp_path / "q.json"]
+    found = scores(name, by_heart({"q1": "yes"}), tmp_path, files, folder, **options)
+    assert right(found) == (50, 50) and found["unreadable"] == 1
+    assert name != "pope" or found["mean"]["yes_ratio"] == 50
+
+
 @pytest.mark.parametrize(
     "said, expected",
     [
