@@ -27,6 +27,10 @@ from .state import MambaState
 from .weights import CheckpointError
 
 
+LONGEST = 256
+"""Tokens of an answer in a dialogue, at most, where nothing else is said."""
+
+
 class Dialogue:
     """One model's state after an image and the turns so far; ids in, ids out."""
 
@@ -122,7 +126,7 @@ class Chat:
         self.turns: list[tuple[str, str]] = turns
         self._picture = picture
 
-    def ask(self, question: str, sampling: Sampling = GREEDY, steps: int | None = None) -> Iterator[str]:
+    def ask(self, question: str, sampling: Sampling = GREEDY, steps: int = LONGEST) -> Iterator[str]:
         """The answer, piece by piece. ValueError, and no turn, where the question has no ids."""
         words = self.pipeline.words
         ids = self.pipeline.question(question, self.form, len(self.turns))
@@ -132,7 +136,7 @@ class Chat:
         self.turns.append((question, ""))
         said: list[int] = []
         heard = ""
-        for token in self.dialogue.ask(ids, steps or self.pipeline.answer_tokens, sampling):
+        for token in self.dialogue.ask(ids, steps, sampling):
             said.append(token)
             whole = words.decode(said)
             if whole.startswith(heard) and not whole.endswith("\ufffd"):  # half a character waits for its rest

@@ -70,7 +70,7 @@ class Pipeline:
     words: TextTokenizer
     pixels: ImageTokenizer
     answer_tokens: int = 32
-    """The longest answer."""
+    """The longest answer of ``ask``, as benchmarks want it: a word or a phrase."""
 
     @classmethod
     def load(
@@ -119,8 +119,10 @@ class Pipeline:
         questions: Sequence[str],
         sampling: Sampling = GREEDY,
         form: str | None = None,
+        steps: int | None = None,
     ) -> list[str]:
-        """One answer a pair, questions of any lengths side by side."""
+        """One answer a pair, questions of any lengths side by side; ``steps`` tokens each at most, None is
+        ``answer_tokens``."""
         if len(images) != len(questions):
             raise ValueError(f"questions must be as many as images, {len(images)}, got {len(questions)}")
         if not questions:
@@ -129,7 +131,7 @@ class Pipeline:
         asked = [self.question(question, form) for question in questions]
         with torch.inference_mode():
             features = self.pixels.look(images).to(self.device)
-            rows = answer_rows(self.model, features, asked, self.answer_tokens)
+            rows = answer_rows(self.model, features, asked, self.answer_tokens if steps is None else steps)
         return [self.words.decode(_until(ids.tolist(), eos)) for ids in generate(self.model, rows, sampling)]
 
 

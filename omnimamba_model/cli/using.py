@@ -25,7 +25,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     ask.set_defaults(run=_ask)
 
     chat = commands.add_parser("chat", help="talk about an image, turn by turn, until the end of input")
-    chat.add_argument("--tokens", type=count, default=256, help="the longest answer")
     chat.add_argument("--dialogue", type=Path, help="a file that keeps the dialogue; where it is there, go on from it")
     chat.set_defaults(run=_chat)
 
@@ -38,6 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add_fold(web)
 
     for command in (ask, chat):
+        command.add_argument("--tokens", type=count, default=256, help="the longest answer")
         command.add_argument("--image", type=Path, required=command is ask)
         command.add_argument("--format", choices=FORMS, help="how the question is put; by default as the model learned")
     for command, task, temperature in ((generate, "t2i", 0.7), (ask, "mmu", 0.0), (chat, "mmu", 0.0)):
@@ -60,7 +60,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     sampling, image = sampling_of(arguments), read_image(arguments.image)
     with loaded(arguments) as pipeline:
-        (said,) = pipeline.ask([image], [arguments.question], sampling, arguments.format)
+        (said,) = pipeline.ask([image], [arguments.question], sampling, arguments.format, arguments.tokens)
     print(said)
 
 

@@ -20,8 +20,8 @@ def calls(monkeypatch):
             seen.append((prompts, sampling, guidance, copies, exact))
             return [Image.new("L", (8, 8), 30 * i) for i in range(len(prompts) * copies)]
 
-        def ask(self, images, questions, sampling, form):
-            seen.append(([image.size for image in images], questions, sampling, form))
+        def ask(self, images, questions, sampling, form, *steps):
+            seen.append(([image.size for image in images], questions, sampling, form, *steps))
             return ["It is a seven."]
 
     monkeypatch.setattr(
@@ -74,7 +74,7 @@ def test_ask_prints_the_answer(calls, tmp_path, capsys):
     assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "a.png"), "--question", "Which digit?",
                      "--dtype", "int8"]) == 0  # fmt: skip
     assert capsys.readouterr().out == "It is a seven.\n"
-    assert calls == [("c", "cpu", torch.int8), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None)]
+    assert calls == [("c", "cpu", torch.int8), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None, 256)]
 
 
 def test_evaluate_passes_its_options_on(calls, tmp_path, capsys):

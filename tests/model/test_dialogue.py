@@ -103,6 +103,12 @@ def test_a_chat_says_an_answer_piece_by_piece(folder):
         Chat(pipeline, Image.open(folder / "a.png"), form="verse")
 
 
+def test_an_answer_in_a_chat_is_not_a_benchmarks(folder, monkeypatch):
+    monkeypatch.setattr(Dialogue, "ask", lambda self, question, steps, sampling: iter([10] * steps))
+    chat = Chat(Pipeline.load(folder), Image.open(folder / "a.png"))
+    assert len("".join(chat.ask("word1")).split()) == 256
+
+
 @pytest.fixture
 def talk(folder, monkeypatch, capsys):
     """Runs ``omnimamba chat`` on questions; its status, what it printed and what it complained about."""

@@ -54,6 +54,15 @@ def test_an_answer_ends_at_its_end_token(pipeline, monkeypatch):
     assert pipeline.ask([picture(0)], ["word1"]) == [pipeline.words.decode([10, 11])]
 
 
+def test_an_answer_is_as_long_as_asked_for(pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr("omnimamba_model.pipeline.answer_rows", lambda *given: seen.append(given[-1]) or [])
+    monkeypatch.setattr("omnimamba_model.pipeline.generate", lambda *_: [])
+    pipeline.ask([picture(0)], ["word1"])
+    pipeline.ask([picture(0)], ["word1"], steps=40)
+    assert seen == [6, 40]
+
+
 def test_an_enlarged_drawing_is_seen_as_it_was():
     pixels, small = PatchTokenizer(4, 2, (6, 12)), picture(3)
     assert torch.equal(pixels.look([contact_sheet([small]).convert("RGB")]), pixels.look([small]))
