@@ -82,7 +82,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         reason = re.search(r"WeightsUnpickler error:\s*(.+?)(?: was not an allowed|$)", str(error), re.MULTILINE)
         told = f": {reason[1]}" if reason else ""
         raise CheckpointError(f"{path} holds more than tensors, or is damaged, and was not read{told}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the unpickler's own assumptions
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise CheckpointError(f"{path} is not a whole file of torch.save: {reason}") from error
     for wrapper in _WRAPPERS:

@@ -10,7 +10,6 @@ start removes. Parameters and moments are stored whole and by name, however many
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -75,8 +74,10 @@ def resume(trainer: Trainer, out: Path) -> bool:
     try:
         extra = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
         done, moments, counted = extra["done"], extra["optimizer"], extra["passed over"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / EXTRA} is damaged: {error}; remove {folder} to go on from before") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the unpickler's own assumptions
+        raise CheckpointError(f"{folder / EXTRA} is damaged: {error!r}; remove {folder} to go on from before") from error
     set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
     set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_SOME)
     trainer.done = done

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -76,9 +77,21 @@ class Evil:
         return (print, ("this must never run",))
 
 
+def save_with(path, program: bytes) -> None:
+    """A file of torch.save with another pickle in it."""
+    torch.save({"a": torch.ones(3)}, path)
+    with zipfile.ZipFile(path) as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as changed:
+        for name, content in members.items():
+            changed.writestr(name, program if name.endswith("data.pkl") else content)
+
+
 @pytest.mark.parametrize(
     "write, message",
     [
+        (lambda path: path.write_bytes(b"\x80\x02X\x01"), "whole file of torch.save"),  # a text of no length
+        (lambda path: save_with(path, b"\x80\x02K\x07Q."), "whole file of torch.save"),  # a storage named 7
         (lambda path: torch.save({"a": Evil()}, path), "more than tensors"),
         (lambda path: path.write_bytes(pickle.dumps(Evil())), "more than tensors"),
         (lambda path: torch.save({"a": torch.ones(3), "b": [1]}, path), "these are none: b"),

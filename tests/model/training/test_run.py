@@ -239,9 +239,10 @@ def test_another_run_is_not_continued_by_mistake(settings, values, capsys):
 def test_a_damaged_checkpoint_is_named(settings, values):
     run(settings(), quietly)
     last = checkpoints.kept(Path(values["out"]))[-1][1]
-    (last / "trainer.pt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="trainer.pt is damaged"):
-        run(settings(), quietly)
+    for damage in (b"x", b"\x80\x02X\x01"):
+        (last / "trainer.pt").write_bytes(damage)
+        with pytest.raises(CheckpointError, match="trainer.pt is damaged"):
+            run(settings(), quietly)
 
 
 # ---- settings ----
