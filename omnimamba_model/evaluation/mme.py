@@ -19,11 +19,12 @@ PICTURES = (".jpg", ".png", ".jpeg")
 
 
 def read(files: Sequence[Path], images: Path, answers: Path | None = None) -> list[Question]:
-    """``images`` is the folder with a folder a kind; ``files`` may name some of these to be read alone."""
-    kinds = [path for path in (files or sorted(images.iterdir())) if path.is_dir()]
-    unknown = [path.name for path in kinds if path.name not in PERCEPTION + COGNITION]
-    if unknown or not kinds:
-        raise ValueError(f"{images} must hold folders named by MME's kinds, got {', '.join(unknown) or 'none'}")
+    """``images`` is the folder with a folder a kind, and perhaps others; ``files`` may name some kinds' alone."""
+    folders = [path for path in (files or sorted(images.iterdir())) if path.is_dir()]
+    kinds = [path for path in folders if path.name in PERCEPTION + COGNITION]
+    if not kinds or (files and kinds != folders):
+        unknown = ", ".join(path.name for path in folders if path not in kinds)
+        raise ValueError(f"{images} must hold folders named by MME's kinds, got {unknown or 'none'}")
     return [question for kind in kinds for question in _read(kind)]
 
 

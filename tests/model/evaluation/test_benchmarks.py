@@ -70,6 +70,17 @@ def test_mme(tmp_path, images, by_heart):
     ]  # fmt: skip
 
 
+def test_mme_passes_by_folders_of_no_kind_unless_they_are_named(images):
+    folder = images("count/1.jpg", "eval_tool/x.jpg")
+    (folder / "count" / "1.txt").write_text("please?\tYes\n")
+    assert [q.key for q in BENCHMARKS["mme"].read([], folder, None)] == ["count/1/1"]
+    for files in ([folder / "eval_tool"], [folder / "count", folder / "eval_tool"]):
+        with pytest.raises(ValueError, match="named by MME's kinds, got eval_tool"):
+            BENCHMARKS["mme"].read(files, folder, None)
+    with pytest.raises(ValueError, match="got images"):
+        BENCHMARKS["mme"].read([], folder.parent, None)
+
+
 def test_gqa(tmp_path, images, by_heart):
     questions = {
         "071": {"question": "q1", "imageId": "n1", "answer": "left", "types": {"structural": "choose"}},
