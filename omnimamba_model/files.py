@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     however ``write`` makes it (safetensors: by its owner alone). OSError as in ``regular_target``.
     """
     target = regular_target(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Processes of several machines may share a folder, and a process number.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

@@ -50,6 +50,19 @@ def test_who_may_read_a_file_is_the_umasks_to_say(tmp_path, umask, mode):
     assert load_file(tmp_path / "tensors")["a"].tolist() == [1, 1, 1]
 
 
+def test_two_machines_processes_of_one_number_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    inner = []
+
+    def write(path):
+        write_whole(tmp_path / "a", lambda other: inner.append(other) or other.write_text("theirs"))
+        assert inner != [path] and (tmp_path / "a").read_text() == "theirs"
+        path.write_text("mine")
+
+    write_whole(tmp_path / "a", write)
+    assert (tmp_path / "a").read_text() == "mine" and os.listdir(tmp_path) == ["a"]
+
+
 def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path):
     (tmp_path / "here").touch()
     assert absent(tmp_path / "here").startswith(f"{tmp_path / 'here'} cannot be read")
