@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -26,6 +31,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_temporaries(folder: Path, age: float | None = None) -> None:
+    """Remove what killed processes left of ``write_whole`` in a folder: all, or what is at least ``age`` seconds old,
+    where others may be writing. A folder that is not there has nothing."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another process removed it
+            if _TEMPORARY.fullmatch(path.name) and (age is None or time.time() - path.stat().st_mtime >= age):
+                path.unlink()
 
 
 def absent(path: Path) -> str:

@@ -3,8 +3,8 @@
     OUT/checkpoints/step-00001000/   config.json, model*.safetensors    what `load` reads
                                      trainer.pt                         what `resume` reads besides
 
-A process killed at any moment leaves the folders that were whole, and perhaps one with a temporary name, which the next
-start removes. Parameters and moments are stored whole and by name, however many processes share them.
+What is removed is renamed first. A process killed at any moment leaves the folders that were whole, and perhaps one with
+a temporary name, which the next start removes. Parameters and moments are stored whole and by name, however many processes share them.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) 
         temporary.mkdir(parents=True)
         write(trainer.model, tensors, temporary, tokenizer)
         torch.save({"done": trainer.done, "optimizer": moments, "passed over": counted}, temporary / EXTRA)
-        shutil.rmtree(out / FOLDER / name, ignore_errors=True)
+        _remove(out / FOLDER / name)
         temporary.rename(out / FOLDER / name)
         for _, folder in kept(out)[:-count]:
-            shutil.rmtree(folder)
+            _remove(folder)
     trainer.ranks.wait()
 
 
@@ -57,6 +57,15 @@ def kept(out: Path) -> list[tuple[int, Path]]:
     """The steps of a run that can be taken up again, and their folders, the last one last."""
     found = [(path, _NAME.fullmatch(path.name)) for path in (out / FOLDER).glob("step-*")]
     return sorted((int(m[1]), path) for path, m in found if m and (path / EXTRA).exists())
+
+
+def _remove(folder: Path) -> None:
+    """Under a temporary name, so that no step is ever half there."""
+    if folder.exists():
+        gone = folder.with_name(f"{_TEMPORARY}removal-{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def clear_unfinished(out: Path) -> None:

@@ -13,7 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import clear_temporaries, write_whole
+
+
+_ABANDONED = 3600.0
+"""Seconds after which nobody is still writing a file of the cache."""
 
 
 class FeatureCache:
@@ -29,6 +33,12 @@ class FeatureCache:
     def path(self, picture: bytes) -> Path:
         name = hashlib.sha256(self.encoder.encode() + b"\0" + picture).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
+
+    @staticmethod
+    def clear(folder: str | Path) -> None:
+        """Remove what killed processes left half written."""
+        for part in Path(folder).glob("??"):
+            clear_temporaries(part, _ABANDONED)
 
     def get(self, picture: bytes, look: Callable[[], Tensor]) -> Tensor:
         """The kept features, or what ``look()`` sees, which is kept; a damaged file is made anew."""

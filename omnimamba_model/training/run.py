@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..config import OmniMambaConfig
 from ..convert import grown
-from ..files import write_whole
+from ..files import clear_temporaries, write_whole
 from ..foreign import read_any
 from ..hub import locate
 from ..layers import wide
@@ -109,6 +109,10 @@ def _claim(out: Path, settings: Run) -> None:
     """Make the run's folder, or see that it is this run's; ValueError names the settings that differ."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.clear_unfinished(out)
+    for folder in (out, out / "model"):
+        clear_temporaries(folder)
+    if settings.mmu is not None and settings.mmu.cache is not None:
+        FeatureCache.clear(settings.mmu.cache)
     path = out / "settings.json"
     mine = json.loads(json.dumps(settings.fixed()))
     if path.exists() and checkpoints.kept(out):

@@ -1,6 +1,7 @@
 """Whole runs: going on after any stop, two processes, both stages, and what the settings file may say."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from omnimamba_model.text_tokenizer import WordTokenizer
 from omnimamba_model.training import Trainer, checkpoints
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.phase import Phase
-from omnimamba_model.training.run import _lessons, run
+from omnimamba_model.training.run import _claim, _lessons, run
 from omnimamba_model.training.settings import SHIPPED, read
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -234,6 +235,38 @@ def test_another_run_is_not_continued_by_mistake(settings, values, capsys):
     told.write_text(json.dumps(json.loads(told.read_text()) | {"side_by_side": True}))  # once held fast
     run(settings(), quietly)
     assert "side_by_side" not in json.loads(told.read_text())
+
+
+def test_a_kill_while_an_old_step_is_removed_leaves_no_torn_one(settings, values, monkeypatch):
+    class Kill(Exception):
+        pass
+
+    def torn(path, **options):
+        if Path(path).exists():
+            (Path(path) / "model.safetensors").unlink()
+            raise Kill
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", torn)
+    with pytest.raises(Kill):
+        run(settings(keep=1), quietly)
+    monkeypatch.undo()
+    folder = Path(values["out"]) / "checkpoints"
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000004"]
+    assert len(list(folder.glob(".unfinished*"))) == 1
+    run(settings(keep=1), quietly)
+    assert [path.name for path in folder.iterdir()] == ["step-00000006"]
+
+
+def test_a_run_begins_by_clearing_what_a_kill_left(settings, values, tmp_path):
+    out, cache = Path(values["out"]), tmp_path / "cache"
+    left = [out / ".metrics.jsonl.12.tmp", out / "model" / ".model.safetensors.12.0123abcd.tmp", cache / "ab" / ".x.1.tmp"]
+    stay = [cache / "ab" / ".y.1.0123abcd.tmp", cache / "ab" / "x.safetensors", out / "model" / "my.tmp"]
+    for path in left + stay:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    os.utime(left[-1], (0, 0))  # another process may be writing the other
+    _claim(out, settings(mmu=values["mmu"] | {"cache": str(cache)}))
+    assert not any(path.exists() for path in left) and all(path.exists() for path in stay)
 
 
 def test_a_damaged_checkpoint_is_named(settings, values):
