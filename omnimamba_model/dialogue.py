@@ -26,7 +26,6 @@ from .sampling import GREEDY, Sampling
 from .state import MambaState
 from .weights import CheckpointError
 
-
 LONGEST = 256
 """Tokens of an answer in a dialogue, at most, where nothing else is said."""
 

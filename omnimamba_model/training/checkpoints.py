@@ -3,8 +3,9 @@
     OUT/checkpoints/step-00001000/   config.json, model*.safetensors    what `load` reads
                                      trainer.pt                         what `resume` reads besides
 
-What is removed is renamed first. A process killed at any moment leaves the folders that were whole, and perhaps one with
-a temporary name, which the next start removes. Parameters and moments are stored whole and by name, however many processes share them.
+What is removed is renamed first. A process killed at any moment leaves the folders that were whole, and perhaps one
+with a temporary name, which the next start removes. Parameters and moments are stored whole and by name, however many
+processes share them.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def resume(trainer: Trainer, out: Path) -> bool:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes of the unpickler's own assumptions
-        raise CheckpointError(f"{folder / EXTRA} is damaged: {error!r}; remove {folder} to go on from before") from error
+        told = f"{folder / EXTRA} is damaged: {error!r}; remove {folder} to go on from before"
+        raise CheckpointError(told) from error
     set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
     set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_SOME)
     trainer.done = done

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..files import clear_temporaries, write_whole
 
-
 _ABANDONED = 3600.0
 """Seconds after which nobody is still writing a file of the cache."""
 

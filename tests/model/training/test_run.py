@@ -259,7 +259,8 @@ def test_a_kill_while_an_old_step_is_removed_leaves_no_torn_one(settings, values
 
 def test_a_run_begins_by_clearing_what_a_kill_left(settings, values, tmp_path):
     out, cache = Path(values["out"]), tmp_path / "cache"
-    left = [out / ".metrics.jsonl.12.tmp", out / "model" / ".model.safetensors.12.0123abcd.tmp", cache / "ab" / ".x.1.tmp"]
+    left = [out / ".metrics.jsonl.12.tmp", out / "model" / ".model.safetensors.12.0123abcd.tmp"]
+    left += [cache / "ab" / ".x.1.tmp"]
     stay = [cache / "ab" / ".y.1.0123abcd.tmp", cache / "ab" / "x.safetensors", out / "model" / "my.tmp"]
     for path in left + stay:
         path.parent.mkdir(parents=True, exist_ok=True)
