@@ -32,8 +32,10 @@ def _hostile_memory() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test file is named after its operation, or says in RUNS what to run."""
     if "run" in metafunc.fixturenames:
-        named = getattr(metafunc.module, "RUNS", None)
-        metafunc.parametrize("run", named or runs(metafunc.module.__name__.removeprefix("test_")), indirect=True)
+        named = getattr(metafunc.module, "RUNS", None)  # perhaps none can run here: then nothing is
+        if named is None:
+            named = runs(metafunc.module.__name__.removeprefix("test_"))
+        metafunc.parametrize("run", named, indirect=True)
 
 
 @pytest.fixture
