@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_bench import Pedantic
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "bench").is_dir():
@@ -30,20 +31,6 @@ several = pytest.mark.skipif(not Threads().able, reason="one processor, or a sys
 class FixedRates(Rates):
     def sample(self, kind: str, nbytes: float = 0) -> float:
         return 100.0
-
-
-class Pedantic:
-    """pytest-benchmark's fixture as far as it is used."""
-
-    def __init__(self) -> None:
-        self.extra_info: dict = {}
-        self.group = None
-
-    def pedantic(self, target, setup, teardown, rounds) -> None:
-        for _ in range(rounds):
-            setup()
-            target()
-            teardown()
 
 
 def where(process: int) -> list[set[int]]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import capturing
 import pytest
 import torch
 
@@ -198,34 +199,16 @@ def test_a_machine_without_the_driver_has_no_board(monkeypatch):
 
 
 def test_a_graph_that_fails_leaves_the_stream_and_the_generator_as_they_were(monkeypatch):
-    """torch.cuda.graph restores neither where the capture's end raises."""
     clock = Clock(CPU, 0.0)
-    clock.stream, now, captured = "its own", SimpleNamespace(stream="here", draws=True), []
-
-    class Capturing:
-        def __init__(self, graph, stream):
-            self.stream = stream
-            captured.append(stream)
-
-        def __enter__(self):
-            self.before, now.stream, now.draws = now.stream, self.stream, False
-
-        def __exit__(self, kind, *_):
-            if kind is not None:
-                raise RuntimeError("operation failed due to a previous error during capture")
-            now.stream, now.draws = self.before, True
-
-    for name, place in {
-        "graph": Capturing, "CUDAGraph": lambda: SimpleNamespace(replay="replay"), "Stream": lambda: "another",
-        "current_stream": lambda device=None: now.stream, "set_stream": lambda stream: setattr(now, "stream", stream),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, place)
+    clock.stream = "its own"
+    graph = SimpleNamespace(replay="replay")
+    now = capturing.stand_in(monkeypatch, "here", CUDAGraph=lambda: graph, Stream=lambda: "another")
 
     def implicit():
         if now.stream == "its own":
             raise RuntimeError("operation would make the legacy stream depend on a capturing stream")
 
-    assert clock._captured(lambda: None) == "replay" and captured == ["its own"]
+    assert clock._captured(lambda: None) == "replay" and now.captured == ["its own"]
     with pytest.raises(RuntimeError, match="previous error during capture"):
         clock._captured(implicit)
     assert now.stream == "here" and now.draws

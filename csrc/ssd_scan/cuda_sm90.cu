@@ -30,8 +30,9 @@
 //   `ungated` 128.
 // Arithmetic a chunk and head there: 1280 clocks of a multiprocessor's matrix units (256 S C^T, 128 x^T M^T, 128 C B^T, 768
 //   for S, whose three terms keep float32's digits). Predicted, never run on a GPU: 8 x 2048 positions, 64 heads: two waves
-//   of blocks, 93 us of products at 1.755 GHz, beside 75 us of HBM and 71 us of L2: 95 to 125 us; 1 x 2048: four segments,
-//   20 to 30 us.
+//   of blocks, 93 us of products at 1.755 GHz, beside 75 us of HBM and 71 us of L2: 95 to 125 us where both walkers of a
+//   block keep its matrix units busy between them; 1 x 2048: four segments, 20 to 30 us. A block with one walker waits
+//   while that one sends out y, and takes longer by as much.
 // Precision: as in cuda.cu.
 #include "../common/device.h"
 #include "hopper_feed.cuh"

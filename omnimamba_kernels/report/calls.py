@@ -40,7 +40,7 @@ class Call:
 
     op: str
     name: str
-    large: bool  # a size that a GPU is measured at, not a test case
+    large: bool  # a size of models in use, not a test case
     function: Callable[..., Any]
     tensors: Callable[[], dict[str, Tensor | None]]
     wanted: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ over HEADS. ``states`` adds 512 bytes, z 128, ``ungated`` 128.
 
 Who forms C B^T (64 heads, 1 group, n 128, p 64, bfloat16; clocks of an H100's multiprocessor for a head's 64 positions,
 computed and not measured: 4096 FLOPs of wgmma a clock, half of that by mma, 16 exponentials, 26 bytes from L2, 19 from
-HBM, of which 915 clocks are needed in any case):
+HBM, from which what has to come takes 915 clocks):
 
                                          C B^T  S C^T  scores x  S anew  products  from L2  exponentials
     chunk 64, each head                    256    256       128     768      1408     1631           256

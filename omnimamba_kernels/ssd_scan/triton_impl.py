@@ -61,8 +61,7 @@ def forward(
     if l == 0:
         final.copy_(initial_states) if initial_states is not None else final.zero_()
     rows = _rows(x, B, C, z)
-    plain = l % CHUNK == 0 and seq_idx is None and z is None and not save
-    walk = tiles.walk(triton_launch.target_of(x), rows[0], rows[1], plain)
+    walk = tiles.walk(triton_launch.target_of(x), rows[0], rows[1], z, seq_idx, save)
     inputs = (rows[0], dt, A, rows[1], dt_bias, initial_states, seq_idx)
     steps, lasts = floats(b, walk.chunks, h, 4, walk.chunk), None
     if seq_idx is not None:

@@ -7,6 +7,7 @@ import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import capturing
 import pytest
 import torch
 from common import device_of, same_bits, threads
@@ -290,27 +291,8 @@ def test_what_cannot_become_a_graph_is_refused_and_moves_no_state(graphs):
 
 
 def test_a_capture_that_fails_leaves_the_stream_and_the_generator_as_they_were(graphs, monkeypatch):
-    """torch.cuda.graph restores neither where the capture's end raises."""
     here, side = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
-    now = SimpleNamespace(stream=here, draws=True)
-
-    class Capturing:
-        def __init__(self, graph, stream):
-            self.stream = stream
-
-        def __enter__(self):
-            self.before, now.stream, now.draws = now.stream, self.stream, False
-
-        def __exit__(self, kind, *_):
-            if kind is not None:
-                raise RuntimeError("operation failed due to a previous error during capture")
-            now.stream, now.draws = self.before, True
-
-    for name, place in {
-        "graph": Capturing, "Stream": lambda: side, "current_stream": lambda: now.stream,
-        "set_stream": lambda stream: setattr(now, "stream", stream),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, place)
+    now = capturing.stand_in(monkeypatch, here, Stream=lambda: side)
 
     def waits(x):
         if now.stream is side:
