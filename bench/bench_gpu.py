@@ -1,7 +1,7 @@
 """Every operation and whole models on a GPU, against every peer that is there: bench.gpu_problems, in bfloat16.
 
 Times are by events, with a cold cache; short calls and decode steps as CUDA graphs too; beside them clocks, what held
-them back, and energy. A result of ours that is wrong, or an operation that breaks, fails; a peer's has its reason.
+them back, and energy. A wrong result, anyone's, fails, and one of ours that breaks; a peer that cannot run says why.
 """
 
 from __future__ import annotations

@@ -134,9 +134,10 @@ def run_benchmark(op: str, out: Path, seconds: float) -> tuple[Part, dict[str, A
 
 
 def is_fault(row: dict[str, Any]) -> bool:
-    """Whether one of ours should have had a time: it broke, or its result was wrong. A peer's reason is no fault."""
+    """Whether a contender should have had a time: one of ours that broke, or anyone whose result was wrong."""
     reason = row.get("reason", "")
-    return row["ours"] and bool(reason) and reason != NO_TIME and "cannot run: " not in reason
+    broke = row["ours"] and bool(reason) and reason != NO_TIME and "cannot run: " not in reason
+    return broke or "failed its check" in reason
 
 
 def text(content: dict[str, Any]) -> str:

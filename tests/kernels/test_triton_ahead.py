@@ -73,12 +73,13 @@ AMPERE = {"sm_86": resources.Chip(48, 16, 102_400, 1024, 65_536, 1, 256),
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
 @pytest.mark.parametrize("out", [2048, 8512])
-def test_few_rows_of_many_ranks_fit_the_chips_with_the_least_shared_memory(arch, out, monkeypatch):
-    """Two adapters of rank 32, whose strip of A lies beside that of the weights."""
+@pytest.mark.parametrize("rank", [16, 32])
+def test_few_rows_of_many_ranks_fit_the_chips_with_the_least_shared_memory(arch, out, rank, monkeypatch):
+    """Two adapters, whose strip of A lies beside that of the weights."""
     if arch in AMPERE:
         monkeypatch.setitem(TARGETS, arch, Target(arch, 84, 101_376))
         monkeypatch.setitem(resources._CHIPS, arch, AMPERE[arch])
-    case = lora_cases.Case((1,), 2048, out, rank=32)
+    case = lora_cases.Case((1,), 2048, out, rank=rank)
     tensors = lambda: lora_cases.inputs(case, torch.bfloat16, torch.bfloat16)  # noqa: E731
     (job,) = ahead.jobs([Call("lora_linear", "many ranks", True, lora_linear, tensors)], [arch])
     assert job.kernel == "few_rows_kernel"
