@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from . import published
 from .machine import ROOT
-from .results import FOLDER, Row, length_of
+from .results import FOLDER, Row, length_of, ratio_text
 
 DEMO = ROOT / "demo-out" / "metrics.json"
 KILLS = FOLDER / "kills" / "digits.json"
@@ -218,7 +218,7 @@ def _generation(rows: list[Row]) -> list[Claim]:
             Claim(
                 f"130M, generation of 16K tokens, against a Transformer {kind} a KV cache",
                 "faster" if least == 1 else f"over {least}x",
-                "not measured" if ratio is None else f"{ratio:.3g}x",
+                "not measured" if ratio is None else ratio_text(ratio),
                 None if ratio is None else ratio > least,
             )
         )

@@ -10,7 +10,7 @@ from omnimamba_model import MambaConfig
 
 from . import claims, counts, published
 from .published import OURS
-from .results import Row, length_of
+from .results import Row, length_of, ratio_text
 from .scaling import SMALL
 from .tables import Content, cold
 
@@ -172,5 +172,5 @@ def _ratios(found: list[tuple[str, float]]) -> Figure | None:
     ax.invert_yaxis()
     ax.axvline(1, color="k", linewidth=0.8)
     for place, value in zip(places, values, strict=True):
-        ax.text(max(value, 1.0), place, f" {value:.3g}x", va="center", fontsize=7)
+        ax.text(max(value, 1.0), place, f" {ratio_text(value)}", va="center", fontsize=7)
     return figure

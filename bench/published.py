@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .results import Row, find
+from .results import Row, find, ratio_text
 
 FIGURE_1 = {
     4096: {"OmniMamba": (16.5, 8.50), "JanusFlow": (80, 5.16), "Show-o": (342, 7.10)},
@@ -101,7 +101,7 @@ def memory_share(rows: list[Row], peer: str) -> float | None:
 def beside(rows: list[Row]) -> list[Published]:
     """Each figure of the paper with ours, empty where none of ours was measured."""
     _, cached, uncached = names(rows)
-    speed = [r and f"{r:.3g}x" for r in (speed_ratio(rows, uncached), speed_ratio(rows, cached))]
+    speed = [r and ratio_text(r) for r in (speed_ratio(rows, uncached), speed_ratio(rows, cached))]
     memory = [s and f"{1 - s:.1%} less" for s in (memory_share(rows, uncached), memory_share(rows, cached))]
     found = [
         Published("text generation at 16K tokens, against a Transformer", f"{FASTER}x", *speed),

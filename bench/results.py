@@ -55,6 +55,11 @@ class Row:
     """Energy a call, by the driver's counter."""
 
 
+def ratio_text(ratio: float) -> str:
+    """A ratio in words: three digits of it, never as a power of ten."""
+    return f"{ratio:.3g}x" if ratio < 999.5 else f"{float(f'{ratio:.3g}'):,.0f}x"
+
+
 def length_of(case: str) -> int:
     """The tokens that a case names: the second number of 1 x 4096, the first of others."""
     numbers = [int(number) for number in re.findall(r"\d+", case)]

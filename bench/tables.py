@@ -7,7 +7,7 @@ from typing import Any
 from . import published, results
 from .plain import COMPILED
 from .rates import PRODUCTS
-from .results import Row
+from .results import Row, ratio_text
 
 Content = dict[str, Any]
 MODEL_GROUPS = ("generation", "whole generation", "130M", "decode", "images")
@@ -46,7 +46,7 @@ def summed(row: Row) -> str:
 
 
 def ratio_of(row: Row) -> str:
-    return f"{row.times_ours:.3g}x ours" if row.times_ours not in (None, 1.0) else ""
+    return f"{ratio_text(row.times_ours)} ours" if row.times_ours not in (None, 1.0) else ""
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

@@ -290,3 +290,9 @@ def test_the_bar_fills_and_tells_the_rest():
     assert bar(0, 4, 0.0, 4) == "[....] 0/4, 0:00 gone, about 0:00 left"
     assert bar(1, 4, 61.0, 4) == "[#...] 1/4, 1:01 gone, about 3:03 left"
     assert bar(4, 4, 200.0, 4) == "[####] 4/4, 3:20 gone, about 0:00 left"
+
+
+def test_ratios_are_never_powers_of_ten():
+    assert [results.ratio_text(r) for r in (0.512, 5.05, 999.4, 999.6, 1955.0, 123456.0)] == [
+        "0.512x", "5.05x", "999x", "1,000x", "1,960x", "123,000x",
+    ]  # fmt: skip
