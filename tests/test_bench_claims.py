@@ -73,3 +73,19 @@ def test_the_scans_promises(times):
     ]
     assert verdict(rows, "SSD forward, 4 shapes") is (times[0] >= 12)
     assert verdict(rows, "SSD forward + backward") is (times[1] >= 6)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.70, True), (0.69, False)])
+def test_the_convolutions_promise_is_about_dram(share, kept):
+    """Of a copy from DRAM to DRAM, whatever the share of a copy as large."""
+    found = {"times_ours": 1.0, "floor_share": 0.1, "far_share": share}
+    rows = [Row("causal_conv1d forward", "1 x 4096 x 1792", OURS, 1.0, **found)]
+    assert verdict(rows, "conv1d with SiLU") is kept
+
+
+@pytest.mark.parametrize(("mine", "kept"), [(33, True), (34, False), (None, None)])
+def test_the_scans_promise_about_memory(mine, kept):
+    group, case = "ssd_scan forward + backward", "1 x 4096, 24 heads"
+    ours = Row(group, case, OURS, 1.0, times_ours=1.0, peak_bytes=mine)
+    rows = [ours, Row(group, case, "transformers 5.23.0", 9.0, times_ours=9.0, peak_bytes=100)]
+    assert verdict(rows, "its peak memory") is kept
