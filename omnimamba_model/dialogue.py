@@ -1,6 +1,7 @@
 """Questions about one image, turn by turn on one state: a turn costs its own tokens, whatever was said before.
 
-A turn is a question in one of pipeline.FORMATS, then the answer and the end-of-text token.
+A turn is a question in one of pipeline.FORMATS, then the answer and the end-of-text token, as models learn it. What was
+cut short, by its greatest length or by who stopped listening, is closed by that token too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Dialogue:
     ) -> Iterator[int]:
         """The answer's tokens as they come, the stop token left out; ``question`` are ids (l,), l at least 1.
 
-        Whoever stops listening early has heard what the state knows.
+        Whoever stops listening early has heard what the state knows: that, and the end of the turn.
         """
         if question.ndim != 1 or not len(question):
             raise ValueError(f"question must have shape (l,), l at least 1, got {tuple(question.shape)}")
@@ -68,6 +69,8 @@ class Dialogue:
             if last is not None:  # the stream takes a token in when it is asked for the next
                 step = self.model.backbone.bind_step(self.state, MMU)
                 step(self._embed(last))
+                if int(last) not in stops:
+                    step(self._embed(torch.tensor([self.model.config.tokens.eos])))
                 step.release()
 
     def save(self, path: str | Path, besides: Mapping[str, str] | None = None) -> None:

@@ -18,7 +18,8 @@ QUESTIONS = [torch.tensor([10, 11, 12]), torch.tensor([20]), torch.tensor([30, 3
 
 @torch.no_grad()
 def reread(model, features, ids, steps, stop):
-    """The next answer by full passes over everything said so far."""
+    """The next answer by full passes over everything said so far, and what was said then: a turn that was cut at
+    ``steps`` tokens is closed by the end of text."""
     grown, said = list(ids), []
     for _ in range(steps):
         text = torch.tensor([[*grown, 0]])
@@ -27,6 +28,8 @@ def reread(model, features, ids, steps, stop):
         if token == stop:
             break
         said.append(token)
+    else:
+        grown.append(model.config.tokens.eos)
     return grown, said
 
 
@@ -42,10 +45,12 @@ def test_every_turn_is_as_if_all_were_read_anew(model, features, stop):
 
 def test_a_saved_dialogue_goes_on(model, features, tmp_path):
     dialogue = Dialogue.about(model, features[0])
-    list(dialogue.ask(QUESTIONS[0], 4, stop=(63,)))
+    known, said = reread(model, features[0], QUESTIONS[0].tolist(), 4, 63)
+    assert list(dialogue.ask(QUESTIONS[0], 4, stop=(63,))) == said and known[-1] == model.config.tokens.eos
     dialogue.save(tmp_path / "state")
     again = Dialogue.load(model, tmp_path / "state")
-    assert list(again.ask(QUESTIONS[1], 5)) == list(dialogue.ask(QUESTIONS[1], 5))
+    expected = reread(model, features[0], [*known, *QUESTIONS[1].tolist()], 5, 0)[1]
+    assert list(again.ask(QUESTIONS[1], 5)) == list(dialogue.ask(QUESTIONS[1], 5)) == expected
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
     with pytest.raises(CheckpointError, match="no dialogue's state"):
         Dialogue.load(model, tmp_path / "state")
@@ -69,7 +74,7 @@ def test_who_stops_listening_has_heard_what_the_state_knows(model, features):
     said = dialogue.ask(QUESTIONS[0], 9, stop=(63,))
     heard = [next(said), next(said)]
     said.close()
-    known = [*QUESTIONS[0].tolist(), *heard, *QUESTIONS[1].tolist()]
+    known = [*QUESTIONS[0].tolist(), *heard, model.config.tokens.eos, *QUESTIONS[1].tolist()]
     assert list(dialogue.ask(QUESTIONS[1], 4, stop=(63,))) == reread(model, features[0], known, 4, 63)[1]
 
 
