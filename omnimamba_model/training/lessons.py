@@ -29,6 +29,8 @@ from .phase import Batch
 from .records import PICTURE, BadRecord, Records
 
 FORMS = ("caption", "instruct")
+TEXT_ALONE = "text alone: understanding is learned from records with an image"
+"""Why LLaVA's records without an image, which are as good as any, are passed over, as the official loader does."""
 
 
 class Lesson:
@@ -139,11 +141,12 @@ class Drawing(Lesson):
 class Understanding(Lesson):
     """MMU: ``{"image": file, "conversations": [{"from": "human" or "gpt", "value": text}, ..]}``.
 
-    ``form`` "caption" learns the last turn, closed by the end of text; "instruct" learns every answer of
+    ``form`` "caption" learns the last answer, closed by the end of text; "instruct" learns every answer of
 
         In: {question}\\nOut: {answer}[eos]
 
-    turn by turn, a newline before each later one, ``<|eot|>`` at the end, which is not learned.
+    turn by turn, a newline before each later one, ``<|eot|>`` at the end, which is not learned. A question at the end
+    without an answer is left out in both. A record without an image is passed over for the reason ``TEXT_ALONE``.
     """
 
     def __init__(
@@ -170,6 +173,8 @@ class Understanding(Lesson):
         self.form, self.images, self.text_length = form, Path(images), text_length
 
     def example(self, record: dict[str, Any], draw: random.Random) -> tuple[Tensor, list[int], list[int]]:
+        if record.get("image") is None and PICTURE not in record:
+            raise BadRecord(TEXT_ALONE)
         turns = _turns(record)
         ids, labels = self._caption(turns) if self.form == "caption" else self._instruct(turns)
         return self._features(record), ids, labels
@@ -182,7 +187,7 @@ class Understanding(Lesson):
         return "mmu", {"features": features, "text": text, "labels": labels}
 
     def _caption(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        ids = [*_encode(self.words, turns[-1][1]), self.config.tokens.eos][: self.text_length]
+        ids = [*_encode(self.words, turns[1::2][-1][1]), self.config.tokens.eos][: self.text_length]
         return ids, list(ids)
 
     def _instruct(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:

@@ -2,14 +2,15 @@ import json
 
 import pytest
 import torch
+from formats import png, understanding
 from PIL import Image
 
 from omnimamba_model.omnimamba import IGNORE
 from omnimamba_model.text_tokenizer import SPECIAL
 from omnimamba_model.training.features import FeatureCache, RecentFeatures, look_at
-from omnimamba_model.training.lessons import Drawing, Reading, Understanding
+from omnimamba_model.training.lessons import TEXT_ALONE, Drawing, Reading, Understanding
 from omnimamba_model.training.parallel import Ranks
-from omnimamba_model.training.records import open_records
+from omnimamba_model.training.records import PICTURE, open_records
 
 
 @pytest.fixture
@@ -109,6 +110,28 @@ def test_bad_records_are_passed_over_and_counted(data, config, words, pixels):
     assert looking(0)[1]["features"].isfinite().all()
     assert sum(looking.passed_over.values()) >= 3 and "image 4.png is no picture" in looking.passed_over
     assert any(reason.startswith("image 2.png ") for reason in looking.passed_over)
+
+
+def test_records_of_text_alone_are_counted_apart(config, words, pixels):
+    """Whatever else may be wrong with them; an image that is no name is damage."""
+    records = [understanding(i) | {PICTURE: png(i)} for i in range(2)]
+    (records[0].pop("image"), records[1].pop("image"))  # a shard's sample brings its picture along
+    for image in ({}, {"image": None}, {"image": 7}):
+        records.append({"conversations": understanding(0)["conversations"] * 9, **image})
+    lesson = Understanding(records, 5, config, words, pixels, text_length=24)
+    assert len(lesson(0)[1]["text"]) == 5
+    assert set(lesson.passed_over) == {TEXT_ALONE, "image must name a file"} and lesson.passed_over[TEXT_ALONE] >= 2
+
+
+@pytest.mark.parametrize("form", ["caption", "instruct"])
+def test_a_last_question_without_an_answer_is_left_out(config, words, pixels, form):
+    record = understanding(0) | {PICTURE: png(0)}
+    more = record | {"conversations": [*record["conversations"], {"from": "human", "value": "the red house"}]}
+    whole, odd = (
+        Understanding([one], 1, config, words, pixels, form=form, text_length=24)(0)[1] for one in (record, more)
+    )
+    assert all(torch.equal(whole[name], odd[name]) for name in whole)
+    assert words.encode("it shows a cat") == [i for i in odd["labels"][0].tolist() if i not in (IGNORE, SPECIAL.eos)]
 
 
 def test_pictures_are_looked_at_once(data, looks, pixels, tmp_path, monkeypatch):
