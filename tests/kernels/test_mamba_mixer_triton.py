@@ -136,12 +136,36 @@ def test_tickets_stay_with_their_state_but_not_those_of_a_capture(monkeypatch):
     with running("triton"):
         monkeypatch.setattr(tickets, "is_capturing", lambda t: True)
         mamba_mixer_step(**tensors, **plain)
-        assert state not in tickets._TICKETS
+        assert state.untyped_storage() not in tickets._TICKETS
         monkeypatch.undo()
         mamba_mixer_step(**tensors, **plain)
-        kept = tickets._TICKETS[state]
+        (kept,) = tickets._TICKETS[state.untyped_storage()].values()
         mamba_mixer_step(**tensors, **plain)
-    assert tickets._TICKETS[state] is kept and not kept.any()
+    assert tickets.tickets(state) is kept and not kept.any()
+
+
+def test_tickets_are_zeroed_once_for_many_states(monkeypatch):
+    """A step of a new view, or of a new state, starts nothing but the step. No two states have tickets in common."""
+    monkeypatch.setattr(tickets, "_ZEROED", {})
+    cache = torch.zeros(3, 5, 4, 8, 16)  # of three layers
+    first = tickets.tickets(cache[0])
+    with Seen() as seen:
+        again = [tickets.tickets(view) for view in (cache[0], cache.detach()[0], cache[0].view(5, 4, 16, 8))]
+        others = [tickets.tickets(state) for state in (cache[1], cache[2], cache[1, 2:], torch.zeros(2, 7, 3, 3))]
+    assert seen.names == {"zeros"} and all(t is first for t in again)  # the one state that is made here
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in (first, *others))
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert [t.shape for t in others] == [(5, 4), (5, 4), (3, 4), (2, 7)] and not any(t.any() for t in others)
+    large = tickets.tickets(torch.zeros(tickets._AT_ONCE + 1, 1, 1, 1))
+    assert large.shape == (tickets._AT_ONCE + 1, 1) and not large.any()
+
+
+def test_tickets_go_with_their_state():
+    state = torch.zeros(2, 3, 4, 5)
+    tickets.tickets(state[1:])
+    before = len(tickets._TICKETS)
+    del state
+    assert len(tickets._TICKETS) == before - 1
 
 
 @interpreted
