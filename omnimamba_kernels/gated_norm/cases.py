@@ -53,6 +53,7 @@ CASES = (
     Case("many rows", (600, 20), bias=True),
     Case("wide rows", (3, 2080), bias=True),
     Case("wide rows of a prime", (2, 2111), before=False),
+    Case("a group wider than native keeps", (2, 5003), before=False),
 )
 
 BENCH = (
