@@ -40,6 +40,8 @@ class Beside:
         """``file`` is the open file of the parameters; this lesson's gradients begin at byte ``at``."""
         self.name, self.lesson, self.parameters = name, trainer.lessons[name], _learning(trainer.model)
         self.gradients = _views(file, self.parameters, at)
+        self.tokens = 0
+        """Of the last step, without padding."""
         self.link, theirs = Pipe()
         told = f"{theirs.fileno()}, {name!r}, {file}, {at}"
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import learn; learn({told})"
@@ -64,7 +66,7 @@ class Beside:
             raise RuntimeError(f"the process that learns {self.name!r} ended with status {code}") from None
         if isinstance(answer, Exception):
             raise answer
-        loss, reached, passed_over = answer
+        loss, self.tokens, reached, passed_over = answer
         for i in reached:
             parameter, gradient = self.parameters[i], self.gradients[i]
             if parameter.grad is None:
@@ -151,7 +153,7 @@ def _packed(trainer: Trainer, names: list[str], threads: int) -> bytes:
 
 
 def _answer(trainer: Trainer, parameters: list[nn.Parameter], gradients: list[Tensor], lesson: object) -> object:
-    """A step's loss, the parameters that its gradients reach, what was passed over so far; or what went wrong."""
+    """A step's loss and tokens, the parameters that its gradients reach, what was passed over; or what went wrong."""
     try:
         (loss,) = trainer.learn().values()
     except Exception as error:
@@ -160,7 +162,7 @@ def _answer(trainer: Trainer, parameters: list[nn.Parameter], gradients: list[Te
     for i in reached:
         gradients[i].copy_(parameters[i].grad)
     trainer.optimizer.zero_grad()
-    return loss, reached, getattr(lesson, "passed_over", None)
+    return loss, trainer.tokens, reached, getattr(lesson, "passed_over", None)
 
 
 def _learning(model: nn.Module) -> list[nn.Parameter]:

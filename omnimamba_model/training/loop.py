@@ -18,6 +18,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from ..config import OmniMambaConfig
 from ..omnimamba import IGNORE, OmniMamba
 from .beside import Beside
 from .parallel import ALONE, Ranks
@@ -58,6 +59,8 @@ class Trainer:
         """Steps taken."""
         self.norm = 0.0
         """Of the last step's gradients together, before they were clipped."""
+        self.tokens = 0
+        """That this process learned from in the last step, without padding, those learned beside it included."""
 
     def step(self) -> dict[str, float]:
         """Learn from the next batches; each lesson's loss over all processes.
@@ -89,9 +92,11 @@ class Trainer:
         """Add the gradients of this step's batches; each lesson's loss over all processes."""
         for other in self.beside.values():
             other.begin(self.done)
+        self.tokens = 0
         losses = {name: self._learn(name, lesson) for name, lesson in self.lessons.items() if name not in self.beside}
         for name, other in self.beside.items():
             losses[name] = other.add_gradients()
+            self.tokens += other.tokens
         return losses
 
     def _learn(self, name: str, lesson: Lesson) -> float:
@@ -104,6 +109,7 @@ class Trainer:
         first = self.done * self.phase.accumulate
         batches = [lesson(first + i) for i in range(self.phase.accumulate)]
         counts = [targets(batch) for batch in batches]
+        self.tokens += sum(present(batch, self.model.config) for batch in batches)
         whole = self.ranks.sum(float(sum(counts)))
         total = 0.0
         for (task, arguments), count in zip(batches, counts, strict=True):
@@ -137,6 +143,16 @@ def targets(batch: Batch) -> int:
     if task == "t2i":
         return arguments["image"].numel()
     return int((arguments["labels"] != IGNORE).sum())
+
+
+def present(batch: Batch, config: OmniMambaConfig) -> int:
+    """How many tokens a batch has without padding: the opening's frame tokens, image features, words, image tokens."""
+    task, arguments = batch
+    if task == "text":
+        return targets(batch)
+    words = arguments["caption" if task == "t2i" else "text"]
+    each = 4 + (config.image_tokens if task == "t2i" else config.image_features)
+    return int((words != config.tokens.pad).sum()) + len(words) * each
 
 
 def _moved(value: Tensor | bool, ranks: Ranks) -> Tensor | bool:

@@ -76,13 +76,14 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progre
         while trainer.done < steps:
             rate = trainer.phase.rate(trainer.done)
             losses = trainer.step()
-            tokens += _tokens(settings, trainer.model.config)
+            learned = int(trainer.ranks.sum(trainer.tokens))
+            tokens += learned
             speed = tokens / (time.perf_counter() - begun)
             bar.update()
             passed_over = int(trainer.ranks.sum(sum(together(trainer.lessons).values())))
             if logs is not None:
                 values = {**{f"loss {k}": v for k, v in losses.items()}, "rate": rate, "gradient norm": trainer.norm}
-                values |= {"tokens/s": round(speed, 1), "passed over": passed_over}
+                values |= {"tokens": learned, "tokens/s": round(speed, 1), "passed over": passed_over}
                 logs.add(trainer.done, {**values, "GiB": round(_memory(trainer.ranks), 3)})
                 if trainer.done % settings.log_every == 0:
                     shown = {k: f"{v:.3f}" for k, v in losses.items()}
@@ -184,14 +185,6 @@ def _autocast(settings: Run, ranks: Ranks) -> Callable[[], AbstractContextManage
     if settings.precision == "fp32":
         return nullcontext
     return partial(torch.autocast, ranks.device.type, torch.bfloat16)
-
-
-def _tokens(settings: Run, config: OmniMambaConfig) -> int:
-    """Positions of a step over all processes, texts counted at their greatest length."""
-    read = settings.text.batch * settings.text.length if settings.text else 0
-    drawn = settings.t2i.batch * config.t2i_positions if settings.t2i else 0
-    seen = settings.mmu.batch * (config.image_features + 4 + settings.mmu.text_length) if settings.mmu else 0
-    return settings.accumulate * (read + drawn + seen)
 
 
 def _memory(ranks: Ranks) -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from omnimamba_model import OmniMamba
+from omnimamba_model.omnimamba import IGNORE
 from omnimamba_model.training import Phase, Trainer, train
 
 
@@ -40,6 +41,22 @@ def test_every_step_is_reported_and_losses_fall(model, lessons):
     train(model, phase(steps=20), lessons, report=seen.append)
     assert len(seen) == 20 and set(seen[0]) == {"t2i", "mmu"}
     assert sum(seen[-1].values()) < 0.8 * sum(seen[0].values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tokens_are_counted_without_their_padding(model, lessons, accumulate):
+    """Captions of 3, 4 and 5 words before 9 image tokens each; texts of 5, 7 and 7 after 6 features; 4 frame tokens."""
+    trainer = Trainer(model, phase(accumulate=accumulate), lessons)
+    for _ in range(2):
+        trainer.step()
+        assert trainer.tokens == accumulate * (12 + 19 + 3 * (9 + 4) + 3 * (6 + 4))
+    text = lessons["sentences"](0)[1]
+    text["labels"] = text["labels"].masked_fill(text["labels"] == model.config.tokens.pad, IGNORE)
+    trainer = Trainer(
+        model, phase("base", ("sentences",), accumulate=accumulate), {"sentences": lambda _: ("text", text)}
+    )
+    trainer.step()
+    assert trainer.tokens == accumulate * (19 - 3)
 
 
 def test_decay_shrinks_matrices_only(model, lessons):

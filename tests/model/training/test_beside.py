@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def losses(out) -> list[dict]:
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "rate", "passed over")
-    return [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines]
+    return [{k: v for k, v in line.items() if k.startswith(kept) or k == "tokens"} for line in lines]
 
 
 def read_settings(path, values):

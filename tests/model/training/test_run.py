@@ -42,7 +42,7 @@ def settings(values, tmp_path):
 def losses(out) -> list[dict]:
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "rate")
-    return [{k: v for k, v in line.items() if k.startswith(kept)} for line in lines if "step" in line]
+    return [{k: v for k, v in line.items() if k.startswith(kept) or k == "tokens"} for line in lines if "step" in line]
 
 
 def passed_over(out) -> tuple:
