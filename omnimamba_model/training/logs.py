@@ -11,6 +11,7 @@ from typing import Any
 from ..files import write_whole
 
 FILE = "metrics.jsonl"
+NO_TENSORBOARD = f"TensorBoard is not installed (pip install tensorboard): {FILE} alone has the curves"
 
 
 class Logs:
@@ -20,6 +21,8 @@ class Logs:
         self._drop_after(out / FILE, done)
         self._file = open(out / FILE, "a", encoding="utf-8")
         self._board = _tensorboard(out, done) if tensorboard else None
+        self.lacks = NO_TENSORBOARD if tensorboard and self._board is None else ""
+        """What was asked for and is not there, in a line for people."""
         self._wandb = _wandb(out, wandb) if wandb else None
 
     def add(self, step: int, values: dict[str, Any]) -> None:

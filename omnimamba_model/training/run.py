@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -32,7 +33,7 @@ from . import checkpoints
 from .beside import side_by_side
 from .features import FeatureCache
 from .lessons import Drawing, Lesson, Reading, Understanding, together
-from .logs import Logs
+from .logs import FILE, Logs
 from .loop import Trainer
 from .parallel import Ranks, joined, recompute, spread
 from .phase import Phase
@@ -40,6 +41,8 @@ from .records import open_records
 from .settings import FREE, Run
 
 Say = Callable[[str], None]
+_TOLD = 20
+"""Reasons that the summary lists."""
 
 
 def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
@@ -63,13 +66,15 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
         for name, reason in bad if ranks.first else ():
             lessons[name].passed_over[reason] = 1  # once a file, however often the run was taken up
         with side_by_side(trainer, settings.threads) if settings.side_by_side else nullcontext():
-            _go(trainer, settings, out, words, progress)
+            _go(trainer, settings, out, words, say, progress)
         return _finish(trainer, out, words, pixels)
 
 
-def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progress: bool) -> None:
+def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, say: Say, progress: bool) -> None:
     steps, first = trainer.phase.steps, trainer.ranks.first
     logs = Logs(out, trainer.done, settings.tensorboard, settings.wandb) if first else None
+    if logs is not None and logs.lacks:
+        say(logs.lacks)
     bar = tqdm(total=steps, initial=trainer.done, unit="step", disable=not (first and progress), desc=out.name)
     begun, tokens = time.perf_counter(), 0
     with bar:
@@ -93,6 +98,18 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, progre
     reasons = trainer.ranks.add(together(trainer.lessons))
     if logs is not None:
         logs.close(reasons)
+        for line in ([logs.lacks] if logs.lacks else []) + _summary(reasons):
+            say(line)
+
+
+def _summary(passed_over: Counter[str]) -> list[str]:
+    """For the end of a run, when what was told on the way is out of sight."""
+    if not passed_over:
+        return []
+    rest = len(passed_over) - _TOLD
+    lines = [f"passed over {sum(passed_over.values()):,} times, a record or a whole file each:"]
+    lines += [f"{count:>9,} x {reason}" for reason, count in passed_over.most_common(_TOLD)]
+    return lines + ([f"and for {rest:,} reasons more: see {FILE}"] if rest > 0 else [])
 
 
 def _finish(trainer: Trainer, out: Path, words: TextTokenizer, pixels: ImageTokenizer) -> Path | None:

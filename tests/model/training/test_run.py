@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from omnimamba_model.text_tokenizer import WordTokenizer
 from omnimamba_model.training import Trainer, checkpoints
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.phase import Phase
-from omnimamba_model.training.run import _claim, _lessons, run
+from omnimamba_model.training.run import _claim, _lessons, _summary, run
 from omnimamba_model.training.settings import SHIPPED, read
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -145,8 +146,10 @@ def test_two_processes_learn_what_one_learns(values, data, tmp_path):
     assert all(passed_over(tmp_path / "one"))
 
 
-def test_a_bad_shard_is_skipped_counted_and_reported(settings, values, data):
-    """Once, however often the run is taken up, beside the pictures that cannot be read."""
+def test_a_bad_shard_is_skipped_counted_and_reported(settings, values, data, monkeypatch):
+    """Once, however often the run is taken up, beside the pictures that cannot be read; and told again at its end, as
+    is a TensorBoard that is not there."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     (data / "bad.tar").write_bytes(b"no tar at all" * 100)
     (data / "3.png").write_bytes(b"no picture")
     mmu = values["mmu"] | {"files": [str(data / "mmu.json"), str(data / "bad.tar")]}
@@ -155,12 +158,23 @@ def test_a_bad_shard_is_skipped_counted_and_reported(settings, values, data):
         told = out / "settings.json"
         if told.exists():  # the same run, for longer
             told.write_text(json.dumps(json.loads(told.read_text()) | {"steps": steps}))
-        run(settings(mmu=mmu, steps=steps), said.append)
+        run(settings(mmu=mmu, steps=steps, tensorboard=True), said.append)
         assert [line for line in said if "bad.tar is passed over: " in line]
         step, end, kept = passed_over(out)
         (reason,) = (reason for reason in end if reason.startswith(f"{data / 'bad.tar'}: "))
         assert end == kept and end[reason] == 1 and end["image 3.png is no picture"] >= 1
         assert step == sum(end.values())
+        missing, *lines = said[-2 - len(end) :]
+        assert missing.startswith("TensorBoard is not installed") and said.count(missing) == 2
+        assert lines[0].startswith(f"passed over {step} times")
+        assert sorted(lines[1:]) == sorted(f"{count:>9} x {reason}" for reason, count in end.items())
+
+
+def test_a_summary_lists_the_most_frequent_reasons_and_counts_the_others():
+    lines = _summary(Counter({f"reason {i}": i for i in range(1, 24)}))
+    assert lines[0].startswith("passed over 276 times") and lines[1].split() == ["23", "x", "reason", "23"]
+    assert len(lines) == 22 and lines[-1] == "and for 3 reasons more: see metrics.jsonl"
+    assert _summary(Counter()) == []
 
 
 def test_cutting_a_batch_into_pieces_changes_nothing(settings, values, tmp_path):
