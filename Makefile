@@ -29,8 +29,8 @@ test-interpreted: $(READY)
 # On a machine with a GPU, with the Python, torch and Triton that are there: nothing is installed or fetched.
 OUT ?= gpu-check-out
 gpu-check:  ## all kernel tests on the GPU, then every operation against its peers: OUT/report.md
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m bench.gpu_check --out $(OUT)
+	started=$$(date +%s) && $(PYTHON) setup.py -q build_ext --inplace && \
+	    $(PYTHON) -m bench.gpu_check --out $(OUT) --started $$started
 
 bench: $(VENV)/.peers  ## every table of the README
 	$(NATIVE)

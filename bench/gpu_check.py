@@ -183,10 +183,12 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def check(out: Path, seconds: float, tests: str = TESTS, ops: tuple[str, ...] = ORDER) -> dict[str, Any]:
-    """Runs all parts and returns what was written."""
+def check(
+    out: Path, seconds: float, tests: str = TESTS, ops: tuple[str, ...] = ORDER, spent: float = 0.0
+) -> dict[str, Any]:
+    """Runs all parts and returns what was written. ``spent``: how many of the seconds the build has taken."""
     out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    start = time.monotonic() - spent
     content: dict[str, Any] = {
         "machine": machine.describe(), "parts": [], "rates": {}, "rows": [],
         "peers": {name: importlib.util.find_spec(name) is not None for name in PEERS},
@@ -199,10 +201,12 @@ def check(out: Path, seconds: float, tests: str = TESTS, ops: tuple[str, ...] = 
         (out / "report.md").write_text(text(content))
         print(f"[{time.monotonic() - start:4.0f} s] {part.name}: {part.status}. {part.detail}", flush=True)
 
+    if spent:
+        done(Part("build", "ok", spent))
     kinds = ("triton", "cuda") if torch.cuda.is_available() else ("triton", "cuda", "native")
     able = [name for name in kinds if backends()[name] is None]
     for name in kinds:
-        left = TESTS_SHARE * seconds - (time.monotonic() - start)
+        left = TESTS_SHARE * (seconds - spent) - (time.monotonic() - start - spent)
         done(run_tests(name, out, left / max(1, len(able)), tests))
         able = able[1:] if name in able else able
     for i, op in enumerate(ops):
@@ -218,10 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, report.md and the logs")
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything (default: 500)")
+    parser.add_argument(
+        "--started", type=float, help="when the seconds began, in seconds since 1970: a build took those until now"
+    )
     parser.add_argument("--tests", default=TESTS, help=f"a file or folder of tests (default: {TESTS})")
     parser.add_argument("--op", action="append", choices=OPERATIONS, help="time only this (may be repeated)")
     options = parser.parse_args(arguments)
-    content = check(options.out, options.seconds, options.tests, tuple(options.op or (*ORDER, "models")))
+    spent = 0.0 if options.started is None else max(0.0, time.time() - options.started)
+    content = check(options.out, options.seconds, options.tests, tuple(options.op or (*ORDER, "models")), spent)
     print(f"\n{options.out / 'report.md'}\n")
     return int(any(part["status"] in ("failed", "out of time") for part in content["parts"]))
 

@@ -119,13 +119,26 @@ def written(table: dict[str, list]) -> str:
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
+def whole(path: Path) -> dict[str, list]:
+    """The table in a file; ValueError where it was cut short or a kernel has no last rule that always fits."""
+    table = json.loads(path.read_text())  # its error is a ValueError
+    for kernel, rules in table.items():
+        if not rules or any("use" not in rule for rule in rules) or {"arch", "when"} & rules[-1].keys():
+            raise ValueError(f"the last rule of {kernel!r} must always fit, and each must say what to use")
+    return table
+
+
 def save(path: Path, text: str) -> None:
     """Whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,11 +150,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available() or backends()["triton"] is not None:
         print(f"bench.tune needs a GPU: {backends()['triton'] or 'torch finds none'}", file=sys.stderr)
         return 2
+    path = KERNELS / options.op / "launch.json"
+    try:
+        table = whole(path)
+    except ValueError as error:
+        print(f"bench.tune: {path} is no launch table, and stays as it is: {error}", file=sys.stderr)
+        return 2
     device = torch.device("cuda", torch.cuda.current_device())
     found = tune(options.op, Clock(device, options.seconds), triton_launch._target(device.index).arch, options.kernel)
-    path = KERNELS / options.op / "launch.json"
     if found:
-        save(path, written(merged(json.loads(path.read_text()), found)))
+        save(path, written(merged(table, found)))
     print(f"{len(found)} rules written to {path}" if found else "nothing was faster: the table stays as it is")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -170,6 +171,33 @@ def test_a_gpus_time_is_not_spent_on_what_the_host_shows(tmp_path, monkeypatch):
     ignored = [[a.removeprefix("--ignore=") for a in c if a.startswith("--ignore=")] for c in commands]
     assert ignored == [list(gpu_check.ON_THE_HOST), []]
     assert "tests/kernels/test_triton_ahead.py" in ignored[0] and all((ROOT / path).exists() for path in ignored[0])
+
+
+def test_the_time_of_a_build_is_not_there_for_the_rest(tmp_path, monkeypatch):
+    """Of 100 seconds 60 are gone: the tests have half of 40, the two back ends each half of that."""
+    given = {}
+
+    def tests(backend, out, seconds, *_):
+        given[backend] = seconds
+        return gpu_check.Part(f"tests, {backend}", "ok", seconds)
+
+    def benchmark(op, out, seconds):
+        given[op] = seconds
+        return gpu_check.Part(f"benchmark, {op}", "ok"), {"rates": {}, "rows": []}
+
+    monkeypatch.setattr(gpu_check, "run_tests", tests)
+    monkeypatch.setattr(gpu_check, "run_benchmark", benchmark)
+    monkeypatch.setattr(gpu_check, "backends", lambda: {"triton": None, "cuda": None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.machine, "describe", lambda: {"device": "a GPU", "commit": "c", "backends": {}})
+    words = ["--out", str(tmp_path), "--seconds", "100", "--op", "gated_norm", "--started", str(time.time() - 60)]
+    assert gpu_check.main(words) == 0
+    assert given["triton"] == pytest.approx(10, abs=1) and given["cuda"] == pytest.approx(20, abs=1)
+    assert given["gated_norm"] == pytest.approx(40 / 3, abs=1)
+    assert re.search(r"\| build +\| ok +\| 60", (tmp_path / "report.md").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    assert "started=$$(date +%s) && $(PYTHON) setup.py -q build_ext --inplace" in makefile
+    assert "bench.gpu_check --out $(OUT) --started $$started" in makefile
 
 
 def test_one_timed_case_meets_no_claim_of_several():
