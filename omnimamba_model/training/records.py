@@ -5,17 +5,22 @@
 | .jsonl | an object a line |
 | .json | an object of the one list |
 | .tar | WebDataset: members with one name up to its first dot; NAME.json is the object, NAME.jpg and such its picture |
+
+Files are named by patterns (``shards/*.tar``) or as WebDataset does: ``shard-{000..012}.tar``, ``{train,more}.jsonl``,
+``a.tar::b.tar``.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import os
+import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,16 +149,18 @@ class Joined:
         return self.parts[which][i - (self.ends[which - 1] if which else 0)]
 
 
+MOST_NAMES = 100_000
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 _KINDS = {".jsonl": JsonLines, ".json": JsonList, ".tar": Shard}
 
 
 def open_records(patterns: Iterable[str | Path]) -> tuple[Joined, dict[str, str]]:
-    """The records of all files that the patterns name (``shards/*.tar``), and each unreadable file with the reason.
+    """The records of all files that the names stand for, and each unreadable file with the reason.
 
     ValueError where a pattern names nothing, a file is of no known kind, or no record is left.
     """
-    parts, bad = [], {}
-    for pattern in map(str, patterns):
+    given, parts, bad = list(map(str, patterns)), [], {}
+    for pattern in (spelled for name in given for spelled in spelled_out(name)):
         names = sorted(glob.glob(pattern, recursive=True))
         if not names:
             raise ValueError(f"{pattern} names no file")
@@ -169,8 +176,38 @@ def open_records(patterns: Iterable[str | Path]) -> tuple[Joined, dict[str, str]
                 parts.append(part)
     records = Joined(parts)
     if not len(records):
-        raise ValueError(f"no record in {', '.join(map(str, patterns))}{f'; unreadable: {bad}' if bad else ''}")
+        raise ValueError(f"no record in {', '.join(given)}{f'; unreadable: {bad}' if bad else ''}")
     return records, bad
+
+
+def spelled_out(name: str) -> list[str]:
+    """The names that one with braces or ``::`` stands for; of one between ``::`` each once.
+
+    ValueError where they are more than ``MOST_NAMES``.
+    """
+    if os.path.lexists(name):
+        return [name]
+    parts = [dict.fromkeys(islice(_without_braces(part), MOST_NAMES + 1)) for part in name.split("::")]
+    found = [spelled for part in parts for spelled in part]
+    if len(found) > MOST_NAMES:
+        raise ValueError(f"{name} stands for more than {MOST_NAMES:,} files")
+    return found
+
+
+def _without_braces(name: str) -> Iterator[str]:
+    found = _BRACES.search(name)
+    if found is None:
+        yield name
+        return
+    first, last, listed = found.groups()
+    if listed is None:
+        width = max(map(len, (first, last))) if "0" in (first[0], last[0]) else 0
+        step = 1 if int(first) <= int(last) else -1
+        choices: Iterable[str] = (f"{i:0{width}}" for i in range(int(first), int(last) + step, step))
+    else:
+        choices = listed.split(",")
+    for choice in choices:
+        yield from _without_braces(name[: found.start()] + choice + name[found.end() :])
 
 
 def read_slice(path: Path, offset: int, size: int) -> bytes:

@@ -6,7 +6,7 @@ import tarfile
 import pytest
 from formats import drawing, png, shard, understanding
 
-from omnimamba_model.training.records import PICTURE, BadRecord, open_records
+from omnimamba_model.training.records import PICTURE, BadRecord, open_records, spelled_out
 
 
 def test_every_format_gives_the_same_records(data):
@@ -24,6 +24,42 @@ def test_files_follow_one_another(data):
     records, _ = open_records([data / "t2i.jsonl", data / "t2i.*"])
     assert len(records) == 33
     assert [records[i] for i in (0, 10, 11, 21, 22, 32)] == [drawing(i % 11) for i in (0, 10, 11, 21, 22, 32)]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{008..011}.tar", ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]),
+        ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{00..1}x", ["00x", "01x"]),
+        ("{a,b}/{0..1}.tar::c.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar", "c.tar"]),
+        ("x{a,b{1..2},}", ["xa", "xb1", "x", "xb2"]),
+        ("{a}/{..}*.tar", ["{a}/{..}*.tar"]),
+    ],
+)
+def test_names_with_braces_are_spelled_out(name, expected):
+    assert spelled_out(name) == expected
+
+
+def test_braces_that_stand_for_no_end_of_names_are_told():
+    for name in ("{0..999999999999}", "{0..999}{0..999}", "{1..60000}::{1..60000}"):
+        with pytest.raises(ValueError, match="more than 100,000 files"):
+            spelled_out(name)
+
+
+def test_shards_are_named_as_webdataset_names_them(data):
+    for i in range(9, 12):
+        shard(data / f"s-{i:03}.tar", {f"{j}.json": json.dumps({"i": i, "j": j}).encode() for j in range(2)})
+    (data / "s-{1..2}.tar").write_bytes((data / "s-011.tar").read_bytes())  # a file of that very name
+    for name in (f"{data}/s-{{009..011}}.tar", f"{data}/s-0{{09,1?}}.tar", f"{data}/s-009.tar::{data}/s-01*.tar"):
+        records, bad = open_records([name])
+        assert not bad and [(r["i"], r["j"]) for r in records] == [(i, j) for i in range(9, 12) for j in range(2)]
+    records, _ = open_records([data / "s-{1..2}.tar"])
+    assert [r["i"] for r in records] == [11, 11]
+    with pytest.raises(ValueError, match=r"s-012.tar names no file"):
+        open_records([f"{data}/s-{{009..012}}.tar"])
 
 
 def test_text_outside_ascii_keeps_its_places(tmp_path):

@@ -331,6 +331,12 @@ def test_mistakes_in_settings_are_named(values, tmp_path, changes, message):
         read(_written(tmp_path / "s.yaml", values), changes)
 
 
+def test_shards_are_named_by_braces_in_a_file_and_on_the_command_line(values, tmp_path):
+    given = values | {"mmu": values["mmu"] | {"files": ["m-{0..3}.tar", "n.json"]}}
+    found = read(_written(tmp_path / "s.yaml", given), ["t2i.files=s-{000..012}.tar"])
+    assert found.t2i.files == ("s-{000..012}.tar",) and found.mmu.files == ("m-{0..3}.tar", "n.json")
+
+
 def test_a_file_that_is_no_settings_file(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("a: [")
     assert main(["train", str(tmp_path / "a.yaml")]) == 2
