@@ -11,9 +11,16 @@ from .options import FORMS, add_fold, add_generation, add_place, count, loaded, 
 
 def add(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser("generate", help="draw what a prompt asks for")
-    generate.add_argument("--prompt", required=True, action="append", help="may be given many times")
+    generate.add_argument(
+        "--prompt", required=True, action="extend", nargs="+", help="one or many; given once or often"
+    )
     generate.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    generate.add_argument("--count", type=count, default=1, help="drawings of each prompt, in rows of ten")
+    generate.add_argument(
+        "--count",
+        type=count,
+        default=1,
+        help="drawings of each prompt: side by side in a row where there are many prompts",
+    )
     generate.add_argument("--guidance", type=float, default=1.0, help="above 1 follows the prompt more closely")
     generate.add_argument(
         "--exact", action="store_true", help="keep the padding of short prompts out of the state; models learn with it"
@@ -52,7 +59,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     regular_target(arguments.out)  # said before the work, not after it
     with loaded(arguments) as pipeline:
         drawings = pipeline.draw(arguments.prompt, sampling, arguments.guidance, arguments.count, arguments.exact)
-    write_png(contact_sheet(drawings), arguments.out)
+    many = len(arguments.prompt) > 1 and arguments.count > 1
+    write_png(contact_sheet(drawings, columns=arguments.count if many else 10), arguments.out)
 
 
 def _ask(arguments: argparse.Namespace) -> None:

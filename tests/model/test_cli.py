@@ -18,7 +18,7 @@ def calls(monkeypatch):
     class Recorder:
         def draw(self, prompts, sampling, guidance, copies, exact):
             seen.append((prompts, sampling, guidance, copies, exact))
-            return [Image.new("L", (8, 8), 30 * i) for i in range(len(prompts) * copies)]
+            return [Image.new("L", (8, 8), 30 * i % 256) for i in range(len(prompts) * copies)]
 
         def ask(self, images, questions, sampling, form, *steps):
             seen.append(([image.size for image in images], questions, sampling, form, *steps))
@@ -46,6 +46,30 @@ def test_generate_passes_its_options_on(calls, tmp_path):
     assert calls == [("trained", "cuda:1", torch.float16), (["a seven"], sampling, 2.5, 3, True)]
     with Image.open(out) as image:
         assert image.size == (3 * 136 - 8, 128) and image.getpixel((2 * 136, 0)) == 60
+
+
+@pytest.mark.parametrize(
+    "given, prompts",
+    [
+        (["--prompt", "a"], ["a"]),
+        (["--prompt", "a", "b"], ["a", "b"]),
+        (["--prompt", "a", "--prompt", "b", "c"], ["a", "b", "c"]),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_one_or_many_prompts_make_a_grid(calls, tmp_path, given, prompts, count):
+    """Many drawings of many prompts: a row a prompt; else rows of ten."""
+    out = tmp_path / "grid.png"
+    assert cli.main(["generate", "--checkpoint", "c", *given, "--count", str(count), "--out", str(out)]) == 0
+    assert calls[1][0] == prompts and calls[1][3] == count
+    columns = count if count > 1 and len(prompts) > 1 else 10
+    drawn = len(prompts) * count
+    gap = 8 if drawn > 1 else 0
+    across, down = min(columns, drawn), -(-drawn // columns)
+    with Image.open(out) as image:
+        assert image.size == (across * (128 + gap) - gap, down * (128 + gap) - gap)
+        last = (drawn - 1) % columns * (128 + gap), (down - 1) * (128 + gap)
+        assert image.getpixel(last) == 30 * (drawn - 1) % 256
 
 
 @pytest.mark.parametrize("seed", ["9223372036854775808", "1.5", "one"])
@@ -190,6 +214,7 @@ def test_an_image_too_large_to_be_honest_is_one_line(calls, tmp_path, capsys, mo
         [],
         ["fly"],
         ["demo"],
+        ["generate", "--checkpoint", "c", "--out", "a.png", "--prompt"],
         ["generate", "--count", "0"],
         ["generate", "--count", "10001"],
         ["generate", "--count", "9" * 5000],

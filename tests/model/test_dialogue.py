@@ -196,7 +196,7 @@ def test_device_dtype_and_backend_from_the_command_line(folder, tmp_path, capsys
     common = ["--checkpoint", str(folder), "--device", "cpu", "--dtype", "bfloat16", "--backend", "reference"]
     out = tmp_path / "out.png"
     assert main(["generate", *common, "--prompt", "word1", "--prompt", "word2", "--count", "2", "--out", str(out)]) == 0
-    assert Image.open(out).size[0] > 4 * 128
+    assert Image.open(out).size == (2 * (6 * 32 + 8) - 8, 2 * (4 * 32 + 8) - 8)  # a row a prompt
     assert main(["ask", *common, "--image", str(folder / "a.png"), "--question", "word7", "--format", "plain"]) == 0
     assert main(["ask", *common[:-1], "triton", "--image", str(folder / "a.png"), "--question", "word7"]) == 2
     assert "cannot run" in capsys.readouterr().err
