@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,13 +20,14 @@ if not (ROOT / "bench").is_dir():
 pytest.importorskip("sklearn", reason="the demo's scans are scikit-learn's")
 sys.path.insert(0, str(ROOT))
 
-from bench import ablation, accuracy, kills, report  # noqa: E402
+from bench import ablation, accuracy, claims, kills, report  # noqa: E402
 from omnimamba_model.config import TASKS  # noqa: E402
 from omnimamba_model.demo.digits import Scans, split  # noqa: E402
 from omnimamba_model.demo.experiment import WORK, prepare  # noqa: E402
 from omnimamba_model.demo.score import EXAM, losses  # noqa: E402
 from omnimamba_model.demo.settings import Settings  # noqa: E402
 from omnimamba_model.pipeline import Pipeline  # noqa: E402
+from omnimamba_model.training import checkpoints  # noqa: E402
 from omnimamba_model.weights import load  # noqa: E402
 
 FEW = 24
@@ -99,33 +101,109 @@ def test_every_arm_has_as_many_steps_of_each_task():
 
 
 WRITES = """
-import json, sys, time
-with open(sys.argv[1], "a") as out:
-    for step in range(int(sys.argv[2])):
+import json, pathlib, sys, time
+run, steps, saves = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+with open(run / "metrics.jsonl", "a") as out:
+    for step in range(steps):
         print(json.dumps({"step": step, "loss": 0.5, "seconds": 1.0}), file=out, flush=True)
         time.sleep(0.002)
+        if saves and step % 20 == 0:
+            folder = run / "checkpoints" / f".unfinished-step-{step:08}"
+            folder.mkdir(parents=True)
+            for name in range(saves):
+                time.sleep(0.02)
+                (folder / str(name)).touch()
+            time.sleep(0.02)
+            if folder.exists():
+                folder.rename(folder.with_name(f"step-{step:08}"))
 """
 
 
-def test_a_run_is_killed_at_a_drawn_step_or_had_ended_before(tmp_path, monkeypatch):
-    began = []
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Have ``kills`` start a program that logs its steps and saves so many files at some of them; what it started."""
+    found: list[subprocess.Popen] = []
 
-    def start(steps: int):
+    def start(steps: int, saves: int = 0) -> list[subprocess.Popen]:
         def popen(path: Path) -> subprocess.Popen:
-            began.append(subprocess.Popen([sys.executable, "-c", WRITES, str(tmp_path / "metrics.jsonl"), str(steps)]))
-            return began[-1]
+            found.append(subprocess.Popen([sys.executable, "-c", WRITES, str(tmp_path), str(steps), str(saves)]))
+            return found[-1]
 
-        return popen
+        monkeypatch.setattr(kills, "start", popen)
+        return found
 
-    monkeypatch.setattr(kills, "start", start(10**6))
+    return start
+
+
+def test_a_run_is_killed_at_a_drawn_step_or_had_ended_before(tmp_path, monkeypatch, begun):
+    began = begun(10**6)
     monkeypatch.setattr(kills, "APART", 200)  # a drawn step that a while of waiting does not reach by itself
     found = kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0))
     wanted, wait = (draw := random.Random(0)).randint(1, kills.APART), draw.uniform(0, kills.AFTER)
     assert found["step"] >= wanted > 90 and found["milliseconds after it"] == round(1e3 * wait)
     assert not found["while saving"] and began[0].returncode == -signal.SIGKILL
+    begun(0)
+    for aimed in (False, True):
+        (tmp_path / "metrics.jsonl").unlink()
+        assert kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0), aimed) is None
+
+
+def test_the_next_kill_comes_at_a_step_that_no_run_has_reached(tmp_path, begun):
+    begun(10**6)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 300}\n')
+    assert kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0))["step"] > 300
     (tmp_path / "metrics.jsonl").unlink()
-    monkeypatch.setattr(kills, "start", start(0))
-    assert kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0)) is None
+    (kept := tmp_path / "checkpoints" / "step-00000400").mkdir(parents=True)
+    (kept / checkpoints.EXTRA).touch()
+    assert kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0))["step"] > 400
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_aimed_kill_tears_a_save_after_the_drawn_step_and_the_drawn_files(tmp_path, begun, seed):
+    began, draw = begun(10**6, saves=kills.FILES + 1), random.Random(seed)
+    found = kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(seed), aimed=True)
+    wanted, _, files = draw.randint(1, kills.APART), draw.uniform(0, kills.AFTER), draw.randint(0, kills.FILES)
+    (torn,) = (tmp_path / "checkpoints").glob(".unfinished*")
+    assert found["while saving"] and found["step"] >= wanted and began[0].returncode == -signal.SIGKILL
+    assert found["files of the torn save"] == sorted(f.name for f in torn.iterdir())
+    assert files <= len(found["files of the torn save"]) <= kills.FILES + 1
+
+
+def test_what_an_earlier_kill_left_is_no_torn_save(tmp_path, begun):
+    (tmp_path / "checkpoints" / ".unfinished-step-00000007").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".unfinished-removal-step-00000002").mkdir()
+    begun(10**6)
+    assert not kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0))["while saving"]
+    (tmp_path / "metrics.jsonl").unlink()
+    begun(100)
+    assert kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0), aimed=True) is None
+
+
+def test_a_save_that_was_whole_before_the_process_stood_still_is_not_it(tmp_path, monkeypatch, begun):
+    """Its process goes on, to the next one."""
+    began, waits, whole = begun(10**6, saves=4), os.waitid, []
+
+    def waitid(*arguments):
+        status = waits(*arguments)
+        if not whole:
+            whole.extend(kills.unfinished(tmp_path))
+            whole[0].rename(whole[0].with_name("step-00000000"))
+        return status
+
+    monkeypatch.setattr(kills.os, "waitid", waitid)
+    found = kills.kill_once(tmp_path / "run.yaml", tmp_path, random.Random(0), aimed=True)
+    assert found["while saving"] and began[0].returncode == -signal.SIGKILL
+    assert len(whole) == 1 and not kills.unfinished(tmp_path) & set(whole)
+
+
+def test_the_kept_kills_tore_saves_and_the_claim_asks_for_it(tmp_path, monkeypatch):
+    kept = json.loads(kills.FILE.read_text())
+    assert claims._kills().passed and len(kept["kills"]) == 20 and kept["exact"]
+    assert sum(kill["while saving"] for kill in kept["kills"]) >= 1
+    monkeypatch.setattr(claims, "KILLS", tmp_path / "kills.json")
+    for changes in ({"exact": False}, {"kills": [k | {"while saving": False} for k in kept["kills"]]}, {"kills": []}):
+        claims.KILLS.write_text(json.dumps(kept | changes))
+        assert claims._kills().passed is False
 
 
 def test_runs_are_the_same_only_bit_for_bit(demo, tmp_path):
