@@ -106,7 +106,7 @@ def test_killed_at_any_moment(values, tmp_path):
     values = values | {"steps": 24, "save_every": 1}
     run(read(_written(tmp_path / "w.yaml", values | {"out": str(tmp_path / "whole")})), quietly)
     out, kills = Path(values["out"]), 0
-    for wait in (0.0, 0.02, 0.05):
+    for wait in (0.0, 0.02, 0.05, None):
         silent = dict(stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         process = subprocess.Popen(command(values, tmp_path), cwd=ROOT, **silent)
         before = len(checkpoints.kept(out)) and checkpoints.kept(out)[-1][0]
@@ -116,13 +116,26 @@ def test_killed_at_any_moment(values, tmp_path):
             if found and found[-1][0] > before + 2:
                 break
             time.sleep(0.01)
-        time.sleep(wait)
+        torn = wait is None and stopped_within_a_save(process, out)
+        time.sleep(wait or 0.0)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
+    assert kills >= 3 and torn and list((out / "checkpoints").glob(".unfinished-step-*"))
     subprocess.run(command(values, tmp_path), cwd=ROOT, check=True, capture_output=True)
     assert losses(out) == losses(tmp_path / "whole")
     assert not list((out / "checkpoints").glob(".unfinished*"))
+
+
+def stopped_within_a_save(process: subprocess.Popen, out: Path) -> bool:
+    """Stop the process as soon as a checkpoint is begun, and again until it is stopped before that is whole."""
+    while process.poll() is None:
+        if list((out / "checkpoints").glob(".unfinished-step-*")):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if list((out / "checkpoints").glob(".unfinished-step-*")):
+                return True
+            process.send_signal(signal.SIGCONT)
+    return False
 
 
 def _written(path, values):
