@@ -1,4 +1,4 @@
-"""Whole runs: going on after any stop, two processes, both stages, and what the settings file may say."""
+"""Whole runs: going on after any stop, two processes, both stages."""
 
 import json
 import os
@@ -21,9 +21,8 @@ from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.text_tokenizer import WordTokenizer
 from omnimamba_model.training import Trainer, checkpoints
 from omnimamba_model.training.parallel import Ranks
-from omnimamba_model.training.phase import Phase
 from omnimamba_model.training.run import _claim, _lessons, _summary, run
-from omnimamba_model.training.settings import SHIPPED, read
+from omnimamba_model.training.settings import read
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -304,60 +303,6 @@ def test_a_damaged_checkpoint_is_named(settings, values):
         (last / "trainer.pt").write_bytes(damage)
         with pytest.raises(CheckpointError, match="trainer.pt is damaged"):
             run(settings(), quietly)
-
-
-# ---- settings ----
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_settings_are_the_papers(name):
-    found = read(name, ["out=x", "t2i.caption_dropout=0.1"] if name != "stage1-mmu" else ["out=x"])
-    expected = {"stage1-mmu": (5000, 1e-3, 100), "stage1-t2i": (100_000, 8e-4, 1000), "stage2": (150_000, 1e-4, 0)}
-    assert (found.steps, found.learning_rate, found.warmup) == expected[name] and found.out == "x"
-    Phase(name, found.stage, ("t2i",), found.steps, found.learning_rate, found.warmup)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (["stepz=3"], "unknown settings: \\['stepz'\\]"),
-        (["t2i.batsh=3"], "t2i.batsh"),
-        (["learning_rate=1e-3"], "write 1.0e-4 for 1e-4"),
-        (["steps=many"], "steps must be int, got 'many'"),
-        (["stage=last"], "stage must be one of"),
-        (["t2i.batch=0"], "t2i.batch must be a whole number"),
-        (["model=x"], "one of the two"),
-        (["t2i=3"], "t2i. must be a group"),
-        (["out.x=3"], "out is no group|cannot be set"),
-        (["steps"], "expected key=value"),
-        (["t2i=null", "mmu=null"], "data for at least one task"),
-        (["t2i.files=[]"], "at least one file"),
-        (["t2i.files=[3]"], "must be texts"),
-        (["recompute=2"], "recompute must be bool"),
-        (["seed=-1"], "seed must be a whole number"),
-        (["stage=mmu"], r"mmu's alone in stage mmu.*got \['t2i'\]"),
-        (["threads=100000"], "threads must be at most 1024"),
-    ],
-)
-def test_mistakes_in_settings_are_named(values, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        read(_written(tmp_path / "s.yaml", values), changes)
-
-
-def test_shards_are_named_by_braces_in_a_file_and_on_the_command_line(values, tmp_path):
-    given = values | {"mmu": values["mmu"] | {"files": ["m-{0..3}.tar", "n.json"]}}
-    found = read(_written(tmp_path / "s.yaml", given), ["t2i.files=s-{000..012}.tar"])
-    assert found.t2i.files == ("s-{000..012}.tar",) and found.mmu.files == ("m-{0..3}.tar", "n.json")
-
-
-def test_a_file_that_is_no_settings_file(tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text("a: [")
-    assert main(["train", str(tmp_path / "a.yaml")]) == 2
-    assert "is not YAML" in capsys.readouterr().err
-    assert main(["train", str(tmp_path / "none.yaml")]) == 2
-    (tmp_path / "a.yaml").write_text("- 1")
-    with pytest.raises(ValueError, match="group of settings"):
-        read(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
