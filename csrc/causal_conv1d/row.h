@@ -4,15 +4,42 @@
 
 #include "../common/check.h"
 #include "../common/lanes.h"
+#include "../common/transpose.h"
 #include "causal_conv1d.h"
 
 namespace omnimamba {
+
+// One input into a state whose channels c .. c + W - 1 lie one after another, Len values each in order: whole vectors in,
+// shuffled to the channels' times, and out. Loads of single values would be most of the work.
+template <class X, class S, class Y, int N, int Len>
+OM_INLINE void conv_update_in_order(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int64_t c) {
+  S* state = p.conv_state.at<S>(slot, c);
+  vf tap[N], in[Len + 1];
+  if (p.weight.stride[0] == N && p.weight.stride[1] == 1) {
+    for (int k = 0; k < N; k++) tap[k] = load(p.weight.at<float>(c) + k * W);
+    Columns<N>::split(tap);
+  } else {
+    for (int k = 0; k < N; k++) tap[k] = gather(p.weight.at<float>(c, k), p.weight.stride[0], W);
+  }
+  for (int k = 0; k < Len; k++) in[k] = load(state + k * W);
+  Columns<Len>::split(in);
+  in[Len] = gather(p.x.at<X>(b, c), p.x.stride[1], W);
+  vf a = p.bias ? gather(p.bias.at<float>(c), p.bias.stride[0], W) : vf{};
+  for (int k = 0; k < N; k++) a = a + tap[k] * in[Len - (N - 1) + k];
+  scatter(p.y.at<Y>(b, c), p.y.stride[1], p.activation ? silu(a) : a, W);
+  Columns<Len>::join(in + 1);
+  for (int k = 0; k < Len; k++) store(state + k * W, in[1 + k]);
+}
 
 // Channels c .. c + n - 1 (n <= W) of batch row b, state row `slot`: y from the state and x, then x into the state.
 // X, S, Y: storage of x, the state, y. N: the width.
 template <class X, class S, class Y, int N>
 OM_INLINE void conv_update_row(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int64_t c, int n) {
   const int64_t l = p.length, len = p.state_len, xs = p.x.stride[1], ss = p.conv_state.stride[1];
+  if (n == W && l == 1 && !p.cache_seqlens && ss == len && p.conv_state.stride[2] == 1) {
+    if (len == N) return conv_update_in_order<X, S, Y, N, N>(p, b, slot, c);
+    if (len == N - 1) return conv_update_in_order<X, S, Y, N, N - 1>(p, b, slot, c);
+  }
   // Where the oldest input lies: the state is in order, or a ring.
   const int64_t oldest = p.cache_seqlens ? integer_at(p.cache_seqlens, b) % len : 0;
   auto place = [&](int64_t i) { return p.conv_state.at<S>(slot, c, oldest + i < len ? oldest + i : oldest + i - len); };

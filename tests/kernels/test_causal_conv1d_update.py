@@ -65,6 +65,31 @@ def test_matches_the_definition(run, b, d, l, w, extra, ring, indexed, bias, act
         assert not found[run][0][indices < 0].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extra", [0, 1, 2])
+@pytest.mark.parametrize("w", [2, 3, 4])
+def test_one_input_into_a_state_in_order_and_in_any(run, w, extra, dtype):
+    """A channel's state in one piece may be read and written so; the bits are those of any other layout."""
+    g = torch.Generator().manual_seed(w)
+    b, d = 2, 43
+    x, values = torch.randn(b, d, 1, generator=g), torch.randn(b, d, w - 1 + extra, generator=g).to(dtype)
+    weight, bias = torch.randn(d, w, generator=g), torch.randn(d, generator=g)
+    y, state = oracle(x.double(), values.double(), weight.double(), bias.double(), "silu", None, None)
+    for turned in (weight, weight.T.contiguous().T):
+        found = {}
+        for name, whole in ((run, True), (run, False), ("reference", True)):
+            around = torch.full((values.numel() + 128,), float("nan"), dtype=dtype)
+            kept = around[64:-64].view_as(values).copy_(values) if whole else framed(values, (2, 0, 1)).tensor
+            with running(name):
+                out = causal_conv1d_update(x, kept, turned, bias, "silu")
+            assert around[:64].isnan().all() and around[-64:].isnan().all()
+            found[name, whole] = out, kept
+        assert_within_budget("y", found[run, True][0], found["reference", True][0], y)
+        assert same_bits(found[run, True][1], state.to(dtype))
+        for one, other in zip(found[run, True], found[run, False], strict=True):
+            assert same_bits(one, other)
+
+
 @pytest.mark.parametrize("ring", [False, True])
 def test_steps_are_the_scan(run, ring):
     tensors = {"x": torch.randn(2, 19, 23), "weight": torch.randn(19, 4), "bias": torch.randn(19)}
