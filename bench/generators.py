@@ -17,13 +17,13 @@ from .integrated import Sampled, positions, sampled
 from .measure import Contender, Work, relative_error
 from .published import CACHED as PEER
 from .published import OURS, UNCACHED
-from .rates import seconds
+from .rates import product, seconds
 
 TOKENS, FEW = 8, 4
 """Decode steps in one timed call; at each position of a whole generation, but one of those of LONG tokens."""
 LONG = 32768
 PROMPT = 24
-PROBES = {PEER: (256, 4096), UNCACHED: (256, 1024)}
+PROBES = {PEER: (256, 4096), UNCACHED: (256, 1024, 4096)}
 """Contexts at which the Transformer's steps are tried in both dtypes."""
 
 
@@ -103,10 +103,13 @@ def step_time(who: str, dtype: str, context: int) -> float:
 
 def dtype_of(who: str, context: float) -> str:
     """bf16 for ours; for the Transformer that in which a step at ``context`` takes it less time, by the line through
-    its steps at two shorter ones: some processors crawl at 16 bits, and a cache in them is half as long to read."""
+    its steps at the two probes around it, or at the longest two: some processors crawl at 16 bits, and a cache in them
+    is half as long to read."""
     if who == OURS:
         return "bfloat16"
-    few, more = PROBES[who]
+    probes = PROBES[who]
+    more = next((i for i, at in enumerate(probes) if i and at >= context), len(probes) - 1)
+    few, more = probes[more - 1], probes[more]
 
     def predicted(dtype: str) -> float:
         at_few, at_more = (step_time(who, dtype, at) for at in (few, more))
@@ -131,7 +134,9 @@ def work(who: str, dtype: str, context: float, tokens: int) -> Work:
     """The weights, and the cache up to here or the state there and back, once a token. Without a cache: FLOPs."""
     network = model(who, dtype)
     if who == UNCACHED:
-        return Work("sgemm", flops=sum(steps * pass_flops(at + 1) for at, steps in positions(tokens)))
+        return Work(
+            product(getattr(torch, dtype)), flops=sum(steps * pass_flops(at + 1) for at, steps in positions(tokens))
+        )
     held = 2 * network.backbone.new_state(1).nbytes if who == OURS else network.new_cache(1, 1).nbytes * context
     return Work("read", bytes=tokens * (weight_bytes(network) + held))
 

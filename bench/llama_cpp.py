@@ -48,7 +48,7 @@ class LlamaCpp:
     """One sequence of one model, on as many threads as torch; at most ``longest`` tokens are taken at a time.
 
     ``reorder``: weights may be laid out anew for the processor's own instructions, as llama.cpp does by itself. Version
-    0.3.36 lays out Q8_0 alone for AMX, and there died of SIGILL, so it is off.
+    0.3.36 lays out Q8_0 alone for AMX, and there died of SIGILL on a machine that names AMX.
     RuntimeError that says "cannot run" and why: no package, a crash, ``timeout`` seconds without an answer.
     """
 

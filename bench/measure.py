@@ -1,8 +1,9 @@
 """The one way anything is timed here.
 
 Contenders are checked first: one whose result is wrong gets a row without a time. The rest run in turn within each
-round (peer, peer, rate, ours, rate), so that a ratio compares neighbours in time. Rounds in which the rate itself
-was slow are dropped; medians are taken of what is left.
+round (rate, peer, peer, rate, ours, rate), so that a ratio compares neighbours in time. Rounds in which the rate itself
+was slow are dropped, but never below the best three; medians are taken of what is left. What a promise is judged on
+has the rate between its peers too, at least three rounds however late it is, and more where too few were quiet.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from .results import Row
 from .threads import Threads
 
 SLOW_RATE = 0.85
-"""A round counts if the rate on both sides of it was at least this share of the upper quartile of the case's rates."""
+"""A round counts if each rate in it was at least this share of the upper quartile of the case's rates."""
+ENOUGH = 3
+"""Rounds that are kept of each contender, where it has as many: a promise is judged on no fewer."""
+_RETRIES = 40.0
+"""Seconds that a case which is judged may take for rounds beyond those planned, until enough were quiet."""
 _LOOP_FOR = 20e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
@@ -70,6 +75,8 @@ class Contender:
     """Seconds of the check, which is a run at least, and often much besides: a reference, a compilation."""
     times: list[float] = field(default_factory=list)
     """Seconds a call, one entry a round."""
+    around: list[float] = field(default_factory=list)
+    """The rate of its floor in each of its rounds: the mean of a sample before it and of one after."""
     refused: str | None = None
     """Why it does not run, or stopped after it had passed its check."""
     peer: bool = False
@@ -107,10 +114,14 @@ def worst_error(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 class Bench:
     """A session's rates and rows."""
 
-    def __init__(self, quick: bool = False, rates: Rates | None = None, limit: float = math.inf) -> None:
+    def __init__(
+        self, quick: bool = False, rates: Rates | None = None, limit: float = math.inf, end: float = math.inf
+    ) -> None:
         self.quick = quick
         self.until = time.perf_counter() + limit
-        """When time runs short: from then on each contender is timed once."""
+        """When time runs short: from then on what no promise rests on is timed twice, or once where it is long."""
+        self.end = time.perf_counter() + end
+        """From then on no round is added because others were disturbed."""
         self.rates = rates or Rates()
         self.threads = Threads()
         self.rows: list[Row] = []
@@ -125,10 +136,10 @@ class Bench:
 
     def compare(
         self, benchmark: Any, group: str, case: str, contenders: list[Contender], work: Work,
-        *, tokens: int = 0, note: str = "", peaks: bool = False,
+        *, tokens: int = 0, note: str = "", peaks: bool = False, judged: bool = False,
     ) -> list[Row]:  # fmt: skip
         """Times the contenders, the first that passes its check being ours; ``tokens`` a call give tokens/s. With
-        ``peaks`` each is called once more, for what a call adds in memory.
+        ``peaks`` each is called once more, for what a call adds in memory. ``judged``: a promise rests on these rows.
 
         The contenders of a backend that cannot run, or whose result is wrong, are recorded with the reason.
         """
@@ -142,29 +153,28 @@ class Bench:
         if not passed:
             return list(rows.values())
         alone = {c.name: c.attempt(lambda c=c: _settle(c)) for c in passed}
-        wanted = {name: self._rounds_for(taken) if taken else 0 for name, taken in alone.items()}
+        wanted = {name: self._rounds_for(taken, judged) if taken else 0 for name, taken in alone.items()}
         subject, peers = passed[0], passed[1:]
-        before, after = self._rounds(benchmark, subject, peers, wanted, work)
-        kept = quiet_rounds(before, after)
-        rate = [(b + a) / 2 for b, a in zip(before, after, strict=True)]
+        probes = self._rounds(benchmark, subject, peers, wanted, work, judged)
         for contender in passed:
             if contender.refused:
                 rows[contender.name].reason = contender.refused
             else:
-                _fill(rows[contender.name], contender, subject, kept, rate, work, tokens)
+                _fill(rows[contender.name], contender, subject, probes, work, tokens)
                 if peaks and rows[contender.name].seconds < _LONG:
                     rows[contender.name].peak_bytes = contender.attempt(lambda c=contender: memory.added(c.run)) or None
         _publish(benchmark, list(rows.values()))
         return list(rows.values())
 
-    def _rounds_for(self, taken: float) -> int:
+    def _rounds_for(self, taken: float, judged: bool = False) -> int:
         """As many as the budget pays for, three at least; two of what takes over 7 s, one of what takes over 15 s.
 
-        One of everything once the run is short of time.
+        Once the run is short of time two, and one of what takes over 3 s. Always enough of what is judged.
         """
+        enough = ENOUGH if judged and not self.quick else 1
         if time.perf_counter() > self.until:
-            return 1
-        fewest = self.fewest if taken < 7 else 2 if taken < 15 else 1
+            return max(enough, 2 if taken < _LONG else 1)
+        fewest = max(enough, self.fewest if taken < 7 else 2 if taken < 15 else 1)
         return min(self.most, max(fewest, int(self.budget / taken)))
 
     def peaks(self, benchmark: Any, rows: list[Row], task: str, **arguments: Any) -> None:
@@ -188,28 +198,59 @@ class Bench:
         _publish(benchmark, rows)
 
     def _rounds(
-        self, benchmark: Any, subject: Contender, peers: list[Contender], wanted: dict[str, int], work: Work
-    ) -> tuple[list[float], list[float]]:
-        before, after = [], []
+        self, benchmark: Any, subject: Contender, peers: list[Contender], wanted: dict[str, int], work: Work,
+        judged: bool = False,
+    ) -> list[list[float]]:  # fmt: skip
+        """Times them all. The case's rates of each round, in the order in which they were taken: ours is between the
+        last two; a peer with a floor of another kind has that kind's on both sides."""
+        probes: list[list[float]] = []
+        retries, planned, ends = judged and not self.quick, max(wanted.values()), math.inf
+
+        def sample(of: Work = work) -> float:
+            return self.rates.sample(of.against, of.footprint or of.bytes)
 
         def take(contender: Contender) -> None:
             self.threads.take(contender.name, contender.take, contender.times.pop)
 
+        def lacks(contender: Contender) -> bool:
+            """Whether it was there so far, and too few of its rounds were quiet."""
+            there = len(contender.times) == len(probes) and not contender.refused
+            return there and len(quiet_rounds(probes, enough=0)) < ENOUGH
+
+        def goes_on(peer: Contender) -> bool:
+            return len(probes) < wanted[peer.name] or (retries and time.perf_counter() < ends and lacks(peer))
+
         def setup() -> None:
-            for peer in peers:
-                if len(before) < wanted[peer.name]:
-                    peer.attempt(lambda peer=peer: take(peer))
-            before.append(self.rates.sample(work.against, work.footprint or work.bytes))
+            rates, turns = [probes[-1][-1] if probes else sample()], []
+            for peer in [peer for peer in peers if goes_on(peer)]:
+                if judged and turns:
+                    rates.append(sample())
+                own = peer.work if peer.work and peer.work.against != work.against else None
+                turns.append((peer, len(rates), own and sample(own)))
+                peer.attempt(lambda peer=peer: take(peer))
+                if own:
+                    peer.around.append((turns[-1][2] + sample(own)) / 2)
+            probes.append([*rates, sample()])
+            for peer, i, apart in turns:
+                if apart is None:
+                    peer.around.append((probes[-1][i - 1] + probes[-1][i]) / 2)
+
+        def teardown() -> None:
+            probes[-1].append(sample())
+            subject.around.append((probes[-1][-2] + probes[-1][-1]) / 2)
 
         with self.threads.bound():
-            benchmark.pedantic(
-                lambda: take(subject),
-                setup=setup,
-                teardown=lambda: after.append(self.rates.sample(work.against, work.footprint or work.bytes)),
-                rounds=max(wanted.values()),
-            )
-        after += before[len(after) :]  # with timing disabled pytest-benchmark runs no teardown
-        return before, after
+            start = time.perf_counter()
+            benchmark.pedantic(lambda: take(subject), setup=setup, teardown=teardown, rounds=planned)
+            now = time.perf_counter()
+            one, ends = (now - start) / planned, min(now + _RETRIES, self.end)
+            while retries and time.perf_counter() + one < ends and any(lacks(c) for c in (subject, *peers)):
+                setup()
+                take(subject)
+                teardown()
+        for rates in probes[len(subject.around) :]:  # with timing disabled pytest-benchmark runs no teardown
+            subject.around.append(rates[-1])
+        return probes
 
 
 def _publish(benchmark: Any, rows: list[Row]) -> None:
@@ -253,12 +294,13 @@ def _settle(contender: Contender) -> float:
     return taken * contender.calls
 
 
-def quiet_rounds(before: list[float], after: list[float]) -> list[int]:
-    """The rounds with a fast rate on both sides; the best round at least."""
-    worst = [min(pair) for pair in zip(before, after, strict=True)]
-    fair = sorted(before + after)[int(0.75 * len(before + after))]
-    kept = [i for i, rate in enumerate(worst) if rate >= SLOW_RATE * fair]
-    return kept or [worst.index(max(worst))]
+def quiet_rounds(probes: list[list[float]], taken: int | None = None, enough: int = 1) -> list[int]:
+    """Of the first ``taken`` rounds those in which each rate was fast; the ``enough`` with the best rates at least."""
+    rates = sorted(rate for rates in probes for rate in rates)
+    worst = [min(rates) for rates in probes[:taken]]
+    kept = [i for i, rate in enumerate(worst) if rate >= SLOW_RATE * rates[int(0.75 * len(rates))]]
+    best = sorted(range(len(worst)), key=lambda i: -worst[i])[:enough]
+    return kept if len(kept) >= enough else sorted(best)
 
 
 def spread(values: list[float]) -> float | None:
@@ -270,15 +312,15 @@ def spread(values: list[float]) -> float | None:
 
 
 def _fill(
-    row: Row, contender: Contender, subject: Contender, kept: list[int], rate: list[float], work: Work, tokens: int
+    row: Row, contender: Contender, subject: Contender, probes: list[list[float]], work: Work, tokens: int
 ) -> None:
     work, row.reason = contender.work or work, None
-    mine = [i for i in kept if i < len(contender.times)] or range(len(contender.times))
+    mine, rate = quiet_rounds(probes, len(contender.times), ENOUGH), contender.around
     row.seconds = statistics.median(contender.times[i] for i in mine)
     row.rounds, row.rounds_taken = len(mine), len(contender.times)
     row.gb_s = work.bytes / row.seconds / 1e9 or None
     row.gflop_s = work.flops / row.seconds / 1e9 or None
-    row.floor = work.against
+    row.floor, row.rate = work.against, statistics.median(rate[i] for i in mine)
     row.floor_share = statistics.median(work.floor(rate[i]) / contender.times[i] for i in mine)
     row.spread = spread([contender.times[i] / work.floor(rate[i]) for i in mine])
     row.times_ours = statistics.median(contender.times[i] / subject.times[i] for i in mine)

@@ -31,6 +31,8 @@ class Row:
     gflop_s: float | None = None
     floor: str | None = None
     """What the floor is made of: sgemm, copy or read."""
+    rate: float | None = None
+    """What the machine itself reached of that around it, in FLOP/s or byte/s: the median of the rounds kept."""
     floor_share: float | None = None
     """Time of the floor over this time: 1 is as fast as the measured rate allows."""
     far_share: float | None = None

@@ -72,8 +72,9 @@ def content(rows: list[Row]) -> dict:
 def layer_rows() -> list[Row]:
     rows = []
     for length in (1024, 2048, 4096, 32768):
-        rows.append(Row("layer forward", f"1 x {length}", "Mamba-2", 1e-6 * length, times_ours=1.0))
-        rows.append(Row("layer forward", f"1 x {length}", "attention", 1e-9 * length**2, times_ours=1e-3 * length))
+        ours, theirs = dict(times_ours=1.0, rounds=3), dict(times_ours=1e-3 * length, rounds=3)
+        rows.append(Row("layer forward", f"1 x {length}", "Mamba-2", 1e-6 * length, **ours))
+        rows.append(Row("layer forward", f"1 x {length}", "attention", 1e-9 * length**2, **theirs))
     return rows
 
 
@@ -116,16 +117,43 @@ def test_a_backend_that_cannot_run_gets_its_reason_and_other_errors_are_raised()
 def test_peers_and_ours_take_turns():
     log = []
     found = [contender(name, log=log) for name in ("ours", "peer", "other")]
-    before, after = Bench(quick=True, rates=FixedRates())._rounds(
+    probes = Bench(quick=True, rates=FixedRates())._rounds(
         Pedantic(), found[0], found[1:], {"ours": 3, "peer": 3, "other": 1}, Work("sgemm", flops=1.0)
     )
     assert log == ["peer", "other", "ours", "peer", "ours", "peer", "ours"]
-    assert len(before) == len(after) == 3
+    assert [len(rates) for rates in probes] == [3, 3, 3]
 
 
-def test_rounds_with_a_slow_machine_are_dropped():
-    assert measure.quiet_rounds([100, 50, 99, 100], [100, 100, 98, 60]) == [0, 2]
-    assert measure.quiet_rounds([10], [100]) == [0]
+def test_the_rate_of_a_promise_is_taken_right_around_each_contender():
+    found = [contender(name) for name in ("ours", "peer", "other")]
+    found[2].work = Work("read", bytes=1.0)
+    samples = FixedRates(10, 20, 1, 3, 40, 80, 90, 100, 5, 7, 200)
+    probes = Bench(quick=True, rates=samples)._rounds(
+        Pedantic(), found[0], found[1:], {"ours": 2, "peer": 2, "other": 2}, Work("sgemm", flops=1.0), judged=True
+    )
+    assert probes == [[10, 20, 40, 80], [80, 90, 7, 200]]
+    assert [c.around for c in found] == [[60, 103.5], [15, 85], [2, 52.5]]
+
+
+def test_rounds_with_a_slow_machine_are_dropped_but_for_the_best():
+    rounds = [[100, 100], [50, 100], [99, 98], [100, 60], [40, 100]]
+    assert measure.quiet_rounds(rounds) == [0, 2] and measure.quiet_rounds(rounds, 1) == [0]
+    assert measure.quiet_rounds(rounds, enough=3) == [0, 2, 3] and measure.quiet_rounds(rounds, 2, 3) == [0, 1]
+    assert measure.quiet_rounds([[10, 100]]) == [0] and measure.quiet_rounds([[10, 100]], enough=0) == []
+
+
+def test_a_promise_gets_three_rounds_however_late_and_more_where_too_few_were_quiet():
+    """Six rounds of which the machine is slow in the first three: as many are added as are quiet."""
+    late = Bench(rates=FixedRates(), limit=-1.0)
+    assert [late._rounds_for(taken, judged=True) for taken in (0.01, 60.0)] == [3, 3]
+    log: list[str] = []
+    found = [contender(name, log=log) for name in ("ours", "peer")]
+    late.rates = FixedRates(*[100, 10] * 3)
+    rows = late.compare(Pedantic(), "g", "c", found, Work("sgemm", flops=1.0), judged=True)
+    assert [(row.rounds, row.rounds_taken) for row in rows] == [(3, 6), (3, 6)] and rows[0].rate == 100
+    over = Bench(rates=FixedRates(*[100, 10] * 3), limit=-1.0, end=-1.0)
+    (row,) = over.compare(Pedantic(), "g", "c", [contender("ours")], Work("sgemm", flops=1.0), judged=True)
+    assert (row.rounds, row.rounds_taken) == (3, 3)
 
 
 def test_relative_error_sees_what_is_not_finite():
@@ -138,7 +166,7 @@ def test_relative_error_sees_what_is_not_finite():
 def test_claims_judge_both_ways_and_admit_what_is_missing():
     rows = layer_rows()
     for share, passed in ((0.71, True), (0.69, False)):
-        row = Row("causal_conv1d forward", "1 x 4096 x 1792", "native", 1e-3, far_share=share, times_ours=1.0)
+        row = Row("causal_conv1d forward", "1 x 4096 x 1792", "native", 1e-3, 3, far_share=share, times_ours=1.0)
         verdicts = {c["what"]: c for c in claims.judge([*rows, row], {"t2i_accuracy": share})}
         assert verdicts["conv1d with SiLU, 1 x 4096 x 1792, share of the copy speed"]["passed"] is passed
         assert verdicts["make demo: t2i_accuracy"]["passed"] is False

@@ -58,7 +58,7 @@ def test_without_a_cache_the_transformer_says_the_same():
 def rows(cached: float, uncached: float, peaks: tuple[int, int, int]) -> list[Row]:
     who = (published.OURS, published.CACHED, published.UNCACHED)
     times = [
-        Row("whole generation", published.whole_case(16384), name, 100.0 * ratio, times_ours=ratio)
+        Row("whole generation", published.whole_case(16384), name, 100.0 * ratio, 3, times_ours=ratio)
         for name, ratio in zip(who, (1.0, cached, uncached), strict=True)
     ]
     memory = [
@@ -114,7 +114,7 @@ def omnimamba_rows(
     ]
     who = "OmniMamba, bf16 weights"
     return [
-        Row("OmniMamba", case, who, 20.0, times_ours=1.0, floor_share=floor, peak_bytes=peak)
+        Row("OmniMamba", case, who, 20.0, 3, times_ours=1.0, floor_share=floor, peak_bytes=peak)
         for case, floor, peak in cases
     ]
 

@@ -168,7 +168,7 @@ def test_two_runs_with_noise_differ_only_where_the_code_does(factor, flagged, mo
 
         monkeypatch.setattr(Contender, "take", take)
         bench = Bench(rates=FixedRates())
-        monkeypatch.setattr(bench, "_rounds_for", lambda taken: 15)
+        monkeypatch.setattr(bench, "_rounds_for", lambda taken, judged: 15)
         rows = []
         for case in map(str, range(20)):
             contenders = [Contender(name, lambda: None, lambda: 0.0, 1.0) for name in ("native", "peer")]
