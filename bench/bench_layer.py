@@ -191,6 +191,7 @@ def test_layer(bench, benchmark, length, training):
             notes[name] = f"three pieces of {PIECE[name]} tokens measured of {length // PIECE[name]}"
     if not contenders:
         pytest.skip("no contender can run at this length")
+    bench.rates.sample("fresh")
     floor, judged = work(OURS, length, training), length == 32768 and not training
     for row in bench.compare(benchmark, group, case(length), contenders, floor, tokens=length, judged=judged):
         row.note = notes.get(row.who, row.note)

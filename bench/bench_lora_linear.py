@@ -23,30 +23,35 @@ from .rates import product
 IN, OUT, RANK = 2048, 8512, 8
 GROUP, TRAINING = "lora_linear", "lora_linear forward + backward"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+IN_130M, OUT_130M = (768, 3352), (1536, 768)
+"""in_proj and out_proj of the 130M shape."""
 full = pytest.mark.full
 
 
-def case(rows: int, dtype: torch.dtype, adapter: bool) -> str:
-    return f"{rows} x {IN} to {OUT}, {NAMES[dtype]} weights" + (", LoRA" if adapter else "")
+def case(rows: int, dtype: torch.dtype, adapter: bool, size: tuple[int, int] = (IN, OUT)) -> str:
+    return f"{rows} x {size[0]} to {size[1]}, {NAMES[dtype]} weights" + (", LoRA" if adapter else "")
 
 
-def problem(rows: int, dtype: torch.dtype, adapter: bool) -> dict[str, torch.Tensor | None]:
+def problem(
+    rows: int, dtype: torch.dtype, adapter: bool, size: tuple[int, int] = (IN, OUT)
+) -> dict[str, torch.Tensor | None]:
     """fp32 activations; weights and adapters of ``dtype``."""
-    make = torch.Generator().manual_seed(rows)
+    make, (width, out) = torch.Generator().manual_seed(rows), size
     draw = lambda *shape: torch.randn(shape, generator=make)  # noqa: E731
     return {
-        "x": draw(rows, IN),
-        "weight": (draw(OUT, IN) / IN**0.5).to(dtype),
-        "lora_A": (draw(1, RANK, IN) / IN**0.5).to(dtype) if adapter else None,
-        "lora_B": draw(1, OUT, RANK).to(dtype) if adapter else None,
+        "x": draw(rows, width),
+        "weight": (draw(out, width) / width**0.5).to(dtype),
+        "lora_A": (draw(1, RANK, width) / width**0.5).to(dtype) if adapter else None,
+        "lora_B": draw(1, out, RANK).to(dtype) if adapter else None,
     }
 
 
 CASES = [
-    (1, torch.bfloat16, False),
-    (4, torch.bfloat16, False),
+    (1, torch.bfloat16, False, (IN, OUT)),
+    (4, torch.bfloat16, False, (IN, OUT)),
+    *(pytest.param(1024, torch.float32, False, size, marks=full) for size in (IN_130M, OUT_130M)),
     *(
-        pytest.param(rows, dtype, adapter, marks=full)
+        pytest.param(rows, dtype, adapter, (IN, OUT), marks=full)
         for rows, dtype, adapter in [
             (1, torch.float32, False),
             (4, torch.float32, False),
@@ -59,9 +64,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "dtype", "adapter"), CASES)
-def test_forward(bench, benchmark, rows, dtype, adapter):
-    values = problem(rows, dtype, adapter)
+@pytest.mark.parametrize(("rows", "dtype", "adapter", "size"), CASES)
+def test_forward(bench, benchmark, rows, dtype, adapter, size):
+    values, named = problem(rows, dtype, adapter, size), case(rows, dtype, adapter, size)
     x, weight = values.pop("x"), values.pop("weight")
     few = rows <= 16
     copies = 1 + int(2 * last_level_cache() / weight.nbytes) if few else 1
@@ -78,10 +83,10 @@ def test_forward(bench, benchmark, rows, dtype, adapter):
         contender(name, lambda *a, name=name, **v: lora_linear(*a, **v, backend=name), inputs.BOUND[torch.float32])
         for name in inputs.own_backends()
     ]
-    flops = 2.0 * rows * IN * OUT
+    flops = 2.0 * rows * size[0] * size[1]
     slow = peers.too_slow(dtype, rows, flops)
     if slow:
-        bench.absent(GROUP, case(rows, dtype, adapter), "torch", slow)
+        bench.absent(GROUP, named, "torch", slow)
     else:
         contenders += [
             contender(name, lazy(make), inputs.BOUND[dtype])
@@ -93,7 +98,7 @@ def test_forward(bench, benchmark, rows, dtype, adapter):
             contenders.append(contender(peers.peft_label(), call, inputs.BOUND[dtype]))
     work = Work("read" if few else product(dtype), bytes=weight.nbytes, flops=flops)
     judged = few and dtype == torch.bfloat16 and not adapter
-    bench.compare(benchmark, GROUP, case(rows, dtype, adapter), contenders, work, peaks=True, judged=judged)
+    bench.compare(benchmark, GROUP, named, contenders, work, peaks=True, judged=judged)
 
 
 def lazy(make):

@@ -1,7 +1,8 @@
 """What a layer or a model computes and moves, part by part, counted by the operations' own cost models.
 
 A part's ``kind`` says which measured rate it runs at: ``product`` (matrix products), ``scan``, ``scores`` (attention),
-``stream`` (elementwise: bytes once in, once out), ``weights`` (matrices read once for one token), ``cache``.
+``stream`` (elementwise: bytes once in, once out), ``weights`` (matrices read once for one token), ``cache``, ``fresh``
+(memory that the system hands out anew at each call, whose pages it clears when they are first written).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from omnimamba_model import MambaConfig
 from .inputs import CHUNK
 
 FLOAT = 4
+FRESH = 2**25
+"""Bytes from which on glibc maps memory anew at each allocation: the most that its threshold grows to."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ def mamba_layer(config: MambaConfig, b: int, l: int, size: int = FLOAT) -> list[
         Part("stream", bytes=gated.loaded + gated.stored),
         _product(rows, inner, config.d_model, size),
     ]
+
+
+def fresh_memory(config: MambaConfig, rows: int, size: int = FLOAT) -> Part:
+    """What the outputs of a layer's operations take of it on a CPU."""
+    widths = (config.in_proj_dim, config.conv_dim, config.d_inner, config.d_inner, config.d_model)
+    return Part("fresh", bytes=float(sum(size * rows * width for width in widths if size * rows * width >= FRESH)))
 
 
 def mamba_pass(config: MambaConfig, b: int, l: int, size: int = FLOAT) -> list[Part]:

@@ -19,6 +19,8 @@ from .machine import last_level_cache
 
 _EDGE = 1536
 _SMALLEST_COPY = 2**20
+_FRESH, _PAGE = 2**28, 4096
+"""Bytes that are mapped, with pages for all threads of torch; and of a page."""
 PRODUCTS = ("sgemm", "bf16 gemm")
 """Rates that are a product's, of torch in fp32 and in bf16."""
 
@@ -61,7 +63,7 @@ class Rates:
 
     def sample(self, kind: str, nbytes: float = 0) -> float:
         """One sample of ``sgemm`` or ``bf16 gemm`` (FLOP/s), ``read`` (byte/s from DRAM), ``copy`` or ``far copy``
-        (byte/s, both ways).
+        (byte/s, both ways), ``fresh`` (byte/s of memory that is mapped, written on every page, and given back).
 
         A copy moves ``nbytes`` in all, so that it finds its data where an operation of that size finds its own: in a
         cache or in DRAM. A far copy moves as much as the buffer that ``read`` goes through.
@@ -72,6 +74,7 @@ class Rates:
             "read": self._read,
             "copy": lambda: self._copy(nbytes),
             "far copy": lambda: self._copy(_far_bytes()),
+            "fresh": lambda: _FRESH / seconds(lambda: torch.empty(_FRESH // 4)[:: _PAGE // 4].fill_(1.0)),
         }
         rate = ways[kind]()
         self.history[kind].append(rate)

@@ -4,8 +4,10 @@
     python -m bench.scaling --flops 2.2e15 --bandwidth 8e12 --link 900e9 --gpus 1 8 72
 
 A part (bench.counts) takes the longer of its FLOPs and its bytes over the rates of its kind; a shape takes the sum of
-its parts. The rates come from the run itself: what single operations reached, and, of torch's attention, what its two
+its parts. The rates come from the run itself: what single operations reached, and, of torch's attention, what its
 shortest cases did. These rows are not checked again; layers, prefill, decode and whole generations are.
+A machine that others use too is not equally fast all the time. So every row has the machine's own rate around it: an
+operation's rate is brought to the run's median machine by it, and a prediction to the moment of the row it is for.
 
 Everything beyond a measured length or on another machine is a prediction, and is labelled so.
 """
@@ -20,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from omnimamba_model import MambaConfig
 
 from . import counts, results
+from .chips import Cluster, Rates, extrapolated
 from .claims import Claim
 from .counts import FLOAT, Decoder, Part
 from .integrated import positions
@@ -33,22 +38,9 @@ from .tables import duration, table
 MOST_ERROR = 0.20
 SHORTEST = 4096
 """Up to here the peer's rows set its rates; beyond they are checked."""
+PRODUCT_ROWS = 1024
 SMALL = MambaConfig.preset("130m")
 PEER = Decoder()
-
-
-@dataclass
-class Rates:
-    """FLOP/s and byte/s by kind of part; a kind that is not named moves and computes at ``*``."""
-
-    flops: dict[str, float]
-    bytes: dict[str, float]
-
-    def seconds(self, parts: list[Part]) -> float:
-        return sum(
-            max(p.flops / self.flops.get(p.kind, self.flops["*"]), p.bytes / self.bytes.get(p.kind, self.bytes["*"]))
-            for p in parts
-        )
 
 
 @dataclass
@@ -65,26 +57,42 @@ class Checked:
 
 
 STREAMS = ("causal_conv1d", "gated_norm")
+STEADY = ("sgemm", "read")
+"""Rates that tell how fast the machine is: a copy's depends on its size, a 16-bit product's on what a cache holds."""
 
 
-def _median(rows: list[Row], field: str, group: str, case: str = "", who: str = "") -> float | None:
-    mine = [r for r in rows if r.group == group and case in r.case and who in r.who and r.seconds]
-    found = [getattr(r, field) for r in mine if not r.case.endswith(", bf16")]
-    return statistics.median(v for v in found if v) if any(found) else None
+def moment(row: Row, content: dict[str, Any]) -> float:
+    """How fast the machine was around the row, of what it was in the median of the run; 1 where that is not known."""
+    known = content["rates"].get(row.floor) if row.rate and row.floor in STEADY else None
+    return row.rate / known["median"] if known else 1.0
+
+
+def _median(content: dict[str, Any], field: str, group: str, case: str = "") -> float | None:
+    """Of our rows in fp32 activations, on the run's median machine."""
+    mine = [r for r in content["rows"] if r.group == group and case in r.case and r.seconds and r.times_ours == 1.0]
+    found = [getattr(r, field) / moment(r, content) for r in mine if getattr(r, field) and ", bf16" not in r.case[-6:]]
+    return statistics.median(found) if found else None
+
+
+def _product(content: dict[str, Any]) -> float | None:
+    """GFLOP/s of a layer's two products at a few rows; of a larger one where a run has not both."""
+    shapes = ((SMALL.d_model, SMALL.in_proj_dim), (SMALL.d_inner, SMALL.d_model))
+    reached = [_median(content, "gflop_s", "lora_linear", f"{PRODUCT_ROWS} x {a} to {b}, fp32") for a, b in shapes]
+    if not all(reached):
+        return _median(content, "gflop_s", "lora_linear", "512 x 2048 to 8512, fp32 weights")
+    sizes = [a * b for a, b in shapes]
+    return sum(sizes) / sum(size / rate for size, rate in zip(sizes, reached, strict=True))
 
 
 def measured_rates(content: dict[str, Any], training: bool = False) -> Rates:
     """Ours: what the single operations of the run reached; the machine's own rates where an operation is missing."""
-    rows, sampled = content["rows"], {kind: r["median"] for kind, r in content["rates"].items()}
+    sampled = {kind: r["median"] for kind, r in content["rates"].items()}
     group = "ssd_scan forward" + (" + backward" if training else "")
-    own = [r for r in rows if r.times_ours == 1.0]
-    flops = {
-        "product": _median(own, "gflop_s", "lora_linear", "512 x 2048 to 8512, fp32 weights"),
-        "scan": _median(own, "gflop_s", group, f"{SMALL.nheads} heads"),
-    }
-    streams = [_median(own, "gb_s", f"{op} {'backward' if training else 'forward'}") for op in STREAMS]
-    found = {"weights": _median(own, "gb_s", "lora_linear", "1 x 2048 to 8512, bf16 weights")}
+    flops = {"product": _product(content), "scan": _median(content, "gflop_s", group, f"{SMALL.nheads} heads")}
+    streams = [_median(content, "gb_s", f"{op} {'backward' if training else 'forward'}") for op in STREAMS]
+    found = {"weights": _median(content, "gb_s", "lora_linear", "1 x 2048 to 8512, bf16 weights")}
     found["stream"] = statistics.mean(s for s in streams if s) if any(streams) else None
+    found["fresh"] = sampled.get("fresh", math.inf) / 1e9
     copied = next((sampled[kind] for kind in ("far copy", "copy", "read") if kind in sampled), math.inf)
     return Rates(
         {"*": sampled["sgemm"], **{kind: 1e9 * rate for kind, rate in flops.items() if rate}},
@@ -96,14 +104,17 @@ def attention_rate(content: dict[str, Any], training: bool) -> Rates:
     """torch's attention layer: what it reached up to SHORTEST, products and scores alike."""
     group = "layer forward" + (" + backward" if training else "")
     short = [r for r in _timed(content, group, "attention") if length_of(r.case) <= SHORTEST]
-    times = {r.case: r.seconds for r in short}
-    return _flat(content, [sum(p.flops for p in _layer(r, training)) / times[r.case] for r in short])
+    return _flat(content, [sum(p.flops for p in _layer(r, training)) / r.seconds / moment(r, content) for r in short])
 
 
-def uncached_rate(content: dict[str, Any]) -> Rates:
-    """torch's Transformer without a cache: what it reached in its shortest generation."""
-    short = sorted(_timed(content, "whole generation", UNCACHED), key=lambda r: length_of(r.case))[:1]
-    return _flat(content, [1e9 * r.gflop_s for r in short])
+def uncached_rate(content: dict[str, Any], size: int = FLOAT) -> Rates:
+    """torch's Transformer without a cache: what it reached in its shortest generation in numbers of ``size`` bytes."""
+    return _flat(content, [1e9 * r.gflop_s / moment(r, content) for r in _uncached(content, size)[:1]])
+
+
+def _uncached(content: dict[str, Any], size: int) -> list[Row]:
+    timed = [r for r in _timed(content, "whole generation", UNCACHED) if _size(r) == size]
+    return sorted(timed, key=lambda r: length_of(r.case))
 
 
 def _flat(content: dict[str, Any], reached: list[float]) -> Rates:
@@ -112,19 +123,39 @@ def _flat(content: dict[str, Any], reached: list[float]) -> Rates:
 
 
 def cached_rate(content: dict[str, Any], size: int = FLOAT) -> Rates:
-    """torch's step with a cache: weights and cache at the rates that solve its two shortest steps in numbers of
-    ``size`` bytes."""
-    timed = [r for r in _timed(content, "generation", CACHED) if _size(r) == size]
-    steps = sorted(timed, key=lambda r: length_of(r.case))[:2]
-    rates = measured_rates(content)
-    if len(steps) < 2:
+    """torch's step with a cache: weights and cache at the rates that fit its short steps in numbers of ``size`` bytes
+    best, in relative error."""
+    rates, steps = measured_rates(content), solved(content, size)
+    if not steps:
         return rates
-    a, b = (length_of(r.case) for r in steps)
-    first, second = (1 / r.tokens_s for r in steps)
-    each = max((second - first) / (b - a), 1e-9)  # of one token in the cache
+    times = np.array([moment(r, content) / r.tokens_s for r in steps])
+    lines = np.array([[1.0, _context(r)] for r in steps]) / times[:, None]
+    (none, each), *_ = np.linalg.lstsq(lines, np.ones(len(steps)), rcond=None)  # no cache, and one token in it
     weights = counts.decoder_step(PEER, 1, 0, size)[0].bytes
-    rates.bytes |= {"cache": counts.cache_bytes(PEER, 1, size) / each, "weights": weights / max(first - a * each, 1e-9)}
+    rates.bytes |= {"cache": counts.cache_bytes(PEER, 1, size) / max(each, 1e-9), "weights": weights / max(none, 1e-9)}
     return rates
+
+
+APART = 3
+"""The longest cache that a step's rates are taken from is at least so many times the shortest."""
+
+
+def solved(content: dict[str, Any], size: int) -> list[Row]:
+    """The rows that ``cached_rate`` rests on: steps and whole generations up to SHORTEST, and the next one where these
+    are not APART; none where that does not help. A Transformer takes the dtype that it is faster in, so that a run need
+    not have two of both."""
+    timed = [r for group in ("generation", "whole generation") for r in _timed(content, group, CACHED) if r.tokens_s]
+    timed = sorted((r for r in timed if _size(r) == size), key=lambda r: (_context(r), r.group))
+    apart = [r for r in timed if _context(r) >= APART * _context(timed[0])]
+    if not apart:
+        return []
+    most = max(SHORTEST, _context(apart[0]))
+    return [r for r in timed if _context(r) <= SHORTEST or (_context(r) <= most and r is apart[0])]
+
+
+def _context(row: Row) -> float:
+    """Tokens in the cache, of a whole generation on average."""
+    return length_of(row.case) / (2 if row.group == "whole generation" else 1)
 
 
 def _timed(content: dict[str, Any], group: str, who: str) -> list[Row]:
@@ -134,7 +165,10 @@ def _timed(content: dict[str, Any], group: str, who: str) -> list[Row]:
 def _layer(row: Row, training: bool) -> list[Part]:
     """The layer that a row timed, of width 768."""
     l = length_of(row.case)
-    parts = counts.mamba_layer(SMALL, 1, l) if row.who == "Mamba-2" else counts.attention_layer(SMALL.d_model, 1, l)
+    if row.who == "Mamba-2":
+        parts = [*counts.mamba_layer(SMALL, 1, l), counts.fresh_memory(SMALL, l)]
+    else:
+        parts = counts.attention_layer(SMALL.d_model, 1, l)
     return counts.backward_too(parts) if training else parts
 
 
@@ -145,38 +179,47 @@ def _size(row: Row) -> int:
 def checked(content: dict[str, Any]) -> list[Checked]:
     """Every row of a layer or a model that the rates were not taken from, with what the model says of its time."""
     found = []
+
+    def check(row: Row, rates: Rates, parts: list[Part], measured: float, times: float = 1.0) -> None:
+        found.append(Checked(row, times * rates.seconds(parts) / moment(row, content), measured))
+
     for training in (False, True):
         group, ours = "layer forward" + (" + backward" if training else ""), measured_rates(content, training)
-        found += [Checked(r, ours.seconds(_layer(r, training)), r.seconds) for r in _timed(content, group, "Mamba-2")]
-        theirs, long = attention_rate(content, training), _timed(content, group, "attention")
-        found += [
-            Checked(r, theirs.seconds(_layer(r, training)), r.seconds) for r in long if length_of(r.case) > SHORTEST
-        ]
+        for r in _timed(content, group, "Mamba-2"):
+            check(r, ours, _layer(r, training), r.seconds)
+        theirs = attention_rate(content, training)
+        for r in _timed(content, group, "attention"):
+            if length_of(r.case) > SHORTEST:
+                check(r, theirs, _layer(r, training), r.seconds)
     ours = measured_rates(content)
     for r in content["rows"]:
         if r.seconds and r.times_ours == 1.0 and r.group == "130M prefill":
-            found.append(Checked(r, ours.seconds(counts.mamba_pass(SMALL, 1, length_of(r.case))), r.seconds))
+            fresh = SMALL.n_layer * [counts.fresh_memory(SMALL, length_of(r.case))]
+            check(r, ours, counts.mamba_pass(SMALL, 1, length_of(r.case)) + fresh, r.seconds)
         if r.seconds and r.tokens_s and r.times_ours == 1.0 and r.group in ("generation", "130M decode"):
             if "int8" not in r.case:
-                found.append(Checked(r, ours.seconds(counts.mamba_step(SMALL, 1, _size(r))), 1 / r.tokens_s))
-    return found + _generations(content)
-
-
-def _generations(content: dict[str, Any]) -> list[Checked]:
-    found, cached, uncached = [], {size: cached_rate(content, size) for size in (2, FLOAT)}, uncached_rate(content)
+                check(r, ours, counts.mamba_step(SMALL, 1, _size(r)), 1 / r.tokens_s)
     for r in _timed(content, "whole generation", OURS):
-        one = measured_rates(content).seconds(counts.mamba_step(SMALL, 1, _size(r)))
-        found.append(Checked(r, length_of(r.case) * one, r.seconds))
-    for r in _timed(content, "generation", CACHED):
-        if length_of(r.case) > SHORTEST:
-            step = counts.decoder_step(PEER, 1, length_of(r.case), _size(r))
-            found.append(Checked(r, cached[_size(r)].seconds(step), 1 / r.tokens_s))
-    for r in _timed(content, "whole generation", CACHED):
-        step = counts.decoder_step(PEER, 1, length_of(r.case) / 2, _size(r))
-        found.append(Checked(r, length_of(r.case) * cached[_size(r)].seconds(step), r.seconds))
-    for r in sorted(_timed(content, "whole generation", UNCACHED), key=lambda r: length_of(r.case))[1:]:
-        passes = [(steps, counts.decoder_pass(PEER, 1, at + 1, _size(r))) for at, steps in positions(length_of(r.case))]
-        found.append(Checked(r, sum(steps * uncached.seconds(parts) for steps, parts in passes), r.seconds))
+        check(r, ours, counts.mamba_step(SMALL, 1, _size(r)), r.seconds, length_of(r.case))
+    return found + _of_transformers(content)
+
+
+def _of_transformers(content: dict[str, Any]) -> list[Checked]:
+    """Their generations in each dtype that rates are known in."""
+    found = []
+    for size in (2, FLOAT):
+        known, cached = solved(content, size), cached_rate(content, size)
+        for r in [r for g in ("generation", "whole generation") for r in _timed(content, g, CACHED) if known]:
+            if _size(r) == size and r not in known:
+                one = cached.seconds(counts.decoder_step(PEER, 1, _context(r), size)) / moment(r, content)
+                whole = r.group == "whole generation"
+                times, measured = (length_of(r.case), r.seconds) if whole else (1, 1 / r.tokens_s)
+                found.append(Checked(r, times * one, measured))
+        uncached = uncached_rate(content, size)
+        for r in _uncached(content, size)[1:]:
+            passes = [(n, counts.decoder_pass(PEER, 1, at + 1, size)) for at, n in positions(length_of(r.case))]
+            seconds = sum(n * uncached.seconds(parts) for n, parts in passes)
+            found.append(Checked(r, seconds / moment(r, content), r.seconds))
     return found
 
 
@@ -212,91 +255,6 @@ def claim(content: dict[str, Any]) -> Claim:
     if error is not None:
         found.measured, found.passed = f"{error:.1%}", error < MOST_ERROR
     return found
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Chips of one kind and the link between neighbours; the default is a data sheet's H200 with NVLink."""
-
-    flops: float = 989e12
-    bandwidth: float = 4.8e12
-    link: float = 450e9
-    latency: float = 5e-6
-    share: float = 0.6
-    """Of ``flops`` and ``bandwidth`` that is reached: an assumption, to be replaced by what a chip shows."""
-
-    @property
-    def rates(self) -> Rates:
-        return Rates({"*": self.share * self.flops}, {"*": self.share * self.bandwidth})
-
-
-def prefill(config: MambaConfig, l: int, gpus: int, split: str, on: Cluster) -> tuple[float, float]:
-    """Seconds, and bytes on each chip, of taking in l tokens in 16 bits, batch 1, split over ``gpus``.
-
-    sequence: each chip has l / gpus tokens; in a layer it gets the scan states of all others and the halo of d_conv - 1
-    rows before its own. tensor: each has heads / gpus; a layer adds its outputs up in a ring. The bytes are of one
-    pass over all tokens at once: what no chip holds must come in segments, which costs Mamba-2 nothing but launches.
-    """
-    _check_split(config, l, gpus, split)
-    size, layers = 2, config.n_layer
-    tokens = -(-l // gpus) if split == "sequence" else l
-    inside = layers * on.rates.seconds(counts.mamba_layer(config, 1, tokens, size))
-    between = (
-        on.rates.seconds(counts.mamba_pass(config, 1, tokens, size)) - inside
-    )  # what each chip of a tensor split has
-    alone = between + inside / (1 if split == "sequence" else gpus)
-    state = counts.state_bytes(config) / layers
-    sent = _exchange(config, l, gpus, split, state, on) if gpus > 1 else 0.0
-    weights = size * counts.weight_count(config) / (1 if split == "sequence" else gpus)
-    each = config.in_proj_dim + config.conv_dim + config.d_inner
-    held = tokens * (config.d_model * (counts.FLOAT + size) + size * each / (1 if split == "sequence" else gpus))
-    return alone + layers * sent, weights + held + layers * state
-
-
-def _exchange(config: MambaConfig, l: int, gpus: int, split: str, state: float, on: Cluster) -> float:
-    """Seconds that a layer's chips wait for one another."""
-    if split == "sequence":
-        return (gpus - 1) * (on.latency + state / on.link) + on.latency
-    moved = 2 * (gpus - 1) / gpus * 2 * l * config.d_model
-    return 2 * (gpus - 1) * on.latency + moved / on.link
-
-
-def attention_prefill(of: Decoder, l: int, gpus: int, on: Cluster) -> tuple[float, float]:
-    """The same of a Transformer, keys and values going round a ring behind the computation (sequence split)."""
-    tokens = -(-l // gpus)
-    whole = on.rates.seconds(counts.decoder_pass(of, 1, l, 2)) / gpus
-    ring = of.layers * (gpus - 1) * (on.latency + 2 * 2 * tokens * of.width / on.link)
-    weights = 2 * (of.layers * of.matrices + of.width * of.vocab)
-    held = tokens * (of.width * (counts.FLOAT + 2 + 3 * 2) + 2 * of.hidden) + counts.cache_bytes(of, tokens, 2)
-    return max(whole, ring), weights + held
-
-
-def _check_split(config: MambaConfig, l: int, gpus: int, split: str) -> None:
-    if split not in ("sequence", "tensor"):
-        raise ValueError(f"split: got {split!r}, expected 'sequence' or 'tensor'")
-    if split == "tensor" and config.nheads % gpus:
-        raise ValueError(f"a tensor split needs a divisor of the {config.nheads} heads, got {gpus} chips")
-    if gpus < 1 or l < gpus:
-        raise ValueError(f"got {l} tokens and {gpus} chips, expected at least one token a chip")
-
-
-LENGTHS = tuple(2**k for k in (12, 14, 17, 20, 22, 24))
-LARGE, LARGE_PEER = MambaConfig(), Decoder(width=2048, layers=24, hidden=8192)
-"""1.3B each."""
-
-
-def extrapolated(gpus: list[int], on: Cluster) -> str:
-    """Time and memory of a prefill of the 1.3B shape, up to 16M tokens, on one chip and on many."""
-    lines = []
-    for l in LENGTHS:
-        for count in gpus:
-            cells = [prefill(LARGE, l, count, split, on) for split in ("sequence", "tensor")[: 1 if count == 1 else 2]]
-            cells += [cells[0]] * (count == 1)
-            cells.append(attention_prefill(LARGE_PEER, l, count, on))
-            shown = [f"{duration(t)}, {held / 1e9:.1f} GB" for t, held in cells]
-            lines.append([f"{l:,}", str(count), *shown, f"{cells[2][0] / min(cells[0][0], cells[1][0]):.3g}x"])
-    header = ["tokens", "chips", "Mamba-2, sequence split", "tensor split", "Transformer, ring", "its time over ours"]
-    return table(header, lines)
 
 
 def report(content: dict[str, Any]) -> str:

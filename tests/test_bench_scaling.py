@@ -14,7 +14,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import counts, inputs, results, scaling  # noqa: E402
+from bench import chips, counts, inputs, results, scaling  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.published import CACHED, OURS, UNCACHED  # noqa: E402
 from bench.results import Row  # noqa: E402
@@ -109,6 +109,51 @@ def test_the_claim_is_judged_on_the_run(slower, passed):
     assert scaling.claim(whole_run(slower)).passed is passed
 
 
+@pytest.mark.parametrize("fast", [0.5, 1.0, 1.3])
+def test_a_row_is_predicted_for_the_machine_around_it(fast):
+    """Operations in a fast moment, the rest in slow ones: each time is what the machine allowed just then."""
+    content = whole_run()
+    for row in content["rows"]:
+        op = row.group in ("ssd_scan forward", "lora_linear")
+        row.floor, there = "sgemm", fast if op else 1 / fast
+        row.rate = 3e11 * there
+        row.seconds /= there
+        row.gflop_s, row.gb_s = row.gflop_s and row.gflop_s * there, row.gb_s and row.gb_s * there
+        row.tokens_s = row.tokens_s and row.tokens_s * there
+        if row.group.startswith(("causal", "gated")):
+            row.floor, row.gb_s, row.seconds = "copy", row.gb_s / there, row.seconds * there
+    found = scaling.checked(content)
+    assert len(found) == len(scaling.checked(whole_run())) and max(c.error for c in found) < 0.02
+    for row in content["rows"]:
+        row.rate = None
+    assert fast == 1.0 or max(c.error for c in scaling.checked(content)) > 0.2
+
+
+def test_a_layers_products_count_as_its_own_shapes_do():
+    rows = [
+        Row("lora_linear", f"1024 x {size} weights", "native", 1.0, times_ours=1.0, gflop_s=rate)
+        for size, rate in (("768 to 3352, fp32", 200.0), ("1536 to 768, fp32", 100.0))
+    ]
+    content = {"rows": [*rows, whole_run()["rows"][0]], "rates": {"sgemm": {"median": 3e11}}}
+    flops = (768 * 3352, 1536 * 768)
+    assert scaling.measured_rates(content).flops["product"] == pytest.approx(
+        1e9 * sum(flops) / (flops[0] / 200 + flops[1] / 100)
+    )
+    content["rows"].pop(0)
+    assert scaling.measured_rates(content).flops["product"] == 2e11
+
+
+def test_only_large_outputs_are_fresh_and_cost_what_was_measured():
+    assert counts.fresh_memory(scaling.SMALL, 2048).bytes == 0
+    assert counts.fresh_memory(scaling.SMALL, 4096).bytes == 4 * 4096 * 3352
+    content = whole_run()
+    content["rates"]["fresh"] = {"median": 1e9}
+    slow, fast = (max(scaling.checked(c), key=lambda c: c.predicted).predicted for c in (content, whole_run()))
+    assert slow == fast  # the uncached Transformer's
+    layer = [c for c in scaling.checked(content) if c.row.case == "1 x 8192" and c.row.who == "Mamba-2"][0]
+    assert layer.predicted - layer.measured == pytest.approx(4 * 8192 * (3352 + 1792 + 2 * 1536) / 1e9)
+
+
 @pytest.mark.parametrize("missing", ["rows", "rates"])
 def test_the_claim_admits_what_is_missing(missing):
     found = scaling.claim(whole_run() | {missing: type(whole_run()[missing])()})
@@ -131,20 +176,20 @@ def test_memory_is_weights_and_what_grows():
 
 
 def test_what_is_extrapolated_grows_as_it_should():
-    on, model = scaling.Cluster(latency=0.0), scaling.LARGE
-    time = lambda l, gpus=1, split="sequence", on=on: scaling.prefill(model, l, gpus, split, on)[0]  # noqa: E731
+    on, model = chips.Cluster(latency=0.0), chips.LARGE
+    time = lambda l, gpus=1, split="sequence", on=on: chips.prefill(model, l, gpus, split, on)[0]  # noqa: E731
     assert time(2**24) == pytest.approx(16 * time(2**20), rel=1e-2)
     assert time(2**24, 8) == pytest.approx(time(2**24) / 8, rel=1e-2)
     assert (
-        scaling.attention_prefill(scaling.LARGE_PEER, 2**24, 1, on)[0]
-        > 200 * scaling.attention_prefill(scaling.LARGE_PEER, 2**20, 1, on)[0]
+        chips.attention_prefill(chips.LARGE_PEER, 2**24, 1, on)[0]
+        > 200 * chips.attention_prefill(chips.LARGE_PEER, 2**20, 1, on)[0]
     )
-    slow = scaling.Cluster(latency=0.0, link=on.link / 10)
+    slow = chips.Cluster(latency=0.0, link=on.link / 10)
     moved = 2 * 7 / 8 * 2 * 2**20 * model.d_model * model.n_layer
     assert time(2**20, 8, "tensor", slow) - time(2**20, 8, "tensor") == pytest.approx(9 * moved / on.link, rel=1e-6)
-    waits = time(2**20, 8, on=scaling.Cluster(latency=1.0)) - time(2**20, 8)
+    waits = time(2**20, 8, on=chips.Cluster(latency=1.0)) - time(2**20, 8)
     assert waits == pytest.approx(8 * model.n_layer, rel=1e-6)
-    one, eight = (scaling.prefill(model, 2**24, gpus, "sequence", on)[1] for gpus in (1, 8))
+    one, eight = (chips.prefill(model, 2**24, gpus, "sequence", on)[1] for gpus in (1, 8))
     assert one / 8 < eight < one / 7
     for bad in ((7, "tensor"), (8, "pipeline"), (0, "sequence")):
         with pytest.raises(ValueError):
