@@ -219,8 +219,9 @@ def _read_config(folder: Path) -> tuple[type[nn.Module], OmniMambaConfig | Mamba
     path = folder / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: {folder} is not a checkpoint") from None
+    except (FileNotFoundError, NotADirectoryError):
+        told = f"{path} does not exist: {folder} is not a checkpoint of this package (omnimamba convert makes them)"
+        raise CheckpointError(told) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     kind = values.pop("model_type", None) if isinstance(values, dict) else None
