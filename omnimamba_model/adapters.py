@@ -17,18 +17,25 @@ from torch import Tensor
 
 from .config import TASKS
 from .files import absent, write_whole
+from .foreign import read_pickle
 from .omnimamba import OmniMamba
 from .weights import CheckpointError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _TARGET = "backbone.layers.{}.mixer.in_proj"
 _NAME = re.compile(
     r"(?:base_model\.model\.)?backbone\.layers\.(\d+)\.mixer\.in_proj\.lora_([AB])(?:\.default)?\.weight"
 )
 _PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
 """Options of PEFT that change the maths, and the values under which it is ours."""
-_EMPTY = ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
+_EMPTY = (
+    "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "layer_replication",
+    "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "arrow_config", "kasa_config",
+    "monteclora_config", "velora_config",
+)  # fmt: skip
 """Others, which are ours where they are empty."""
+_BEGUN = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to begin the adapters that leave the weights under them as they are."""
 
 
 def save_adapter(model: OmniMamba, task: str, folder: str | Path) -> None:
@@ -95,6 +102,8 @@ def _read_config(folder: Path, most: int) -> tuple[int, float]:
         raise CheckpointError(f"{path} must be an object with r and lora_alpha: {error!r}") from error
     other = [f"{name} = {values[name]!r}" for name, plain in _PLAIN.items() if values.get(name, plain) != plain]
     other += [f"{name} = {values[name]!r}" for name in _EMPTY if values.get(name)]
+    if (begun := values.get("init_lora_weights")) not in _BEGUN:
+        other.append(f"init_lora_weights = {begun!r}")
     if values.get("peft_type", "LORA") != "LORA" or other:
         raise CheckpointError(f"{path} describes no plain LoRA: {', '.join(other) or values['peft_type']}")
     if type(rank) is not int or not 1 <= rank <= most:
@@ -108,7 +117,8 @@ def _read_weights(folder: Path) -> tuple[dict[tuple[int, str], Tensor], list[str
     """Tensors by layer and side, and the names that are neither."""
     path = folder / WEIGHTS
     try:
-        tensors = load_file(path)
+        pickled = folder / PICKLED
+        tensors = read_pickle(pickled) if pickled.exists() and not path.exists() else load_file(path)
     except FileNotFoundError:
         raise CheckpointError(absent(path)) from None
     except SafetensorError as error:

@@ -46,10 +46,11 @@ def convert(
         return _to_gguf(source, Path(target), dtype or "float32")
     if dtype == "q8_0":
         raise ValueError(f"q8_0 is a type of {SUFFIX} files; name the target so")
-    model, text = _read(source if base is None else base)
+    path = locate(source if base is None else base)
+    model = read_any(path)
     if base is not None:
         _expect_omnimamba(model, base)
-        load_adapter(model, task, source)
+        load_adapter(model, task, locate(source))
     elif task is not None:
         _expect_omnimamba(model, source)
         save_adapter(model, task, target)
@@ -58,9 +59,8 @@ def convert(
         model = grown(model, source)
     if dtype is not None:
         model = cast_matrices(model, getattr(torch, dtype))
-    pixels = _pixels(source if base is None else base, image_tokenizer)
-    if tokenizer is not None:
-        text = BpeTokenizer.published(tokenizer).to_json()
+    pixels = _pixels(path, image_tokenizer)
+    text = _text(path, model, tokenizer, as_omnimamba)
     words = None if text is None else _words(text, source)
     if isinstance(model, OmniMamba):
         check_together(
@@ -80,7 +80,7 @@ def convert(
 
 
 def _to_gguf(source: str, target: Path, dtype: str) -> str:
-    model, _ = _read(source)
+    model = read_any(locate(source))
     if not isinstance(model, MambaLM):
         raise CheckpointError(f"{source} holds a {type(model).__name__}; llama.cpp knows the plain Mamba-2 alone")
     save_gguf(model, target, dtype)
@@ -103,11 +103,10 @@ def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
     return out.eval()
 
 
-def _pixels(source: str, official: str | Path | None) -> ImageTokenizer | None:
+def _pixels(path: Path, official: str | Path | None) -> ImageTokenizer | None:
     """The image tokenizer of LlamaGen's file, or the one that lies beside the source."""
     if official is not None:
         return PublishedPixels(read_official_vq(official))
-    path = locate(source)
     return load_pixels(path) if has_pixels(path) else None
 
 
@@ -118,10 +117,13 @@ def _words(text: str, source: str) -> TextTokenizer:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _read(source: str) -> tuple[OmniMamba | MambaLM, str | None]:
-    """A model, and the text of the tokenizer.json beside it where that is one of this package's."""
-    path = locate(source)
-    return read_any(path), None if is_foreign(path) else read_tokenizer(path)
+def _text(path: Path, model: OmniMamba | MambaLM, tokenizer: str | None, grown: bool) -> str | None:
+    """tokenizer.json's text: the published one from ``tokenizer``, or what lies beside the source, with the published
+    additions where the model is an OmniMamba that had none."""
+    text = read_tokenizer(path)
+    if tokenizer is None and (text is None or isinstance(model, MambaLM) or not (grown or is_foreign(path))):
+        return text
+    return BpeTokenizer.published(path if tokenizer is None else tokenizer).to_json()
 
 
 def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-_WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model.bin")
+_WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model.bin", "adapter_model.bin")
 
 
 class Pretrained:
     """``from_pretrained`` and ``save_pretrained``, as people know them from other libraries."""
+
+    tokenizer: str | None = None
+    """The text of the tokenizer.json that lay beside the weights; ``save_pretrained`` puts it beside them again."""
 
     @classmethod
     def from_pretrained(
@@ -30,18 +33,23 @@ class Pretrained:
         decode. Pickles are read as tensors only.
         """
         from .foreign import read_any
-        from .weights import CheckpointError
+        from .weights import CheckpointError, read_tokenizer
 
-        model = read_any(locate(name_or_path, revision, local_files_only), device, dtype)
+        path = locate(name_or_path, revision, local_files_only)
+        model = read_any(path, device, dtype)
         if not isinstance(model, cls):
             raise CheckpointError(f"{name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
+        model.tokenizer = read_tokenizer(path)
         return model
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write the model into ``folder``: ``weights.save`` with its options (tokenizer, max_shard_bytes)."""
+        """Write the model into ``folder``: ``weights.save`` with its options (tokenizer, max_shard_bytes).
+
+        The tokenizer is the one that ``from_pretrained`` found, where no other is given.
+        """
         from .weights import save
 
-        save(self, folder, **options)
+        save(self, folder, **{"tokenizer": self.tokenizer, **options})
 
 
 def locate(name_or_path: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:

@@ -1,0 +1,257 @@
+"""Models by name: the hub, the official release's folder, PEFT's own folders, and the tokenizer that goes along."""
+
+import fnmatch
+import json
+import shutil
+
+import pytest
+import torch
+
+from omnimamba_model import CheckpointError, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, load, save
+from omnimamba_model.adapters import load_adapter
+from omnimamba_model.cli import main
+from omnimamba_model.image_tokenizer import PatchTokenizer
+from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.text_tokenizer import ADDED, WordTokenizer
+from omnimamba_model.weights import read_tokenizer
+
+
+def convert(*arguments: object) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def same(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose repositories are folders in tmp_path/hub/OWNER; only the files that are asked for come down."""
+    library = pytest.importorskip("huggingface_hub")
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only):
+        source, target = tmp_path / "hub" / name, tmp_path / "cache" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, target)
+        return str(target)
+
+    monkeypatch.setattr(library, "snapshot_download", snapshot_download)
+    return tmp_path / "hub"
+
+
+# ---- the tokenizer ----
+
+
+def test_a_loaded_models_tokenizer_is_saved_with_it(folder, tmp_path):
+    text = read_tokenizer(folder)
+    model = OmniMamba.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    assert read_tokenizer(tmp_path / "again") == text == model.tokenizer
+    PatchTokenizer.load(folder).save(tmp_path / "again")
+    assert Pipeline.load(tmp_path / "again").words.words == WordTokenizer.from_json(text).words
+    other = WordTokenizer(["another"]).to_json()
+    model.save_pretrained(tmp_path / "other", tokenizer=other)
+    assert read_tokenizer(tmp_path / "other") == other
+    OmniMamba(model.config).save_pretrained(tmp_path / "none")
+    assert read_tokenizer(tmp_path / "none") is None
+
+
+def test_the_tokenizer_beside_another_projects_weights_goes_with_them(lm, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    source = mamba_ssm(lm, tmp_path / "theirs")
+    vocab = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 50277)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w3"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    text = read_tokenizer(source)
+    MambaLM.from_pretrained(source).save_pretrained(tmp_path / "ours")
+    assert convert(source, tmp_path / "converted") == 0
+    assert read_tokenizer(tmp_path / "ours") == read_tokenizer(tmp_path / "converted") == text
+    for place in (source, tmp_path / "ours"):  # the published additions come with the published formats
+        assert convert(place, tmp_path / "grown", "--as-omnimamba") == 0
+        found = tokenizers.Tokenizer.from_str(read_tokenizer(tmp_path / "grown"))
+        assert [found.token_to_id(token) for token in ADDED] == list(range(50277, 50287))
+
+
+def test_an_omnimamba_does_not_grow_with_another_tokenizer(lm, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    save(lm, tmp_path / "lm", tokenizer=WordTokenizer([f"w{i}" for i in range(9)]).to_json())
+    assert convert(tmp_path / "lm", tmp_path / "out", "--as-omnimamba") == 2
+    assert "tokenizer" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- a folder with the official file ----
+
+
+def mamba_ssm(lm: MambaLM, folder, **ssm):
+    folder.mkdir()
+    cfg = lm.config
+    sizes = {"d_model": cfg.d_model, "n_layer": cfg.n_layer, "vocab_size": cfg.vocab_size, "rms_norm": True}
+    ssm = {"layer": "Mamba2", "ngroups": cfg.ngroups, **ssm}
+    (folder / "config.json").write_text(json.dumps(sizes | {"ssm_cfg": ssm}))
+    torch.save(lm.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A small model as the official release stores it, and the folder that holds it alone."""
+    torch.manual_seed(0)
+    sizes = dict(image_vocab_size=40, feature_dim=12, mmu_positions=800, lora_rank=4)
+    model = OmniMamba(OmniMambaConfig(MambaConfig(d_model=32, n_layer=2, d_state=16, headdim=16), **sizes)).half()
+    names = {n: n if n.startswith("projector.") else f"llm_backbone.mamba.{n}" for n in model.state_dict()}
+    (tmp_path / "release").mkdir()
+    torch.save({names[n]: t for n, t in model.state_dict().items()}, tmp_path / "release" / "OmniMamba-1.3b.pth")
+    return model.eval(), tmp_path / "release"
+
+
+def test_a_config_beside_the_official_file(official, tmp_path):
+    """Whoever's it is, the sizes are the tensors'; this package's own may say more."""
+    model, release = official
+    PatchTokenizer(40, 2, (4, 6)).save(release)  # its own .safetensors hold no model
+    theirs = {"d_model": 32, "n_layer": 2, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2", "chunk_size": 128}}
+    ours = OmniMambaConfig(**{**vars(model.config), "image_tokens": 200, "text_slots": 124})
+    for values in ({}, {"model_type": "OmniMamba"}, theirs, {"model_type": "omnimamba", **ours.to_dict()}):
+        (release / "config.json").write_text(json.dumps(values))
+        found = OmniMamba.from_pretrained(release)
+        assert same(found, model)
+        assert found.config.backbone.chunk_size == (128 if values is theirs else 256)
+        assert found.config.image_tokens == (200 if "backbone" in values else 256)
+    (release / "config.json").write_text(
+        json.dumps(theirs | {"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}})
+    )
+    with pytest.raises(CheckpointError, match="ssm_cfg.norm_before_gate = True"):
+        OmniMamba.from_pretrained(release)
+
+
+def test_the_official_release_of_the_hub_is_converted(official, hub, tmp_path):
+    model, release = official
+    (release / "config.json").write_text("{}")
+    shutil.copytree(release, hub / "owner" / "release")
+    assert same(OmniMamba.from_pretrained("owner/release"), model)
+    assert convert("owner/release", tmp_path / "out") == 0 and same(load(tmp_path / "out"), model)
+
+
+def test_a_folder_of_several_official_files_is_not_guessed_at(official):
+    _, release = official
+    shutil.copy(release / "OmniMamba-1.3b.pth", release / "OmniMamba-370m.pth")
+    with pytest.raises(CheckpointError, match=r"holds 2 models; name one: .*1\.3b\.pth, .*370m\.pth"):
+        OmniMamba.from_pretrained(release)
+
+
+def test_weights_in_another_form_come_before_the_official_file(official, model):
+    _, release = official
+    save(model, release)
+    assert same(OmniMamba.from_pretrained(release), model)
+
+
+# ---- options of other projects' configs ----
+
+
+@pytest.mark.parametrize(
+    "name, value, supported",
+    [
+        ("norm_before_gate", True, "false"),
+        ("rmsnorm", False, "true"),
+        ("D_has_hdim", True, "false"),
+        ("dt_limit", [0.0, 0.1], "0 to infinity"),
+        ("dt_limit", [0.001, float("inf")], "0 to infinity"),
+        ("activation", "relu", "silu"),
+        ("bias", True, "false"),
+        ("conv_bias", False, "true"),
+        ("layer", "Mamba1", "Mamba2"),
+        ("of_tomorrow", 3, None),
+    ],
+)
+def test_an_option_that_changes_the_maths_is_refused_by_name(lm, tmp_path, name, value, supported):
+    told = "unknown" if supported is None else f"supported: {supported}"
+    with pytest.raises(CheckpointError) as error:
+        MambaLM.from_pretrained(mamba_ssm(lm, tmp_path / "theirs", **{name: value}))
+    assert f"ssm_cfg.{name} = {value!r} ({told})" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["d_state", "d_conv", "expand", "headdim", "d_ssm", "ngroups"])
+def test_a_size_unlike_the_tensors_is_named(lm, tmp_path, name):
+    stored = {**vars(lm.config), "d_ssm": lm.config.d_inner}[name]
+    told = (
+        "must be a multiple of ngroups"
+        if name == "ngroups"
+        else f"{name} = {stored + 1}, but the tensors have {stored}"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        MambaLM.from_pretrained(mamba_ssm(lm, tmp_path / "theirs", **{name: stored + 1}))
+
+
+def test_options_that_leave_the_maths_are_read(lm, tmp_path):
+    fine = {"norm_before_gate": False, "rmsnorm": True, "D_has_hdim": False, "dt_limit": [0.0, float("inf")]}
+    fine |= {"d_state": lm.config.d_state, "headdim": lm.config.headdim, "d_ssm": None, "conv_bias": True}
+    fine |= {"A_init_range": [1, 16], "dt_min": 0.001, "use_mem_eff_path": False, "chunk_size": 32}
+    found = MambaLM.from_pretrained(mamba_ssm(lm, tmp_path / "theirs", **fine))
+    assert same(found, lm) and found.config.chunk_size == 32
+
+
+# ---- adapters ----
+
+
+@pytest.fixture
+def peft_folder(tmp_path):
+    """An adapter folder that PEFT wrote, the Mamba-2 that it is on, and what both give for ids together."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(num_heads=4, head_dim=16, vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2)
+    theirs = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(n_groups=1, chunk_size=16, tie_word_embeddings=True, **sizes)
+    ).eval()
+    theirs.save_pretrained(tmp_path / "lm")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["in_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(theirs, config).eval()
+    adapted.save_pretrained(tmp_path / "peft")
+    ids = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return tmp_path / "peft", MambaLM.from_pretrained(tmp_path / "lm"), ids, adapted(ids).logits
+
+
+def around(plain: MambaLM) -> OmniMamba:
+    model = OmniMamba(OmniMambaConfig.preset("tiny", backbone=plain.config))
+    model.backbone.load_state_dict(plain.backbone.state_dict(), strict=False)
+    return model.eval()
+
+
+def test_what_peft_wrote_computes_here_what_it_computes_there(peft_folder, hub, tmp_path, capsys):
+    """From a folder and from the hub, adapter and base alike; from safetensors and from PEFT's older pickles."""
+    adapter, plain, ids, expected = peft_folder
+    save(around(plain), hub / "owner" / "base")
+    shutil.copytree(adapter, hub / "owner" / "adapter")
+    assert convert(adapter, tmp_path / "a", "--base", hub / "owner" / "base", "--task", "mmu") == 0
+    assert convert("owner/adapter", tmp_path / "b", "--base", "owner/base", "--task", "mmu") == 0
+    from safetensors.torch import load_file
+
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    load_adapter(old := around(plain), "mmu", adapter)
+    for model in (load(tmp_path / "a"), load(tmp_path / "b"), old):
+        with torch.no_grad():
+            ours = model.text_head(model.backbone(model.backbone.embedding(ids), 0))
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert (ours - plain(ids)).abs().max() > 0.01  # the adapter is loud enough to be heard
+
+
+def test_an_adapter_alone_tells_what_to_do(peft_folder, tmp_path, capsys):
+    adapter = peft_folder[0]
+    with pytest.raises(CheckpointError, match=r"PEFT adapter.*--base OMNIMAMBA --task mmu \(or t2i\)"):
+        OmniMamba.from_pretrained(adapter)
+    assert convert(adapter, tmp_path / "out") == 2 and convert(adapter, tmp_path / "out", "--task", "mmu") == 2
+    assert capsys.readouterr().err.count(f"omnimamba convert {adapter} TARGET --base OMNIMAMBA") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "loftq", "corda"])
+def test_adapters_that_change_the_weights_under_them_are_refused(peft_folder, begun):
+    adapter, plain, *_ = peft_folder
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": begun}))
+    with pytest.raises(CheckpointError, match=f"no plain LoRA: init_lora_weights = '{begun}'"):
+        load_adapter(around(plain), "mmu", adapter)
