@@ -70,9 +70,10 @@ void bind_gated_norm(py::module_& m) {
 void bind_lora_linear(py::module_& m) {
   {
     using Params = LoraLinearParams;
-    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(weight_scale) FIELD(lora_A) FIELD(lora_B) FIELD(bias)
-        FIELD(task) FIELD(y) FIELD(workspace) FIELD(low) FIELD(rows) FIELD(in) FIELD(out) FIELD(tasks) FIELD(rank)
-            FIELD(scale) FIELD(project) FIELD(dropout) FIELD(seed) FIELD(threshold) FIELD(keep) FIELD(stream);
+    auto& fields =
+        params<Params>() FIELD(x) FIELD(weight) FIELD(weight_scale) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task)
+            FIELD(y) FIELD(workspace) FIELD(low) FIELD(rows) FIELD(in) FIELD(out) FIELD(tasks) FIELD(rank) FIELD(scale)
+                FIELD(project) FIELD(dropout) FIELD(seed) FIELD(threshold) FIELD(keep) FIELD(vnni) FIELD(stream);
     kernel(m, fields, "lora_linear_forward", lora_linear_forward);
 #if defined(OMNIMAMBA_CUDA)
     kernel(m, fields, "lora_linear_low", lora_linear_low);
@@ -181,7 +182,8 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   m.attr("vector_width") = vector_width();
   py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())
       .def_readonly("avx2", &CpuFeatures::avx2)
-      .def_readonly("avx512", &CpuFeatures::avx512);
+      .def_readonly("avx512", &CpuFeatures::avx512)
+      .def_readonly("avx512_vnni", &CpuFeatures::avx512_vnni);
   m.def("cpu_features", &cpu_features);
   py::class_<Program>(m, "Program", py::module_local())
       .def(py::init())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
+_vnni: ContextVar[bool] = ContextVar("omnimamba_vnni", default=True)
 _recording: ContextVar[Recording | None] = ContextVar("omnimamba_recording", default=None)
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
@@ -93,6 +94,25 @@ def use_instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def has_vnni() -> bool:
+    """Whether kernels of this processor's ``avx512`` have AVX-512 VNNI, which sums products of bytes."""
+    return instruction_sets()["avx512"] is None and _load("generic").cpu_features().avx512_vnni
+
+
+def may_use_vnni() -> bool:
+    return _vnni.get()
+
+
+@contextmanager
+def without_vnni() -> Iterator[None]:
+    """Within the block, and in this thread, the native kernels run as on a processor without AVX-512 VNNI."""
+    token = _vnni.set(False)
+    try:
+        yield
+    finally:
+        _vnni.reset(token)
 
 
 class CannotCapture(RuntimeError):

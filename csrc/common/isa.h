@@ -7,6 +7,7 @@ namespace omnimamba {
 struct CpuFeatures {
   bool avx2 = false;
   bool avx512 = false;
+  bool avx512_vnni = false;  // asked for by single kernels of the avx512 module: sums of four products of bytes
 };
 
 inline CpuFeatures cpu_features() {
@@ -16,17 +17,9 @@ inline CpuFeatures cpu_features() {
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
   return f;
-}
-
-// Asked for by single kernels of the avx512 module: sums of four products of bytes.
-inline bool cpu_has_avx512_vnni() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
 }
 
 // Floats in a vector of the instruction set that the module was compiled for.

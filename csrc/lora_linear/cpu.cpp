@@ -66,19 +66,20 @@ void unpack_row(const TX* x, int64_t in, float* to) {
 
 // ---- the tile ----
 
-// One weight row of each stream.
-template <class TW>
+// One weight row of each of M streams.
+template <class TW, int M>
 struct Rows {
-  const TW* w[STREAMS];
+  static constexpr int COUNT = M;
+  const TW* w[M];
 
   void set(const LoraLinearParams& p, int m, int64_t o) { w[m] = p.weight.at<TW>(o); }
 };
 
 // sums[r][m] = dot(x row r, weight row m), for R rows of x and one weight row of each stream.
-template <int R, class TW>
-OM_INLINE void dot_tile(const Rows<TW>& rows, const float* x, int64_t pitch, int64_t in, float (*sums)[STREAMS]) {
+template <int R, class TW, int M>
+OM_INLINE void dot_tile(const Rows<TW, M>& rows, const float* x, int64_t pitch, int64_t in, float (*sums)[M]) {
   const int64_t whole = in / STEP * STEP;
-  vf acc[R][STREAMS] = {};
+  vf acc[R][M] = {};
   auto multiply = [&](const Pair& pair, int64_t k, int m) {
     for (int r = 0; r < R; r++) {
       acc[r][m] += pair.first * load(x + r * pitch + k);
@@ -86,19 +87,19 @@ OM_INLINE void dot_tile(const Rows<TW>& rows, const float* x, int64_t pitch, int
     }
   };
   for (int64_t k = 0; k < whole; k += STEP)
-    for (int m = 0; m < STREAMS; m++) {
+    for (int m = 0; m < M; m++) {
       for (size_t byte = 0; byte < sizeof(TW) * STEP; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(rows.w[m] + k) + byte + AHEAD);
+        __builtin_prefetch(reinterpret_cast<const char*>(rows.w[m] + k) + byte + AHEAD / M);
       multiply(load_pair(rows.w[m] + k), k, m);
     }
   if (whole < in)
-    for (int m = 0; m < STREAMS; m++) {
+    for (int m = 0; m < M; m++) {
       TW rest[STEP] = {};
       std::memcpy(static_cast<void*>(rest), rows.w[m] + whole, sizeof(TW) * static_cast<size_t>(in - whole));
       multiply(load_pair(rest), whole, m);
     }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < STREAMS; m++) sums[r][m] = sum(acc[r][m]);
+    for (int m = 0; m < M; m++) sums[r][m] = sum(acc[r][m]);
 }
 
 // x in floats, and its dot products with up to ROWS rows of it.
@@ -111,9 +112,10 @@ struct Floats {
     unpack_row<TX, TW>(from, in, x + row * padded(in));
   }
   template <class AnyRows>
-  OM_INLINE void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[STREAMS]) const {
+  OM_INLINE void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[AnyRows::COUNT]) const {
     const int64_t pitch = padded(in);
     const float* first = x + row * pitch;
+    if constexpr (AnyRows::COUNT > STREAMS) return dot_tile<1>(rows, first, pitch, in, sums);
     switch (count) {
       case 1: return dot_tile<1>(rows, first, pitch, in, sums);
       case 2: return dot_tile<2>(rows, first, pitch, in, sums);
@@ -203,21 +205,21 @@ OM_INLINE void finish(const LoraLinearParams& p, const float* low, int64_t row, 
   *p.y.at<TY>(row, o) = from_float<TY>(value);
 }
 
-// Outputs [begin, end), cut into STREAMS streams of neighbouring weight rows.
+// Outputs [begin, end), cut into streams of neighbouring weight rows.
 template <class AnyRows, class TY, class Taken>
 void streams(const LoraLinearParams& p, const Taken& x, const float* low, int64_t begin, int64_t end) {
-  const int64_t length = (end - begin + STREAMS - 1) / STREAMS;
+  constexpr int M = AnyRows::COUNT;
+  const int64_t length = (end - begin + M - 1) / M;
   for (int64_t i = begin; i < begin + length; i++) {
     AnyRows w;
-    for (int m = 0; m < STREAMS; m++)  // beyond the last row the last one stands in; its sums are dropped
+    for (int m = 0; m < M; m++)  // beyond the last row the last one stands in; its sums are dropped
       w.set(p, m, std::min(i + m * length, end - 1));
     for (int64_t row = 0; row < p.rows; row += ROWS) {
-      float sums[ROWS][STREAMS];
+      float sums[ROWS][M];
       const int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
       x.dot(row, rows, w, sums);
       for (int64_t r = 0; r < rows; r++)
-        for (int m = 0; m < STREAMS && i + m * length < end; m++)
-          finish<TY>(p, low, row + r, i + m * length, sums[r][m]);
+        for (int m = 0; m < M && i + m * length < end; m++) finish<TY>(p, low, row + r, i + m * length, sums[r][m]);
     }
   }
 }
@@ -242,15 +244,19 @@ void lora_linear_forward(const LoraLinearParams& p) {
   float* space = p.workspace.at<float>();
   const Floats floats{space, p.in};
   if (p.weight.dtype != DType::I8) {
-    for_float_type(p.weight.dtype,
-                   [&](auto w) { forward<Rows<decltype(w)>, decltype(w)>(p, floats, space + p.rows * padded(p.in)); });
+    for_float_type(p.weight.dtype, [&](auto w) {
+      using TW = decltype(w);
+      float* low = space + p.rows * padded(p.in);
+      p.rows == 1 ? forward<Rows<TW, 2 * STREAMS>, TW>(p, floats, low) : forward<Rows<TW, STREAMS>, TW>(p, floats, low);
+    });
     return;
   }
   check(bool(p.weight_scale), "lora_linear: int8 weights need weight_scale");
   for_float_type(p.weight_scale.dtype, [&](auto s) {
     using AnyRows = Int8Rows<decltype(s)>;
 #if defined(OM_VNNI)
-    static const bool sums_bytes = cpu_has_avx512_vnni();
+    static const bool has_vnni = cpu_features().avx512_vnni;
+    const bool sums_bytes = p.vnni && has_vnni;
     const Digits digits{reinterpret_cast<DigitGroup*>(space), p.in};
     if (sums_bytes) return forward<AnyRows, int8_t>(p, digits, reinterpret_cast<float*>(digits.row(p.rows)));
 #endif

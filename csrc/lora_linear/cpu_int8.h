@@ -27,11 +27,12 @@ namespace omnimamba {
 namespace {
 
 constexpr int STREAMS = 4;       // weight rows in one tile, each in a stream of its own
-constexpr int64_t AHEAD = 1024;  // bytes from a weight in use to the one prefetched, in each stream
+constexpr int64_t AHEAD = 4096;  // bytes from a weight in use to the one prefetched, all streams together
 
 // One int8 weight row of each stream, with its scales `step` elements apart.
 template <class TS>
 struct Int8Rows {
+  static constexpr int COUNT = STREAMS;
   const int8_t* w[STREAMS];
   const TS* scale[STREAMS];
   int64_t step;
@@ -56,7 +57,7 @@ OM_INLINE void dot_tile(const Int8Rows<TS>& rows, const float* x, int64_t pitch,
   };
   for (int64_t k = 0; k < whole; k += kInt8Group)
     for (int m = 0; m < STREAMS; m++) {
-      __builtin_prefetch(rows.w[m] + k + AHEAD);
+      __builtin_prefetch(rows.w[m] + k + AHEAD / STREAMS);
       vf part[R] = {};
       for (int64_t j = k; j < k + kInt8Group; j += W) {
         const vf w = load(rows.w[m] + j);
@@ -157,7 +158,7 @@ OM_INLINE void transpose_weights(const Int8Rows<TS>& rows, int64_t k, int n, __m
   const __m512i flip = _mm512_set1_epi8(-128);
   __m512i row[STREAMS];
   for (int m = 0; m < STREAMS; m++) {
-    __builtin_prefetch(rows.w[m] + k + AHEAD);
+    __builtin_prefetch(rows.w[m] + k + AHEAD / STREAMS);
     const __mmask64 first = n == kInt8Group ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
     const __m512i w =
         n == kInt8Group ? _mm512_loadu_si512(rows.w[m] + k) : _mm512_maskz_loadu_epi8(first, rows.w[m] + k);

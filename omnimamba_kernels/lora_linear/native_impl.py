@@ -121,6 +121,7 @@ def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float)
         out=out,
         rank=rank,
         scale=scale,
+        vnni=native.may_use_vnni(),
         **{"in": width},
     )
     return y

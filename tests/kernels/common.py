@@ -25,6 +25,8 @@ from torch.utils._device import _device_constructors
 from omnimamba_kernels import backends, native, triton_launch, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WITHOUT_VNNI = "-without-vnni"
+"""Ends the name of a run on AVX-512 as it is on a processor without VNNI."""
 THREAD_COUNTS = (1, 1, 2, 3)
 """At how many threads of the CPU, once more at the first, a run must give the same bits."""
 
@@ -111,7 +113,9 @@ def running(run: str) -> Iterator[None]:
         if isa.startswith("emulated"):
             stack.enter_context(emulated.emulated(int(isa.removeprefix("emulated") or 80)))
         elif isa:
-            stack.enter_context(native.use_instruction_set(isa))
+            stack.enter_context(native.use_instruction_set(isa.removesuffix(WITHOUT_VNNI)))
+            if isa.endswith(WITHOUT_VNNI):
+                stack.enter_context(native.without_vnni())
         try:
             yield
         except RuntimeError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DTYPES, check, evaluate, framed, hostile_memory, same_bits, threads
+from common import DTYPES, WITHOUT_VNNI, check, evaluate, framed, hostile_memory, runs, same_bits, threads
 
-from omnimamba_kernels import CannotCapture, capture, dequantize_int8, lora_linear, quantize_int8
+from omnimamba_kernels import CannotCapture, capture, dequantize_int8, lora_linear, native, quantize_int8
 from omnimamba_kernels.lora_linear import cases
 from omnimamba_kernels.lora_linear.cases import Case
 from omnimamba_kernels.triton_launch import interpreting
 
+RUNS = [*runs("lora_linear_int8"), *[f"native-avx512{WITHOUT_VNNI}"] * (native.why_not() is None and native.has_vnni())]
 SCALE = 1.5
 SCALES = torch.float16 if interpreting() else torch.bfloat16  # which Triton's interpreter does not compute
 FLOATS = ("x", "lora_A", "lora_B", "bias")
@@ -65,6 +66,19 @@ def test_scales_of_any_type_and_strides(run, scale_dtype):
             rows = {"x": t["x"].repeat(times, 1, 1), "task": t["task"].repeat(times, 1)}
             check(run, layer, oracle, t | rows | views, wanted=FLOATS)
         assert all(f.intact() for f in frames.values())
+
+
+def test_without_vnni_weights_meet_floats():
+    """In whole numbers of 30 bits an activation loses what is below 2^-30 of its neighbour; in floats nothing."""
+    if native.why_not() is not None or not native.has_vnni():
+        pytest.skip("this processor has no AVX-512 VNNI")
+    x, weight = torch.tensor([[1.0, 2.0**-40]]), torch.tensor([[0, 1]], dtype=torch.int8)
+    with native.use_instruction_set("avx512"):
+        call = lambda: lora_linear(x, weight, weight_scale=torch.ones(1, 1), backend="native").item()  # noqa: E731
+        integers = call()
+        with native.without_vnni():
+            floats = call()
+    assert (integers, floats) == (0.0, 2.0**-40)
 
 
 def test_a_scale_a_row(run):
