@@ -28,9 +28,11 @@ struct BackwardScratch {
         decay(reinterpret_cast<Decay*>(arena.take(sizeof(Decay) / sizeof(float)))),
         sums(reinterpret_cast<Sums*>(arena.take(sizeof(Sums) / sizeof(float)))) {}
 
-  // Sums for the steps' gradients, named as in the maths.
+  // Sums for the steps' gradients, named as in the maths. Those of P are double: what lies on one side of a position is in
+  // both, and large beside the difference that remains.
   struct Sums {
-    alignas(64) float row_P[kRow], column_P[kRow], column_T[kRow], R[kRow], U[kRow];
+    alignas(64) double row_P[kRow], column_P[kRow];
+    alignas(64) float column_T[kRow], R[kRow], U[kRow];
   };
   float *x, *dy, *weighted;       // panels: x, dy before the gate, exp(c) dy
   float *x_columns, *dy_columns;  // [p][t]
@@ -140,9 +142,10 @@ inline void score_gradient(const BackwardUnit& u) {
       tile_add<1>(tile, u.z.p, u.s.dy_columns + t, kRow, u.s.x_columns + s, kRow);
       tile_each(tile, [&](int r, int v, vf& acc) { store(u.s.dM + (t + r) * kRow + s + v * W, acc); });
     }
+  typedef double Wide __attribute__((vector_size(8 * W)));
   BackwardScratch::Sums& sums = *u.s.sums;
   for (int t = 0; t < length; t++) {
-    vf row{};
+    Wide row{};
     for (int s = 0; s < (t / kBlock + 1) * kBlock; s += W) {
       const int at = t * kRow + s;
       const vf L = load(u.s.L + at), dt = load(u.s.decay->dt + s);
@@ -151,10 +154,14 @@ inline void score_gradient(const BackwardUnit& u) {
       const vf P = select(lane_index() + splat(static_cast<float>(s)) < splat(static_cast<float>(t)), T * dt, vf{});
       store(u.sum.dG + at, load(u.sum.dG + at) + dML * dt);
       store(sums.column_T + s, load(sums.column_T + s) + T);
-      store(sums.column_P + s, load(sums.column_P + s) + P);
-      row += P;
+      const Wide wide = __builtin_convertvector(P, Wide);
+      Wide column;
+      std::memcpy(&column, sums.column_P + s, sizeof column);
+      column += wide;
+      std::memcpy(sums.column_P + s, &column, sizeof column);
+      row += wide;
     }
-    sums.row_P[t] = sum(row);
+    for (int i = 0; i < W; i++) sums.row_P[t] += row[i];
   }
 }
 
@@ -200,7 +207,7 @@ inline StepGradient step_gradient(const BackwardUnit& u) {
   const double A = *u.q.A.at<float>(h);
   double after[kChunk], suffix = 0, dA = 0, dbias = 0;
   for (int t = chunk.length - 1; t >= 0; t--) {
-    suffix += double{sums.row_P[t]} - sums.column_P[t] + double{d.from_start[t]} * sums.R[t];
+    suffix += sums.row_P[t] - sums.column_P[t] + double{d.from_start[t]} * sums.R[t];
     if (d.dt[t] * *u.q.A.at<float>(h) <= kForgotten) suffix = 0;  // nothing crosses t: no trace of rounding may either
     after[t] = suffix;
   }

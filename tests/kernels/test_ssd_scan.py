@@ -14,6 +14,11 @@ from omnimamba_kernels.triton_launch import interpreting
 
 RUNS = runs()  # few of these shapes suit the kernel for Hopper, which test_ssd_scan_cuda.py tries on its own
 GRADS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+CROSSED = (
+    Case("narrow heads, packed by offsets", 1, 170, 3, 40, n=40, skip=1, initial_states=True, sequences="cu_seqlens"),
+    Case("no D", 2, 131, 2, 32, n=96, limit=(0.02, 0.1)),
+)
+"""Where what crosses a position, of which the gradients of A and dt_bias are made, is small beside what does not."""
 
 
 def oracle(
@@ -75,6 +80,15 @@ def exact(options):
 def test_matches_the_recurrence(run, case, dtype):
     skip_if_slow(run, case)
     check(run, scan(case.options), exact(case.options), case.tensors(dtype), GRADS)
+
+
+@pytest.mark.parametrize("case", CROSSED, ids=lambda c: c.name)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_of_small_sums(run, case, seed):
+    if not run.startswith("native"):
+        pytest.skip("kernels of a GPU sum otherwise; Hopper's are asked in test_ssd_scan_cuda.py")
+    for dtype in (torch.float32, torch.bfloat16):
+        check(run, scan(case.options), exact(case.options), case.tensors(dtype, seed), GRADS)
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=lambda c: c.name)

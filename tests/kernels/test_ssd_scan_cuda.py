@@ -4,7 +4,7 @@ import emulated
 import pytest
 import torch
 from common import check, evaluate, running, runs, same_bits
-from test_ssd_scan import GRADS, exact, scan
+from test_ssd_scan import CROSSED, GRADS, exact, scan
 
 from omnimamba_kernels import cuda
 from omnimamba_kernels.ssd_scan.cases import Case
@@ -31,8 +31,7 @@ BACKWARD = (
     Case("five heads", 1, 70, 5, 64, n=128, skip=2, limit=(0.05, 0.2), initial_states=True),
     Case("two batch rows, packed with padding", 2, 130, 6, 64, g=2, n=64, skip=1, initial_states=True,
          sequences="seq_idx"),
-    Case("narrow heads, packed by offsets", 1, 170, 3, 40, n=40, skip=1, initial_states=True, sequences="cu_seqlens"),
-    Case("no D", 2, 131, 2, 32, n=96, limit=(0.02, 0.1)),
+    *CROSSED,
 )  # fmt: skip
 PACKED, PARTS, EIGHT = HOPPER[1], HOPPER[5], HOPPER[7]
 
