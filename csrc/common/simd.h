@@ -50,8 +50,7 @@ OM_INLINE vh to_bits(vf v, bf16) {
   vu u = (vu)v;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
-  vu is_nan = (vu)(v != v);
-  return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vh);
+  return __builtin_convertvector(v != v ? quiet : rounded, vh);
 }
 
 #if defined(__AVX512F__)
@@ -216,9 +215,9 @@ OM_INLINE float sum_lanes(const Vector& v) {
 }
 OM_INLINE float sum(vf v) { return sum_lanes<W>(v); }
 
-// 2^k e^r = e^x with |r| <= ln 2 / 2: e^r by a polynomial of degree 6, and k.
+// 2^k e^r = e^x with |r| <= ln 2 / 2: e^r by a polynomial of degree 6, and k, as both kinds of number.
 struct ExpParts {
-  vf fraction;
+  vf fraction, k;
   vi whole;
 };
 OM_INLINE ExpParts exp_parts(vf x) {
@@ -233,19 +232,29 @@ OM_INLINE ExpParts exp_parts(vf x) {
   e = e * r + splat(4.1665795894e-2f);
   e = e * r + splat(1.6666665459e-1f);
   e = e * r + splat(5.0000001201e-1f);
-  return {e * (r * r) + r + splat(1.0f), (vi)shifted - (vi)magic};
+  return {e * (r * r) + r + splat(1.0f), k, (vi)shifted - (vi)magic};
 }
 
-// e^x, 2^k in two factors. Error below 2 ulp; 0 under -103.98, inf over 88.73, NaN stays NaN.
-OM_INLINE vf vexp(vf x) {
-  const ExpParts e = exp_parts(select(x > splat(89.0f), splat(89.0f), select(x < splat(-104.0f), splat(-104.0f), x)));
-  vi half = e.whole >> 1;
+#if defined(__AVX512F__)
+// The smaller and the larger of a limit and x; a NaN stays one. 2^k e^r, infinite or 0 beyond the range.
+OM_INLINE vf at_most(float limit, vf x) { return (vf)_mm512_min_ps((__m512)splat(limit), (__m512)x); }
+OM_INLINE vf at_least(float limit, vf x) { return (vf)_mm512_max_ps((__m512)splat(limit), (__m512)x); }
+OM_INLINE vf joined(ExpParts e) { return (vf)_mm512_scalef_ps((__m512)e.fraction, (__m512)e.k); }
+#else
+OM_INLINE vf at_most(float limit, vf x) { return select(x > splat(limit), splat(limit), x); }
+OM_INLINE vf at_least(float limit, vf x) { return select(x < splat(limit), splat(limit), x); }
+OM_INLINE vf joined(ExpParts e) {
+  const vi half = e.whole >> 1;
   return e.fraction * (vf)((half + 127) << 23) * (vf)((e.whole - half + 127) << 23);
 }
+#endif
+
+// e^x. Error below 2 ulp; 0 under -103.98, inf over 88.73, NaN stays NaN.
+OM_INLINE vf vexp(vf x) { return joined(exp_parts(at_most(89.0f, at_least(-104.0f, x)))); }
 
 // e^x for x in [-87, 0] and below (0 there): one factor, for decays.
 OM_INLINE vf vexp_decay(vf x) {
-  const ExpParts e = exp_parts(select(x < splat(-87.0f), splat(-87.0f), x));
+  const ExpParts e = exp_parts(at_least(-87.0f, x));
   return select(x < splat(-87.0f), vf{}, e.fraction * (vf)((e.whole + 127) << 23));
 }
 
