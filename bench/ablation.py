@@ -1,11 +1,12 @@
 """The paper's ablation on real digits: ``python -m bench.ablation``.
 
 Is a vocabulary of its own worth it, an adapter for each task, a first stage of its own? Arms differ in that alone: the
-demo's sizes, data and rates, the same initial numbers and the same batches for a seed, as many steps of each task. What
-is there already is not run again, so that a long ablation can be had in pieces: ``--arms 1 --seeds 0 1``.
+demo's sizes, data and rates, the same initial numbers, the same batches of each task in the same order for a seed, and
+as many steps of the optimizer. What is there already is not run again, so that a long ablation can be had in pieces:
+``--arms 1 --seeds 0 1``.
 
-    two stages   stage 0, then each task on its own parameters for STAGE1 steps, then everything for the others
-    one stage    stage 0, then everything for all steps
+    two stages   stage 0, then each task on its own parameters for STAGE1 steps, then everything on both tasks
+    one stage    stage 0, then everything; 2 STAGE1 steps, evenly spread, are one task's in turn, the others both tasks'
     one vocabulary   text and image tokens share one softmax; while drawing, only image tokens can be drawn. A table of
                  both is both tables one above the other, so nothing but the softmax differs
     no adapters  they stay the zeros they start as
@@ -38,6 +39,7 @@ from omnimamba_model.layers import linear
 from omnimamba_model.pipeline import Pipeline, load_tokenizers
 from omnimamba_model.training import Phase, Trainer
 from omnimamba_model.training.lessons import Drawing, Lesson, Reading, Understanding
+from omnimamba_model.training.phase import Batch
 from omnimamba_model.training.records import open_records
 from omnimamba_model.weights import load
 
@@ -46,7 +48,8 @@ from . import machine, results
 FILE = results.FOLDER / "ablation" / "digits.json"
 SEEDS = tuple(range(5))
 STEPS, STAGE1 = 600, 100
-"""Steps of each task after stage 0, and how many of them are stage 1."""
+"""Batches of each task after stage 0, and how many of them are stage 1."""
+ONE_STAGE = "one stage"
 SCORES = ("t2i_accuracy", "mmu_accuracy", "t2i_loss", "mmu_loss")
 
 
@@ -112,11 +115,22 @@ def lessons_of(work: Path, settings: Settings, config: Any, seed: int) -> dict[s
     }  # fmt: skip
 
 
+class InTurn:
+    """A lesson's batches one after another, whatever the phase and its step."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self.lesson, self.taken = lesson, 0
+
+    def __call__(self, place: int) -> Batch:
+        self.taken += 1
+        return self.lesson(self.taken - 1)
+
+
 def phases(arm: Arm, settings: Settings, steps: int, stage1: int) -> list[Phase]:
     alike = dict(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     begin = Phase("stage 0", "base", ("text", "blind"), settings.stage0, **alike)
     if not arm.stages:
-        return [begin, Phase("one stage", "joint", ("t2i", "mmu"), steps, **alike)]
+        return [begin, Phase(ONE_STAGE, "joint", ("t2i", "mmu"), steps + stage1, **alike)]
     return [
         begin,
         Phase("stage 1: understanding", "mmu", ("mmu",), stage1, **alike),
@@ -125,9 +139,32 @@ def phases(arm: Arm, settings: Settings, steps: int, stage1: int) -> list[Phase]
     ]
 
 
+def learned(phase: Phase, stage1: int) -> list[tuple[str, ...]]:
+    """The lessons of each step of a phase."""
+    found = [phase.lessons] * phase.steps
+    if phase.name == ONE_STAGE:
+        alone = [
+            at for at in range(phase.steps) if (at + 1) * 2 * stage1 // phase.steps > at * 2 * stage1 // phase.steps
+        ]
+        for i, at in enumerate(alone):
+            found[at] = (("mmu", "t2i")[i % 2],)
+    return found
+
+
+def teach(model: Ablated, schedule: list[Phase], stage1: int, lessons: dict[str, Lesson]) -> None:
+    """All phases, one after the other: the halves of stage 1 share no parameter that the other's loss reads, so that
+    this is as merged."""
+    dealt = {name: InTurn(lesson) for name, lesson in lessons.items()}
+    for phase in schedule:
+        trainer = Trainer(model, phase, dealt)
+        for names in learned(phase, stage1):
+            trainer.lessons = {name: dealt[name] for name in names}
+            trainer.step()
+        trainer.finish()
+
+
 def run(arm: Arm, seed: int, steps: int, stage1: int, settings: Settings, data: tuple[Scans, Scans]) -> dict[str, Any]:
-    """One arm from one seed. The halves of stage 1 share no parameter that the other's loss reads, so that one after
-    the other is as merged."""
+    """One arm from one seed, and its scores."""
     started = time.perf_counter()
     training, scored = data
     with tempfile.TemporaryDirectory(prefix="omnimamba-ablation-") as folder:
@@ -136,13 +173,8 @@ def run(arm: Arm, seed: int, steps: int, stage1: int, settings: Settings, data: 
         model = load(work / "start")
         model.__class__, model.arm = Ablated, arm
         words, pixels = load_tokenizers(work / "start", model.config)
-        lessons = lessons_of(work, settings, model.config, seed)
         torch.manual_seed(seed)
-        for phase in phases(arm, settings, steps, stage1):
-            trainer = Trainer(model, phase, lessons)
-            while trainer.done < phase.steps:
-                trainer.step()
-            trainer.finish()
+        teach(model, phases(arm, settings, steps, stage1), stage1, lessons_of(work, settings, model.config, seed))
         pipeline = Pipeline(model, words, pixels)
         drawn = make_drawings(pipeline, settings, seed)
         right = answer_accuracy(make_answers(pipeline, scored), scored.labels)
@@ -187,17 +219,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--arms", type=int, nargs="+", default=range(len(ARMS)), help="their places, 0 to 4")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each task, after stage 0")
+    parser.add_argument("--steps", type=int, default=STEPS, help="batches of each task after stage 0")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
     settings = Settings(guidance=1.0, drawings=500)
     about = {"steps": options.steps, "stage1": STAGE1, "settings": dataclasses.asdict(settings)}
+    about["optimizer_steps"] = settings.stage0 + options.steps + STAGE1
     torch.set_num_threads(1)
     for seed in options.seeds:
         for place in options.arms:
             name = list(ARMS)[place]
             content = json.loads(options.out.read_text()) if options.out.exists() else {**about, "runs": []}
-            if {key: content[key] for key in about} != about:
+            if {key: content.get(key) for key in about} != about:
                 parser.error(f"{options.out} holds runs with other settings; name another --out, or remove it")
             if any((r["arm"], r["seed"]) == (name, seed) for r in content["runs"]):
                 continue

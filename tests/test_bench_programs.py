@@ -91,13 +91,38 @@ def test_one_vocabulary_is_one_softmax_over_both_tables_while_training(demo):
         torch.testing.assert_close(getattr(ablated(demo).train(), own)(hidden), heads[own])
 
 
-def test_every_arm_has_as_many_steps_of_each_task():
+def test_every_arm_has_as_many_steps_and_batches_of_each_task():
     for arm in ablation.ARMS.values():
         begin, *rest = ablation.phases(arm, SMALL, 10, 4)
         assert (begin.lessons, begin.steps) == (("text", "blind"), SMALL.stage0)
+        steps = [names for phase in rest for names in ablation.learned(phase, 4)]
+        assert sum(phase.steps for phase in rest) == len(steps) == 14
         for task in ("t2i", "mmu"):
-            assert sum(phase.steps for phase in rest if task in phase.lessons) == 10
+            assert sum(task in names for names in steps) == 10
+            assert sum((task,) == names for names in steps) == 4
         assert (len(rest) == 1) != arm.stages and rest[-1].stage == "joint"
+    single = [at for at, names in enumerate(steps) if len(names) == 1]
+    assert max(b - a for a, b in zip(single, single[1:], strict=False)) <= 2 and {steps[at] for at in single[:2]} == {
+        ("mmu",), ("t2i",)
+    }  # fmt: skip
+
+
+def test_every_arm_learns_from_the_same_batches_in_the_same_order(demo, monkeypatch):
+    taken, met = ablation.Lesson.__call__, []
+
+    def noting(lesson, place):
+        met[-1].append((type(lesson).__name__, place))
+        return taken(lesson, place)
+
+    monkeypatch.setattr(ablation.Lesson, "__call__", noting)
+    for stages in (True, False):
+        model = ablated(demo, stages=stages)
+        lessons = ablation.lessons_of(demo / WORK, SMALL, model.config, 0)
+        met.append([])
+        ablation.teach(model, ablation.phases(model.arm, SMALL, 5, 2), 2, lessons)
+    for kind in ("Understanding", "Drawing"):
+        one, other = ([place for name, place in each if name == kind] for each in met)
+        assert one == other == [*([0] if kind == "Drawing" else []), *range(5)]  # stage 0 draws without captions
 
 
 WRITES = """
