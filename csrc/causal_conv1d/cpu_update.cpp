@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t ENOUGH = 1 << 14;  // outputs below which waking threads costs more than it saves
 
-template <class X, class S, int N>
+template <class X, class S>
 void update(const CausalConv1dUpdateParams& p) {
   const int64_t d = p.channels, blocks = (d + W - 1) / W;
   const int threads = p.batch * d * p.length < ENOUGH ? 1 : p.threads;
@@ -24,10 +24,8 @@ void update(const CausalConv1dUpdateParams& p) {
     const int64_t slot = p.conv_state_indices ? integer_at(p.conv_state_indices, b) : b;
     if (slot < 0) {
       for (int64_t t = 0; t < p.length; t++) scatter(p.y.at<X>(b, c, t), p.y.stride[1], vf{}, n);
-    } else if (n == W) {
-      conv_update_row<X, S, X, N>(p, b, slot, c, W);
     } else {
-      conv_update_row<X, S, X, N>(p, b, slot, c, n);
+      conv_update_row<X, S, X>(p, b, slot, c, n);
     }
   });
 }
@@ -35,10 +33,9 @@ void update(const CausalConv1dUpdateParams& p) {
 }  // namespace
 
 void causal_conv1d_update(const CausalConv1dUpdateParams& p) {
+  check(p.width >= 2 && p.width <= kMostTaps, "weight: the width must be 2, 3 or 4");
   for_float_type(p.x.dtype, [&](auto x) {
-    for_float_type(p.conv_state.dtype, [&](auto state) {
-      for_conv_width(p.width, [&](auto width) { update<decltype(x), decltype(state), width.value>(p); });
-    });
+    for_float_type(p.conv_state.dtype, [&](auto state) { update<decltype(x), decltype(state)>(p); });
   });
 }
 

@@ -9,6 +9,8 @@
 
 namespace omnimamba {
 
+constexpr int kMostTaps = 4;
+
 // One input into a state whose channels c .. c + W - 1 lie one after another, Len values each in order: whole vectors in,
 // shuffled to the channels' times, and out. Loads of single values would be most of the work.
 template <class X, class S, class Y, int N, int Len>
@@ -32,27 +34,32 @@ OM_INLINE void conv_update_in_order(const CausalConv1dUpdateParams& p, int64_t b
 }
 
 // Channels c .. c + n - 1 (n <= W) of batch row b, state row `slot`: y from the state and x, then x into the state.
-// X, S, Y: storage of x, the state, y. N: the width.
-template <class X, class S, class Y, int N>
-OM_INLINE void conv_update_row(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int64_t c, int n) {
+// X, S, Y: storage of x, the state, y.
+template <class X, class S, class Y>
+void conv_update_row(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int64_t c, int n) {
+  const int w = static_cast<int>(p.width);
   const int64_t l = p.length, len = p.state_len, xs = p.x.stride[1], ss = p.conv_state.stride[1];
-  if (n == W && l == 1 && !p.cache_seqlens && ss == len && p.conv_state.stride[2] == 1) {
-    if (len == N) return conv_update_in_order<X, S, Y, N, N>(p, b, slot, c);
-    if (len == N - 1) return conv_update_in_order<X, S, Y, N, N - 1>(p, b, slot, c);
-  }
+  if (n == W && l == 1 && !p.cache_seqlens && ss == len && p.conv_state.stride[2] == 1) switch (10 * w + len) {
+      case 21: return conv_update_in_order<X, S, Y, 2, 1>(p, b, slot, c);
+      case 22: return conv_update_in_order<X, S, Y, 2, 2>(p, b, slot, c);
+      case 32: return conv_update_in_order<X, S, Y, 3, 2>(p, b, slot, c);
+      case 33: return conv_update_in_order<X, S, Y, 3, 3>(p, b, slot, c);
+      case 43: return conv_update_in_order<X, S, Y, 4, 3>(p, b, slot, c);
+      case 44: return conv_update_in_order<X, S, Y, 4, 4>(p, b, slot, c);
+    }
   // Where the oldest input lies: the state is in order, or a ring.
   const int64_t oldest = p.cache_seqlens ? integer_at(p.cache_seqlens, b) % len : 0;
   auto place = [&](int64_t i) { return p.conv_state.at<S>(slot, c, oldest + i < len ? oldest + i : oldest + i - len); };
-  vf tap[N], in[N];
-  for (int k = 0; k < N; k++) tap[k] = gather(p.weight.at<float>(c, k), p.weight.stride[0], n);
-  for (int k = 0; k < N - 1; k++) in[k] = gather(place(len - (N - 1) + k), ss, n);
+  vf tap[kMostTaps], in[kMostTaps];
+  for (int k = 0; k < w; k++) tap[k] = gather(p.weight.at<float>(c, k), p.weight.stride[0], n);
+  for (int k = 0; k < w - 1; k++) in[k] = gather(place(len - (w - 1) + k), ss, n);
   const vf bias = p.bias ? gather(p.bias.at<float>(c), p.bias.stride[0], n) : vf{};
   for (int64_t t = 0; t < l; t++) {
-    in[N - 1] = gather(p.x.at<X>(b, c, t), xs, n);
+    in[w - 1] = gather(p.x.at<X>(b, c, t), xs, n);
     vf a = bias;
-    for (int k = 0; k < N; k++) a = a + tap[k] * in[k];
+    for (int k = 0; k < w; k++) a = a + tap[k] * in[k];
     scatter(p.y.at<Y>(b, c, t), p.y.stride[1], p.activation ? silu(a) : a, n);
-    for (int k = 0; k < N - 1; k++) in[k] = in[k + 1];
+    for (int k = 0; k < w - 1; k++) in[k] = in[k + 1];
   }
   if (!p.cache_seqlens)
     for (int i = 0; i < n; i++) {

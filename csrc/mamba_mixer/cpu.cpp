@@ -87,22 +87,19 @@ void convolve(const Params& p, const Layout& at) {
   if (p.conv1d_bias) conv.bias = floats(at.bias, 1);
   conv.batch = p.batch, conv.channels = at.channels, conv.length = 1, conv.width = p.width;
   conv.state_len = p.state_len, conv.activation = p.activation;
+  check(p.width >= 2 && p.width <= kMostTaps, "conv1d_weight: the width must be 2, 3 or 4");
   for_float_type(p.conv_state.dtype, [&](auto state) {
-    for_conv_width(p.width, [&](auto width) {
-      parallel_for(threads_for(p, FILTERED * p.batch * at.channels), (at.channels + W - 1) / W,
-                   [&](int64_t block, int) {
-                     const int64_t c = block * W;
-                     const int n = static_cast<int>(std::min<int64_t>(W, at.channels - c));
-                     for (int k = 0; k < width.value; k++)
-                       unpack(p.conv1d_weight, c, k, 0, n, at.filter + k * at.channels + c);
-                     if (p.conv1d_bias) unpack(p.conv1d_bias, c, 0, 0, n, at.bias + c);
-                     for (int64_t b = 0; b < p.batch; b++) {
-                       const int64_t slot = slot_of(p, b);
-                       if (slot < 0) continue;
-                       unpack(p.zxbcdt, b, at.xbc + c, 1, n, at.input + b * at.channels + c);
-                       conv_update_row<float, decltype(state), float, width.value>(conv, b, slot, c, n);
-                     }
-                   });
+    parallel_for(threads_for(p, FILTERED * p.batch * at.channels), (at.channels + W - 1) / W, [&](int64_t block, int) {
+      const int64_t c = block * W;
+      const int n = static_cast<int>(std::min<int64_t>(W, at.channels - c));
+      for (int64_t k = 0; k < p.width; k++) unpack(p.conv1d_weight, c, k, 0, n, at.filter + k * at.channels + c);
+      if (p.conv1d_bias) unpack(p.conv1d_bias, c, 0, 0, n, at.bias + c);
+      for (int64_t b = 0; b < p.batch; b++) {
+        const int64_t slot = slot_of(p, b);
+        if (slot < 0) continue;
+        unpack(p.zxbcdt, b, at.xbc + c, 1, n, at.input + b * at.channels + c);
+        conv_update_row<float, decltype(state), float>(conv, b, slot, c, n);
+      }
     });
   });
 }
