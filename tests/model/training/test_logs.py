@@ -1,8 +1,10 @@
 """Where a run's figures go besides metrics.jsonl."""
 
 import json
+import struct
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +54,43 @@ def test_a_folder_is_one_run_of_weights_and_biases_and_no_others(tmp_path, monke
         ids.append(wandb.begun["id"])
         assert wandb.begun["resume"] == "allow" and ids[-1].isalnum()
     assert ids[0] == ids[2] == ids[3] != ids[1]  # the same run goes on
+
+
+def kept_by_wandb(path: Path) -> Iterator[bytes]:
+    """The records of a .wandb file of one block: LevelDB's log behind 7 bytes of its own, each with sum, size, kind."""
+    data, at = path.read_bytes(), 7
+    assert len(data) < 32768
+    while at < len(data):
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        assert kind == 1, "whole"
+        yield data[at + 7 : at + 7 + size]
+        at += 7 + size
+
+
+def test_weights_and_biases_own_files(tmp_path, monkeypatch):
+    """The library itself, offline: the run's project, name and figures as it would send them; and its continuation."""
+    pytest.importorskip("wandb")
+    records = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONFIG_DIR", str(tmp_path / "config"))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    out = tmp_path / "runs" / "stage2"
+    out.mkdir(parents=True)
+    begun, figures = [], {}
+    for done, last in ((0, 2), (2, 3)):
+        logs = Logs(out, done, False, "a project")
+        for step in range(done + 1, last + 1):
+            logs.add(step, {"loss t2i": 1.5 / step, "tokens": 7})
+        logs.close(Counter())
+    for path in sorted(out.glob("wandb/offline-run-*/*.wandb")):
+        for data in kept_by_wandb(path):
+            record = records.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                begun.append((record.run.project, record.run.display_name, record.run.run_id))
+            for item in record.history.item:
+                figures.setdefault(item.key or item.nested_key[0], []).append(json.loads(item.value_json))
+    assert len(begun) == 2 and begun[0] == begun[1] and begun[0][:2] == ("a project", "runs/stage2")
+    assert figures["_step"] == [1, 2, 3] and figures["tokens"] == [7] * 3 and figures["loss t2i"] == [1.5, 0.75, 0.5]
 
 
 def test_weights_and_biases_is_asked_for_but_not_there(tmp_path, monkeypatch):
