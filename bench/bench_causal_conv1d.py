@@ -23,7 +23,7 @@ CASES = [
     (SHAPES[0], torch.float32),
     pytest.param(SHAPES[1], torch.float32, marks=full),
     pytest.param((4, 1024, 1792), torch.float32, marks=full),
-    pytest.param(SHAPES[0], torch.bfloat16, marks=full),
+    *(pytest.param(SHAPES[0], dtype, marks=full) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 

@@ -1,4 +1,5 @@
-"""The linear layer with one adapter a task: one row, four rows and many, in fp32 and with 16-bit weights.
+"""The linear layer with one adapter a task: one row, four rows and many; fp32, 16-bit and int8 weights; rows of two
+tasks.
 
 A model's weights come from DRAM once a token, so few rows are timed over as many copies of the weight as exceed the
 last cache twice, and their floor is the DRAM read rate. The peers are torch, eager and compiled (the product, then two
@@ -13,7 +14,7 @@ import itertools
 import pytest
 import torch
 
-from omnimamba_kernels import lora_linear
+from omnimamba_kernels import dequantize_int8, lora_linear, quantize_int8
 
 from . import inputs, peers, plain
 from .machine import last_level_cache
@@ -22,7 +23,9 @@ from .rates import product
 
 IN, OUT, RANK = 2048, 8512, 8
 GROUP, TRAINING = "lora_linear", "lora_linear forward + backward"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FEW = 16
+"""Rows up to which a product is bound by reading its weights."""
 IN_130M, OUT_130M = (768, 3352), (1536, 768)
 """in_proj and out_proj of the 130M shape."""
 full = pytest.mark.full
@@ -54,6 +57,7 @@ CASES = [
         pytest.param(rows, dtype, adapter, (IN, OUT), marks=full)
         for rows, dtype, adapter in [
             (1, torch.float32, False),
+            (1, torch.float16, False),
             (4, torch.float32, False),
             (1, torch.bfloat16, True),
             (512, torch.float32, False),
@@ -68,9 +72,7 @@ CASES = [
 def test_forward(bench, benchmark, rows, dtype, adapter, size):
     values, named = problem(rows, dtype, adapter, size), case(rows, dtype, adapter, size)
     x, weight = values.pop("x"), values.pop("weight")
-    few = rows <= 16
-    copies = 1 + int(2 * last_level_cache() / weight.nbytes) if few else 1
-    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+    few, weights = rows <= FEW, cold(rows, weight)
     known = {name: None if v is None else v.double() for name, v in values.items()}
     exact = lora_linear(x.double(), weight.double(), **known, backend="reference")
 
@@ -99,6 +101,65 @@ def test_forward(bench, benchmark, rows, dtype, adapter, size):
     work = Work("read" if few else product(dtype), bytes=weight.nbytes, flops=flops)
     judged = few and dtype == torch.bfloat16 and not adapter
     bench.compare(benchmark, GROUP, named, contenders, work, peaks=True, judged=judged)
+
+
+def cold(rows: int, weight: torch.Tensor) -> list[torch.Tensor]:
+    """The weight, for few rows as many times as no cache holds it."""
+    copies = 1 + int(2 * last_level_cache() / weight.nbytes) if rows <= FEW else 1
+    return [weight, *(weight.clone() for _ in range(copies - 1))]
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=full), pytest.param(512, marks=full)])
+def test_int8(bench, benchmark, rows):
+    """int8 weights with a scale for every 64 of a row; torch has the numbers that they stand for, in fp32."""
+    values = problem(rows, torch.float32, False)
+    x, (weight, scale) = values["x"], quantize_int8(values["weight"])
+    whole = dequantize_int8(weight, scale)
+    exact, few, bound = x.double() @ whole.double().T, rows <= FEW, inputs.BOUND[torch.float32]
+
+    def contender(name, call, kept, work=None):
+        turn = itertools.cycle(cold(rows, kept))
+        run = torch.no_grad()(lambda: call(x, next(turn)))
+        return Contender(name, run, lambda: relative_error(call(x, kept), exact), bound, work=work)
+
+    def ours(name):
+        return lambda x, w: lora_linear(x, w, None, None, scale=1.0, weight_scale=scale, backend=name)
+
+    flops, against = 2.0 * rows * IN * OUT, "read" if few else "sgemm"
+    contenders = [contender(name, ours(name), weight) for name in inputs.own_backends()]
+    theirs = Work(against, bytes=whole.nbytes, flops=flops)
+    contenders.append(contender("torch, fp32 weights", torch.nn.functional.linear, whole, theirs))
+    work = Work(against, bytes=weight.nbytes + scale.nbytes, flops=flops)
+    bench.compare(benchmark, GROUP, f"{rows} x {IN} to {OUT}, int8 weights", contenders, work, peaks=True)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(4, torch.bfloat16), pytest.param(512, torch.float32, marks=full)])
+def test_two_tasks(bench, benchmark, rows, dtype):
+    """Every other row has the other adapter, as where drawings and answers are one batch."""
+    values, other = (problem(rows + i, dtype, True) for i in range(2))
+    x, weight, task = values["x"], values["weight"], torch.arange(rows) % 2
+    lora_A, lora_B = (torch.cat([values[name], other[name]]) for name in ("lora_A", "lora_B"))
+    wide = [t.double() for t in (x, weight, lora_A, lora_B)]
+    exact = lora_linear(*wide, task=task, backend="reference")
+
+    def contender(name, call, bound):
+        turn = itertools.cycle(cold(rows, weight))
+        run = torch.no_grad()(lambda: call(x, next(turn)))
+        return Contender(name, run, lambda: relative_error(call(x, weight), exact), bound)
+
+    def ours(name):
+        return lambda x, w: lora_linear(x, w, lora_A, lora_B, task=task, backend=name)
+
+    flops = 2.0 * rows * IN * OUT
+    contenders = [contender(name, ours(name), inputs.BOUND[torch.float32]) for name in inputs.own_backends()]
+    named, slow = f"{case(rows, dtype, True)}, 2 tasks", peers.too_slow(dtype, rows, flops)
+    if slow:
+        bench.absent(GROUP, named, plain.EAGER, slow)
+    else:
+        torchs = lambda x, w: plain.lora_of_tasks(x, w, lora_A, lora_B, task)  # noqa: E731
+        contenders.append(contender(plain.EAGER, torchs, inputs.BOUND[dtype]))
+    work = Work("read" if rows <= FEW else product(dtype), bytes=weight.nbytes, flops=flops)
+    bench.compare(benchmark, GROUP, named, contenders, work, peaks=True)
 
 
 def lazy(make):

@@ -34,8 +34,7 @@ def problem(b: int, h: int, dtype: torch.dtype = torch.float32) -> dict[str, tor
 
 CASES = [
     (1, 24, torch.float32),
-    pytest.param(16, 64, torch.float32, marks=pytest.mark.full),
-    pytest.param(16, 64, torch.bfloat16, marks=pytest.mark.full),
+    *(pytest.param(16, 64, dtype, marks=pytest.mark.full) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
 ]
 
 

@@ -44,6 +44,16 @@ def lora(x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None
     return y if lora_A is None else y + F.linear(F.linear(x, lora_A[0]), lora_B[0])
 
 
+def lora_of_tasks(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, task: Tensor) -> Tensor:
+    """Each row of x with the adapter of its task (rows,)."""
+    x = x.to(weight.dtype)
+    y = F.linear(x, weight)
+    for i in range(len(lora_A)):
+        mine = (task == i).nonzero()[:, 0]
+        y[mine] += F.linear(F.linear(x[mine], lora_A[i]), lora_B[i])
+    return y
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` under torch.compile for fixed shapes; RuntimeError that says why where no code can be generated."""
     import torch._functorch.config as functorch
