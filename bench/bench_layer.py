@@ -92,7 +92,8 @@ def contender(name: str, u: torch.Tensor, training: bool, expected: float) -> Co
         return worst_error((found[:, :SLICE],), (true,))
 
     mine = work(name, u.shape[1], training)
-    return Contender(name, run, check, inputs.BOUND[torch.float32], work=mine, expected=expected)
+    bound = inputs.BOUND[torch.float32]
+    return Contender(name, run, check, bound, work=mine, expected=expected, peer=name == PEER)
 
 
 def segment(u: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], fresh: bool) -> torch.Tensor:
@@ -138,7 +139,8 @@ def in_pieces(name: str, length: int, expected: float) -> Contender:
         step = torch.no_grad()(lambda at: layers()[PEER].block(u, at, *caches))
     steps = [(weight / size, functools.partial(step, at)) for at, weight in positions(length)]
     bound, mine = inputs.BOUND[torch.float32], work(name, length, False)
-    return sampled(name, steps, lambda: pieces_error(name), bound, work=mine, expected=expected * 3 * size / length)
+    taken = expected * 3 * size / length
+    return sampled(name, steps, lambda: pieces_error(name), bound, work=mine, expected=taken, peer=name == PEER)
 
 
 def predicted(bench, name: str, length: int, group: str) -> float | None:

@@ -2,7 +2,8 @@
 
 A row's noise is the spread of its own rounds, which interleave with those of its rivals. Each time is first divided by
 what the machine's own rate would allow (the share of the floor), so that a slower machine is no regression. A row is
-flagged where B's median lies above A's by more than THREE times both spreads together, and by FEWEST at least.
+flagged where B's median lies above A's by more than THREE times both spreads together, and by FEWEST at least. Ours
+that are flagged are regressions; peers' are told apart and fail nothing: their code is not what changed here.
 
 Two files of instruction counts (bench.instructions) are compared too: there is no noise in them, a share for what the C
 library does otherwise is all that is allowed.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+from omnimamba_kernels.backends import NAMES
 
 from . import instructions, results
 from .results import Row
@@ -48,6 +51,11 @@ def slower(found: list[tuple[Row, float, float | None]]) -> list[tuple[Row, floa
     return [(row, ratio, noise) for row, ratio, noise in found if noise is not None and ratio > 1 + noise]
 
 
+def mine(row: Row) -> bool:
+    """Whether it is ours: a backend's, or what a case's ratios are to."""
+    return row.who in NAMES or row.times_ours == 1.0 or row.who.startswith("ours")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
@@ -64,14 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
     alike = devices[0] == devices[1]
     found = changes(a["rows"], b["rows"], alike)
     flagged = slower(found)
+    ours = [change for change in flagged if mine(change[0])]
     unknown = sum(noise is None for _, _, noise in found)
     if not alike:
         print(f"two devices, {' and '.join(devices)}: shares of their floors are compared, times are not")
-    if flagged:
-        lines = [[r.group, r.case, r.who, f"{ratio:.2f}x", f"{noise:.0%}"] for r, ratio, noise in flagged]
-        print(table(["operation", "case", "by", "time, of before", "noise"], lines))
-    print(f"{len(found)} rows in both, {len(flagged)} slower beyond their noise, {unknown} without a measured noise")
-    return int(bool(flagged))
+    for title, some in (("ours", ours), ("peers', no regression", [c for c in flagged if not mine(c[0])])):
+        if some:
+            lines = [[r.group, r.case, r.who, f"{ratio:.2f}x", f"{noise:.0%}"] for r, ratio, noise in some]
+            print(f"slower, {title}:\n{table(['operation', 'case', 'by', 'time, of before', 'noise'], lines)}")
+    print(
+        f"{len(found)} rows in both, {len(ours)} of ours slower beyond their noise, {len(flagged) - len(ours)} of "
+        f"peers, {unknown} without a measured noise"
+    )
+    return int(bool(ours))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def rows(found: list[dict[str, Any]]) -> list[list[str]]:
         if "seconds" in row:
             shown = [
                 duration(row["seconds"]),
-                f"{row['times_ours']:.2f}x",
+                f"{row['times_ours']:.2f}x" if row.get("times_ours") else "",
                 f"{row['floor_share']:.2f} ({row['limit']})",
             ]
         else:

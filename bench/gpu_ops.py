@@ -43,7 +43,7 @@ def measure(problem: Problem, clock: Clock, rates: dict[str, float], until: floa
         except Exception as error:  # a peer may fail in any way; its words are kept
             row["reason"] = said(error)
         if "seconds" in row:
-            ours = ours or counted(row, problem)
+            ours = ours or (counted(row, problem) if row["ours"] else None)
             _compared(row, ours, problem)
         elif clock.cuda:
             torch.cuda.empty_cache()
@@ -96,9 +96,12 @@ def counted(row: dict[str, Any], problem: Problem) -> float:
     return row.get("graph_seconds", row["seconds"]) if problem.graph else row["seconds"]
 
 
-def _compared(row: dict[str, Any], ours: float, problem: Problem) -> None:
+def _compared(row: dict[str, Any], ours: float | None, problem: Problem) -> None:
+    """No ratio where none of ours has a time."""
     taken = counted(row, problem)
-    row["floor_share"], row["times_ours"] = row["floor"] / taken, taken / ours
+    row["floor_share"] = row["floor"] / taken
+    if ours:
+        row["times_ours"] = taken / ours
     row["gb_s"], row["gflop_s"] = (row[kind] / taken / 1e9 for kind in ("bytes", "flops"))
     if problem.tokens:
         row["tokens_s"] = problem.tokens / taken

@@ -138,15 +138,16 @@ class Bench:
         self, benchmark: Any, group: str, case: str, contenders: list[Contender], work: Work,
         *, tokens: int = 0, note: str = "", peaks: bool = False, judged: bool = False,
     ) -> list[Row]:  # fmt: skip
-        """Times the contenders, the first that passes its check being ours; ``tokens`` a call give tokens/s. With
-        ``peaks`` each is called once more, for what a call adds in memory. ``judged``: a promise rests on these rows.
+        """Times the contenders; ratios are to the first of ours that passes its check, and there are none without it.
+        ``tokens`` a call give tokens/s. With ``peaks`` each is called once more, for what a call adds in memory.
+        ``judged``: a promise rests on these rows.
 
         The contenders of a backend that cannot run, or whose result is wrong, are recorded with the reason.
         """
         benchmark.group = group
         rows = {c.name: Row(group, case, c.name, note=note, reason=_STOPPED) for c in contenders}
         for contender in contenders[1:]:
-            contender.peer = contender.name not in NAMES
+            contender.peer = contender.peer or contender.name not in NAMES
         self.ours |= {c.name for c in contenders if not c.peer}
         self.rows += rows.values()
         passed = [c for c in contenders if _admit(c, rows[c.name])]
@@ -154,7 +155,8 @@ class Bench:
             return list(rows.values())
         alone = {c.name: c.attempt(lambda c=c: _settle(c)) for c in passed}
         wanted = {name: self._rounds_for(taken, judged) if taken else 0 for name, taken in alone.items()}
-        subject, peers = passed[0], passed[1:]
+        subject = next((c for c in passed if not c.peer), passed[0])
+        peers = [c for c in passed if c is not subject]
         probes = self._rounds(benchmark, subject, peers, wanted, work, judged)
         for contender in passed:
             if contender.refused:
@@ -323,5 +325,6 @@ def _fill(
     row.floor, row.rate = work.against, statistics.median(rate[i] for i in mine)
     row.floor_share = statistics.median(work.floor(rate[i]) / contender.times[i] for i in mine)
     row.spread = spread([contender.times[i] / work.floor(rate[i]) for i in mine])
-    row.times_ours = statistics.median(contender.times[i] / subject.times[i] for i in mine)
+    if not subject.peer:  # else none of ours has a time
+        row.times_ours = statistics.median(contender.times[i] / subject.times[i] for i in mine)
     row.tokens_s = tokens / row.seconds if tokens else None

@@ -149,13 +149,21 @@ def paper(content: Content) -> str:
     return "\n\n".join(filter(None, [claims, figure_1(content), drawn]))
 
 
+def dtype_in(row: Row) -> str:
+    """The type of a model's weights, where its row's note says it."""
+    return next((f", {short}" for name, short in DTYPES.items() if row.note.startswith(name)), "")
+
+
+DTYPES = {"float32 weights": "fp32", "bfloat16 weights": "bf16"}
+
+
 def figure_1(content: Content) -> str:
     """Seconds and GB of a whole generation, ours on this machine beside the paper's curves."""
     own, lines = tuple(published.names(content["rows"])), []
     peers = ("OmniMamba", "JanusFlow", "Show-o")
     for length, curves in published.FIGURE_1.items():
         rows = [results.find(content["rows"], "whole generation", f"{length} tokens in all", who) for who in own]
-        cells = [f"{summed(r)}{r.seconds:.4g} s" if r and r.seconds else "" for r in rows]
+        cells = [f"{summed(r)}{r.seconds:.4g} s{dtype_in(r)}" if r and r.seconds else "" for r in rows]
         cells = [
             f"{c}, {r.peak_bytes / 1e9:.2f} GB" if c and r.peak_bytes else c for c, r in zip(cells, rows, strict=True)
         ]

@@ -135,6 +135,20 @@ def test_the_rate_of_a_promise_is_taken_right_around_each_contender():
     assert [c.around for c in found] == [[60, 103.5], [15, 85], [2, 52.5]]
 
 
+def test_no_peer_takes_our_place():
+    """Ours cannot run: a peer has its time, and nothing that it is so many times of."""
+
+    def refuse():
+        raise RuntimeError("cannot run: no compiler")
+
+    found = [Contender("native", lambda: None, refuse, 1.0), contender("peer"), contender("reference")]
+    bench = Bench(quick=True, rates=FixedRates())
+    rows = bench.compare(Pedantic(), "g", "c", found[:2], Work("sgemm", flops=1.0))
+    assert rows[0].reason == "no compiler" and rows[1].seconds > 0 and rows[1].times_ours is None
+    rows = bench.compare(Pedantic(), "g", "c", found, Work("sgemm", flops=1.0))
+    assert rows[2].times_ours == 1.0 and rows[1].times_ours > 0
+
+
 def test_rounds_with_a_slow_machine_are_dropped_but_for_the_best():
     rounds = [[100, 100], [50, 100], [99, 98], [100, 60], [40, 100]]
     assert measure.quiet_rounds(rounds) == [0, 2] and measure.quiet_rounds(rounds, 1) == [0]
@@ -304,6 +318,17 @@ def test_compare_flags_what_noise_does_not_explain(before, after, flagged, tmp_p
         results.save(paths[-1], {"machine": {"device": "x"}, "rows": results.as_json([row])})
     assert compare.main([str(p) for p in paths]) == int(flagged)
     assert "1 rows in both" in capsys.readouterr().out
+
+
+def test_a_peers_drift_is_told_but_is_no_regression(tmp_path, capsys):
+    paths = []
+    for name, slow in (("a", 1.0), ("b", 2.0)):
+        rows = [timed(1.0), Row("op", "case", "torch", seconds=slow, spread=0.02, times_ours=slow)]
+        paths.append(str(tmp_path / f"{name}.json"))
+        results.save(Path(paths[-1]), {"machine": {"device": "x"}, "rows": results.as_json(rows)})
+    assert compare.main(paths) == 0
+    printed = capsys.readouterr().out
+    assert "peers', no regression" in printed and "0 of ours slower beyond their noise, 1 of peers" in printed
 
 
 def test_spread_is_half_the_quartiles_distance():

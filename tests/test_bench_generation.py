@@ -88,6 +88,10 @@ def test_the_papers_figures_stand_beside_ours():
     assert (memory.claimed, memory.without_cache, memory.with_cache) == ("63.0% less", "50.0% less", "70.0% less")
     shown = tables.paper({"rows": rows(5.0, 120.0, (30, 100, 60))})
     assert "1.2e+04 s" in shown and "| 16K " in shown and "8000 s, 11.86 GB" in shown
+    times = [r for r in rows(5.0, 120.0, (30, 100, 60)) if r.seconds]
+    for row, dtype in zip(times, ("bfloat16", "bfloat16", "float32"), strict=True):
+        row.note = f"{dtype} weights; 3 steps measured"
+    assert "~100 s, bf16" in (typed := tables.paper({"rows": times})) and "~1.2e+04 s, fp32" in typed
     assert "Images a second" not in shown and tables.paper({"rows": []}) == ""
     drawn = Row("OmniMamba", published.at_once_case("1.3B"), "OmniMamba", 64.0)
     shown = tables.paper({"rows": [*rows(5.0, 120.0, (30, 100, 60)), drawn]})

@@ -272,3 +272,14 @@ def test_pages_and_tables_know_no_gpu_of_a_cpu():
     row = Row("op", "case", "native", 1.0, gb_s=2.0, gflop_s=3.0, floor="sgemm")
     assert tables.rate_of(row) == "3 GFLOP/s" and tables.rate_of(row, gpu=True) == "2 GB/s, 0.003 TFLOP/s"
     assert pages.TITLES and not tables.on_gpu({"rows": []})
+
+
+def test_ratios_are_to_one_of_ours_alone():
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    call = lambda: lambda: 0.0  # noqa: E731
+    problem = common.Problem("g", "c", 1e3, 0.0, {"triton": broken, "torch": call, "reference": call}, float, 1.0)
+    rows = gpu_ops.measure(problem, Clock(CPU, 0.0), {"copy": 1e9, "matmul": 1e9}, float("inf"))
+    assert "seconds" not in rows[0] and rows[1]["seconds"] > 0 and "times_ours" not in rows[1]
+    assert rows[2]["times_ours"] == 1.0

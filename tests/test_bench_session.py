@@ -121,7 +121,7 @@ def test_two_devices_are_compared_by_their_floors_alone(tmp_path, capsys):
         ]
         results.save(path, {"machine": {"device": path.name}, "rows": results.as_json(rows)})
     assert compare.main([str(p) for p in paths]) == 0
-    assert "1 rows in both, 0 slower" in capsys.readouterr().out
+    assert "1 rows in both, 0 of ours slower" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [bench_layer.OURS, bench_layer.PEER])
