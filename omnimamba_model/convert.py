@@ -15,7 +15,7 @@ from .gguf import SUFFIX, save_gguf
 from .hub import locate
 from .omnimamba import OmniMamba
 from .pipeline import ImageTokenizer, check_together, has_pixels, load_pixels, seen_through
-from .published import PublishedPixels, read_official_vq
+from .published import OFFICIAL_VQ, PublishedPixels, read_official_vq
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import CheckpointError, read_tokenizer, save
 
@@ -60,12 +60,10 @@ def convert(
     if dtype is not None:
         model = cast_matrices(model, getattr(torch, dtype))
     pixels = _pixels(path, image_tokenizer)
-    text = _text(path, model, tokenizer, as_omnimamba)
+    text, added = _text(path, model, tokenizer, as_omnimamba)
     words = None if text is None else _words(text, source)
     if isinstance(model, OmniMamba):
-        check_together(
-            target, model.config, None if tokenizer is None else words, None if image_tokenizer is None else pixels
-        )
+        check_together(target, model.config, words if added else None, None if image_tokenizer is None else pixels)
         if encoders is not None:
             pixels = seen_through(pixels, tuple(encoders), model.config)
     elif pixels is not None or encoders is not None:
@@ -104,9 +102,10 @@ def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
 
 
 def _pixels(path: Path, official: str | Path | None) -> ImageTokenizer | None:
-    """The image tokenizer of LlamaGen's file, or the one that lies beside the source."""
+    """The image tokenizer of LlamaGen's file, alone, in a folder or on the hub; or the one beside the source."""
     if official is not None:
-        return PublishedPixels(read_official_vq(official))
+        found = locate(official, wanted=(OFFICIAL_VQ,))
+        return PublishedPixels(read_official_vq(found / OFFICIAL_VQ if found.is_dir() else found))
     return load_pixels(path) if has_pixels(path) else None
 
 
@@ -117,13 +116,14 @@ def _words(text: str, source: str) -> TextTokenizer:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _text(path: Path, model: OmniMamba | MambaLM, tokenizer: str | None, grown: bool) -> str | None:
-    """tokenizer.json's text: the published one from ``tokenizer``, or what lies beside the source, with the published
-    additions where the model is an OmniMamba that had none."""
+def _text(path: Path, model: OmniMamba | MambaLM, tokenizer: str | None, grown: bool) -> tuple[str | None, bool]:
+    """tokenizer.json's text, and whether it got the published additions: from ``tokenizer``, or from beside the source
+    where that is another project's or this OmniMamba is new; what lies beside this package's own goes along as it is.
+    """
     text = read_tokenizer(path)
     if tokenizer is None and (text is None or isinstance(model, MambaLM) or not (grown or is_foreign(path))):
-        return text
-    return BpeTokenizer.published(path if tokenizer is None else tokenizer).to_json()
+        return text, False
+    return BpeTokenizer.published(path if tokenizer is None else tokenizer).to_json(), True
 
 
 def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:

@@ -31,7 +31,8 @@ from .omnimamba import OmniMamba
 from .weights import CONFIG, INDEX, WEIGHTS, CheckpointError, check_dtypes, check_fit, load, usable, weight_files
 
 PICKLES = (".pth", ".pt", ".bin")
-_PICKLED, _ADAPTER = "pytorch_model.bin", "adapter_config.json"
+_PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_ADAPTER = "adapter_config.json"
 _OFFICIAL = "llm_backbone.mamba."
 _IGNORED = ("vision_backbone.", "llm_backbone.vqvae.")
 """Frozen parts that the official file may carry; they have files of their own."""
@@ -113,7 +114,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def _official_file(folder: Path) -> Path | None:
     """The file, where the folder has no weights in another form; a config.json may lie beside it."""
     found = sorted(folder.glob("OmniMamba*.pth"))
-    if not found or any((folder / name).exists() for name in (WEIGHTS, INDEX, _PICKLED)):
+    if not found or any((folder / name).exists() for name in (WEIGHTS, INDEX, _PICKLED, _PICKLED_INDEX)):
         return None
     if len(found) > 1:
         raise CheckpointError(f"{folder} holds {len(found)} models; name one: {', '.join(map(str, found))}")
@@ -156,18 +157,24 @@ def _filled(kind: type[nn.Module], config: Any, tensors: dict[str, Tensor], path
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:
-    """A folder's weights: safetensors in any number of shards, else its pickle."""
-    if list(folder.glob("*.safetensors")):
+    """A folder's weights: safetensors, else pickles, in one file or in those that an index names."""
+    for whole, index, read in ((WEIGHTS, INDEX, _read_safetensors), (_PICKLED, _PICKLED_INDEX, read_pickle)):
+        if not any((folder / name).exists() for name in (whole, index)):
+            continue
         tensors: dict[str, Tensor] = {}
-        for path in weight_files(folder):
-            try:
-                tensors |= load_file(path)
-            except FileNotFoundError:
-                raise CheckpointError(absent(path)) from None
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        for path in weight_files(folder, whole, index):
+            found = read(path)
+            if again := sorted(tensors.keys() & found.keys()):
+                raise CheckpointError(f"{path} stores again what another shard has: {', '.join(again)}")
+            tensors |= found
         return tensors
-    pickled = folder / _PICKLED
-    if not pickled.exists():
-        raise CheckpointError(f"{folder} has neither safetensors nor {pickled.name}")
-    return read_pickle(pickled)
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {_PICKLED}, whole or with an index")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(absent(path)) from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model.bin", "adapter_model.bin")
+_WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model*.bin", "adapter_model.bin")
 
 
 class Pretrained:
@@ -52,8 +53,13 @@ class Pretrained:
         save(self, folder, **{"tokenizer": self.tokenizer, **options})
 
 
-def locate(name_or_path: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """A local path as it is; a hub repository's name as the folder that it was downloaded to."""
+def locate(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    wanted: Sequence[str] = _WANTED,
+) -> Path:
+    """A local path as it is; a hub repository's name as the folder to which its ``wanted`` files were downloaded."""
     path = Path(name_or_path)
     if path.exists():
         return path
@@ -65,5 +71,5 @@ def locate(name_or_path: str | Path, revision: str | None = None, local_files_on
     except ImportError:
         raise ImportError(f"to download {name}: pip install huggingface_hub") from None
     return Path(
-        snapshot_download(name, revision=revision, allow_patterns=list(_WANTED), local_files_only=local_files_only)
+        snapshot_download(name, revision=revision, allow_patterns=list(wanted), local_files_only=local_files_only)
     )

@@ -100,6 +100,8 @@ def load(
         for file in files:
             for name in file.keys():
                 part = file.get_slice(name)
+                if name in found:
+                    raise CheckpointError(f"{folder}: two shards store {name}")
                 found[name] = tuple(part.get_shape()), part.get_dtype()
         check_fit(model, {name: shape for name, (shape, _) in found.items()}, folder)
         check_dtypes({name: kind for name, (_, kind) in found.items()}, folder)
@@ -125,19 +127,19 @@ def usable(device: str | torch.device) -> torch.device:
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, whole: str = WEIGHTS, index_name: str = INDEX) -> list[Path]:
     """The files that hold the weights: those that the index names, each in the folder itself, or the one file."""
-    index = folder / INDEX
+    index, suffix = folder / index_name, Path(whole).suffix
     if not index.exists():
-        return [folder / WEIGHTS]
+        return [folder / whole]
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted(set(names))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} must be an object with a weight_map of tensors to files: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: weight_map must name .safetensors files beside it, got {name!r}")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+            raise CheckpointError(f"{index}: weight_map must name {suffix} files beside it, got {name!r}")
     return [folder / name for name in names]
 
 

@@ -15,12 +15,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("target", type=Path, help="the folder to write, or a .gguf of a plain Mamba-2 for llama.cpp")
     convert.add_argument("--dtype", choices=(*DTYPES, "q8_0"), help="cast the matrices; q8_0 in a .gguf alone")
     convert.add_argument("--tokenizer", help="a folder with GPT-NeoX's tokenizer.json, or a hub name, to put beside it")
-    convert.add_argument("--image-tokenizer", type=Path, help="vq_ds16_t2i.pt, to put beside it")
+    convert.add_argument("--image-tokenizer", help="vq_ds16_t2i.pt, a folder with it, or a hub name, to put beside it")
     convert.add_argument(
         "--encoders", nargs=2, metavar=("DINO", "SIGLIP"),
         help="folders or hub names of DINOv2 with registers and SigLIP, to note beside it",
     )  # fmt: skip
-    convert.add_argument("--base", help="the OmniMamba checkpoint that a PEFT adapter belongs on")
+    convert.add_argument("--base", help="the OmniMamba that a PEFT adapter belongs on: a folder or a hub name")
     convert.add_argument("--task", choices=TASKS, help="whose adapter a PEFT folder is; without --base, write one")
     convert.add_argument("--as-omnimamba", action="store_true", help="grow an OmniMamba around a Mamba-2")
     convert.set_defaults(run=_convert)

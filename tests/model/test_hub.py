@@ -83,11 +83,27 @@ def test_an_omnimamba_does_not_grow_with_another_tokenizer(lm, tmp_path, capsys)
     assert "tokenizer" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_llamagens_file_alone_in_a_folder_and_on_the_hub(folder, hub, tmp_path, monkeypatch):
+    seen = []
+
+    def read(path):
+        seen.append(path.read_text())
+        raise CheckpointError("far enough")
+
+    monkeypatch.setattr("omnimamba_model.convert.read_official_vq", read)
+    for i, place in enumerate((tmp_path / "vq", hub / "owner" / "vq")):
+        place.mkdir(parents=True)
+        (place / "vq_ds16_t2i.pt").write_text(f"file {i}")
+    for name in (tmp_path / "vq" / "vq_ds16_t2i.pt", tmp_path / "vq", "owner/vq"):
+        assert convert(folder, tmp_path / "out", "--image-tokenizer", name) == 2
+    assert seen == ["file 0", "file 0", "file 1"]
+
+
 # ---- a folder with the official file ----
 
 
 def mamba_ssm(lm: MambaLM, folder, **ssm):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     cfg = lm.config
     sizes = {"d_model": cfg.d_model, "n_layer": cfg.n_layer, "vocab_size": cfg.vocab_size, "rms_norm": True}
     ssm = {"layer": "Mamba2", "ngroups": cfg.ngroups, **ssm}
@@ -146,6 +162,38 @@ def test_weights_in_another_form_come_before_the_official_file(official, model):
     _, release = official
     save(model, release)
     assert same(OmniMamba.from_pretrained(release), model)
+
+
+def test_sharded_pickles(lm, hub, tmp_path):
+    """As transformers wrote them; an image tokenizer's safetensors beside them hold no model."""
+    folder = mamba_ssm(lm, hub / "theirs" / "sharded")
+    (folder / "pytorch_model.bin").unlink()
+    PatchTokenizer(16, 2, (4, 6)).save(folder)
+    names, tensors = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)], lm.state_dict()
+    weight_map = {name: names[i % 2] for i, name in enumerate(tensors)}
+    for file in names:
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert same(MambaLM.from_pretrained("theirs/sharded"), lm) and same(MambaLM.from_pretrained(folder), lm)
+    index.write_text(json.dumps({"weight_map": weight_map | {"x": "config.json"}}))
+    with pytest.raises(CheckpointError, match="must name .bin files beside it, got 'config.json'"):
+        MambaLM.from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    torch.save(tensors, folder / names[1])
+    with pytest.raises(CheckpointError, match="stores again what another shard has: .*backbone.embedding.weight"):
+        MambaLM.from_pretrained(folder)
+    index.unlink()
+    with pytest.raises(CheckpointError, match="neither model.safetensors nor pytorch_model.bin"):
+        MambaLM.from_pretrained(folder)
+
+
+def test_a_tensor_in_two_shards_is_named(model, tmp_path):
+    save(model, tmp_path, max_shard_bytes=20_000)
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    shutil.copy(first, second)
+    with pytest.raises(CheckpointError, match="two shards store "):
+        load(tmp_path)
 
 
 # ---- options of other projects' configs ----
