@@ -121,11 +121,16 @@ def mamba_chunk_scan_combined(
             raise ValueError(f"cu_seqlens: got a batch of {b}, expected 1 that holds all sequences one after another")
         checks.offsets("cu_seqlens", cu_seqlens, l)
         checks.same_device(x=x, cu_seqlens=cu_seqlens)
-        if seq_idx is None:
-            seq_idx = _sequence_of(cu_seqlens, l)
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens if return_varlen_states else None)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     options = {"chunk_size": chunk_size, "dt_softplus": bool(dt_softplus), "dt_limit": tuple(map(float, dt_limit))}
-    outputs = autograd.run(choose("ssd_scan", backend, *tensors, **options), *tensors, **options)
+    implementation = choose("ssd_scan", backend, *tensors, seq_idx, cu_seqlens, **options)
+    if getattr(implementation, "READS_OFFSETS", False):
+        options["varlen_states"] = return_varlen_states
+    else:
+        if seq_idx is None and cu_seqlens is not None:
+            seq_idx = _sequence_of(cu_seqlens, l)
+        cu_seqlens = cu_seqlens if return_varlen_states else None
+    outputs = autograd.run(implementation, *tensors, seq_idx, cu_seqlens, **options)
     wanted = [outputs[0]]
     for asked, states in ((return_final_states, outputs[1]), (return_varlen_states, outputs[2])):
         if asked:

@@ -43,7 +43,7 @@ def forward(
     """x, B, C and z have one type. ssd_ends: dt once for steps and once for each piece's tiles of the state, and there
     x and B. ssd_walk: x and z once, B, C and C B^T for each pair of heads and tile of channels, steps for each tile."""
     (b, l, h, p), n = x.shape, B.shape[3]
-    walk = tiles.walk(target, x, B, z, seq_idx, save)
+    walk = tiles.walk(target, x, B, z, seq_idx is not None, save)
     narrow = walk.tile.constants["NARROW"]
     ids = 0 if seq_idx is None else seq_idx.element_size()
     number = _size(A) + _size(dt_bias)  # of a head
@@ -83,7 +83,7 @@ def walk_exponentials(x: Tensor, B: Tensor, z: Tensor | None, seq_idx: Tensor | 
                       target: Target, save: bool = False, **_: object) -> int:  # fmt: skip
     """How many exponentials ssd_walk takes: L of each head and chunk, gates, and one for each state that seeds it."""
     b, l, h, _ = x.shape
-    walk = tiles.walk(target, x, B, z, seq_idx, save)
+    walk = tiles.walk(target, x, B, z, seq_idx is not None, save)
     programs, tile = b * h * walk.tile.p_blocks, walk.tile
     each = walk.chunk * (walk.chunk + (tile.constants["BLOCK_P"] if z is not None else 0))
     earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2

@@ -94,10 +94,10 @@ class Walk:
         return self.each // self.per_segment * self.chunk
 
 
-def walk(target: Target, x: Tensor, B: Tensor, z: Tensor | None, seq_idx: Tensor | None, save: bool) -> Walk:
+def walk(target: Target, x: Tensor, B: Tensor, z: Tensor | None, sequences: bool, save: bool) -> Walk:
     """The forward's. A plain one, whole chunks and nothing more, leaves more registers to the state."""
     (b, l, h, _), (_, _, g, n) = x.shape, B.shape
-    plain = l % CHUNK == 0 and z is None and seq_idx is None and not save
+    plain = l % CHUNK == 0 and z is None and not sequences and not save
     narrow = narrow_forward(target, x)
     found = tile("walk", target, x, n, narrow, plain=int(plain), paired=int(h // g % 2 == 0))
     chunk, heads = found.use["CHUNK"], found.use.get("HEADS", 1)

@@ -23,15 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_launch
-from ..triton_launch import launch, together
+from ..triton_launch import launch, settings, together
 from . import tiles
 from .tiles import CHUNK, Tile
 from .triton_backward_chunks import ssd_back_chunks
 from .triton_backward_starts import ssd_starts
 from .triton_backward_walk import chunk_steps, ssd_back_walk
 from .triton_common import step_sizes
-
-BLOCK = 1024  # elements of dB and dC a program of ssd_back_close
 
 
 @triton.jit
@@ -152,6 +150,7 @@ def backward(
     chunk_size: int,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    varlen_states: bool,
 ) -> tuple[Tensor | None, ...]:
     *inputs, seq_idx, cu_seqlens, states, ungated = saved
     x, dt, A, B, C, D, z, dt_bias, initial_states = inputs
@@ -160,10 +159,9 @@ def backward(
     b, l, h, _ = x.shape
     chunks = triton.cdiv(l, CHUNK)
     dy, dfinal, dvarlen = grads
-    offsets = None if cu_seqlens is None else cu_seqlens.clamp(max=l)  # a GPU's are not looked at before
     scan = _Scan(
         *(_rows(t) for t in (x, B, C, z, dy)),
-        *(None if t is None else t.contiguous() for t in (dfinal, dvarlen, offsets)),
+        *(None if t is None else t.contiguous() for t in (dfinal, dvarlen, cu_seqlens)),
         steps=_floats(x, b, h, chunks, 3, CHUNK),
         used=x.new_empty(b, chunks, CHUNK, dtype=torch.int8),
         narrow=tiles.narrow_backward(z, x, B, C, dy),
@@ -174,18 +172,19 @@ def backward(
     pieces = _starts(scan, walk, raw, seq_idx, B.shape[3], dt_limit, step)
     dstates = _walk(scan, walk, pieces, states, made["initial_states"])
     terms, sums, parts = _chunks(scan, D, ungated, states, dstates, made)
-    size = B.numel()
+    size, target = B.numel(), triton_launch.target_of(x)
+    use = settings("ssd_scan", "back_close", target, elements=size)
     launch(
-        ssd_back_close, (b * h * chunks + triton.cdiv(size, BLOCK),),
+        ssd_back_close, (b * h * chunks + triton.cdiv(size, use["BLOCK"]),),
         *raw, scan.steps, scan.used, terms, sums, parts, made["dt"], made["B"], made["C"],
         l, h, chunks, b * h * chunks, sums.shape[3], parts.shape[0], size, *dt_limit, *dt.stride(),
-        CHUNK=CHUNK, **step, TERMS=terms.shape[3], BLOCK=BLOCK, num_warps=4,
+        CHUNK=CHUNK, **step, TERMS=terms.shape[3], **use,
     )  # fmt: skip
-    blocks = triton.cdiv(sums.shape[3], 16)
+    use = settings("ssd_scan", "back_total", target, rows=b * chunks)
+    blocks = triton.cdiv(sums.shape[3], use["COLUMNS"])
     launch(
         ssd_back_total, (h * blocks,), sums, made["A"], made["dt_bias"], made["D"],
-        b * chunks, h, sums.shape[3], blocks, HAS_BIAS=dt_bias is not None, HAS_D=D is not None,
-        ROWS=64, COLUMNS=16, num_warps=4,
+        b * chunks, h, sums.shape[3], blocks, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, **use,
     )  # fmt: skip
     return (*(t if need else None for t, need in zip(made.values(), needs, strict=False)), None, None)
 
@@ -211,7 +210,8 @@ def _starts(
         l, h, h // scan.C.shape[2], step_programs, walk.per_segment, pieces, walk.piece, scan.sequences, *dt_limit,
         *_strides(scan.C, 3), *_strides(scan.z, 3), *raw[0].stride(), *_strides(seq_idx, 2), *_strides(scan.dy, 3),
         CHUNK=CHUNK, BLOCK_H=block_h, GROUP=use["GROUP"], STAGES=use["num_stages"], STARTS=pieces > 0,
-        HAS_SEQ=seq_idx is not None, **flags, **walk.ends.constants, **scan.flags, **walk.ends.options,
+        HAS_SEQ=seq_idx is not None, PACKED=seq_idx is None and scan.offsets is not None, **flags,
+        **walk.ends.constants, **scan.flags, **walk.ends.options,
     )  # fmt: skip
     return starts, decays
 
@@ -225,8 +225,8 @@ def _walk(
     launch(
         ssd_back_walk, (b * h * tile.p_blocks * tile.n_blocks * walk.segments,),
         scan.C, scan.z, scan.steps, scan.used, scan.offsets, scan.dy, scan.dfinal, scan.dvarlen, *pieces, dstates,
-        dinitial, h, h // scan.C.shape[2], chunks, walk.segments, walk.each, walk.per_segment, scan.sequences,
-        *_strides(scan.C, 3), *_strides(scan.z, 3), *_strides(scan.dy, 3),
+        dinitial, scan.x.shape[1], h, h // scan.C.shape[2], chunks, walk.segments, walk.each, walk.per_segment,
+        scan.sequences, *_strides(scan.C, 3), *_strides(scan.z, 3), *_strides(scan.dy, 3),
         CHUNK=CHUNK, **tile.constants, **scan.flags, HAS_FINAL=scan.dfinal is not None,
         HAS_INITIAL=dinitial is not None, SEEDED=walk.segments > 1, **tile.options,
     )  # fmt: skip

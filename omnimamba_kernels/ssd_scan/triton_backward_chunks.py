@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward_starts import at_position, sequences_before
+from .triton_backward_starts import at_position, offset_at, sequences_before
 from .triton_backward_walk import chunk_steps
 from .triton_common import decay_between
 from .triton_products import load_gradient, load_state, load_tile, product, product_exact_derived
@@ -122,7 +122,7 @@ def _inside(
 @triton.jit
 def _states(
     x, C, z, dy, offsets, dvarlen, states, dstates, steps, used, terms, dB, dC, stored, first_head, last_head,
-    state_at, step_at, n_block, start, sequences, heads, chunks, group_row, x_l, x_h, C_l, z_l, z_h, dy_l, dy_h,
+    state_at, step_at, n_block, start, sequences, l, heads, chunks, group_row, x_l, x_h, C_l, z_l, z_h, dy_l, dy_h,
     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr, TERMS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, HAS_DY: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_VARLEN: tl.constexpr,
@@ -134,8 +134,8 @@ def _states(
     dB_sum = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     first, last = 0, 0
     if HAS_VARLEN:
-        first = sequences_before(offsets, sequences, start)
-        last = sequences_before(offsets, sequences, start + CHUNK)
+        first = sequences_before(offsets, sequences, start, l)
+        last = sequences_before(offsets, sequences, start + CHUNK, l)
     for head in tl.range(first_head, last_head, disable_licm=True):
         dt, high, low = chunk_steps(steps, step_at + head * chunks, CHUNK)
         carry = tl.exp2(high + low)
@@ -155,8 +155,8 @@ def _states(
             dB_sum = product(weighted, dS.to(x_tile.dtype), dB_sum, PRECISION)
             if HAS_VARLEN:
                 for j in range(first, last):
-                    end = tl.load(offsets + j + 1)
-                    if end > tl.load(offsets + j):
+                    end = offset_at(offsets, j + 1, l)
+                    if end > offset_at(offsets, j, l):
                         dV = load_state(dvarlen + (j * heads + head) * (P * N), column, state, P, N, BLOCK_P, BLOCK_N)
                         inward += tl.where(i == end - start - 1, carry * tl.sum(S * dV), 0.0)
                         weighted = weigh(x_tile, dt * tail_of(high, low, end - start, CHUNK))
@@ -220,7 +220,7 @@ def _through_state(
 @triton.jit
 def _inputs(
     x, B, C, D, z, ungated, dy, offsets, dvarlen, dstates, steps, used, terms, dx, dz, stored, first_head, last_head,
-    state_at, step_at, start, sequences, heads, chunks, x_l, x_h, B_l, C_l, z_l, z_h, dy_l, dy_h,
+    state_at, step_at, start, sequences, l, heads, chunks, x_l, x_h, B_l, C_l, z_l, z_h, dy_l, dy_h,
     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, P_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr, N_BLOCKS: tl.constexpr, TERMS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
     SKIP: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr, HAS_VARLEN: tl.constexpr,
@@ -234,8 +234,8 @@ def _inputs(
         B_tile = load_tile(B, i, B_l, tl.arange(0, BLOCK_N), N, BLOCK_N, valid, NARROW)
     first, last = 0, 0
     if HAS_VARLEN:
-        first = sequences_before(offsets, sequences, start)
-        last = sequences_before(offsets, sequences, start + CHUNK)
+        first = sequences_before(offsets, sequences, start, l)
+        last = sequences_before(offsets, sequences, start + CHUNK, l)
     for head in tl.range(first_head, last_head, disable_licm=True):
         dt, high, low = chunk_steps(steps, step_at + head * chunks, CHUNK)
         L = decay_between(high[None, :], low[None, :], high[:, None], low[:, None], mask)
@@ -259,8 +259,8 @@ def _inputs(
             )  # fmt: skip
             if HAS_VARLEN:
                 for j in range(first, last):
-                    end = tl.load(offsets + j + 1)
-                    if end > tl.load(offsets + j):
+                    end = offset_at(offsets, j + 1, l)
+                    if end > offset_at(offsets, j, l):
                         dV = dvarlen + (j * heads + head) * (P * N)
                         dx_sum, U, ahead = _through_state(
                             dx_sum, U, ahead, x_tile, B, B_tile, dV, dt, high, low, end - start, valid,
@@ -284,7 +284,7 @@ def _inputs(
         store_after(out + 2 * CHUNK, ahead, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def ssd_back_chunks(
     x, B, C, D, z, ungated, dy, offsets, dvarlen, states, dstates, steps, used, terms, sums, parts, dx, dz,
     l, heads, groups, part_heads, part_count, chunk_count, sequences, part_size,
@@ -323,7 +323,7 @@ def ssd_back_chunks(
     if role == 0:
         _inputs(
             x, B, C, D, z, ungated, dy, offsets, dvarlen, dstates, steps, used, terms, dx, dz, stored, first_head,
-            last_head, state_at, step_at, start, sequences, heads, chunk_count,
+            last_head, state_at, step_at, start, sequences, l, heads, chunk_count,
             x_l, x_h, B_l, C_l, z_l, z_h, dy_l, dy_h, CHUNK, P, N, BLOCK_P, P_BLOCKS, DEEP_N, DEEP_BLOCKS, TERMS,
             NARROW, PRECISION, SKIP, HAS_DY, HAS_Z, HAS_VARLEN,
         )  # fmt: skip
@@ -336,7 +336,7 @@ def ssd_back_chunks(
     else:
         _states(
             x, C, z, dy, offsets, dvarlen, states, dstates, steps, used, terms, parts + part_size,
-            parts + 3 * part_size, stored, first_head, last_head, state_at, step_at, role - 2, start, sequences, heads,
-            chunk_count, groups * N, x_l, x_h, C_l, z_l, z_h, dy_l, dy_h,
+            parts + 3 * part_size, stored, first_head, last_head, state_at, step_at, role - 2, start, sequences, l,
+            heads, chunk_count, groups * N, x_l, x_h, C_l, z_l, z_h, dy_l, dy_h,
             CHUNK, P, N, BLOCK_P, P_BLOCKS, BLOCK_N, TERMS, NARROW, PRECISION, HAS_DY, HAS_Z, HAS_VARLEN,
         )  # fmt: skip

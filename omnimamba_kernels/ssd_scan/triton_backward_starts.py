@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import FLOOR, LOG2E, step_sizes
+from .triton_common import FLOOR, LOG2E, listed_sequences, offsets_up_to, packed_sequences, step_sizes
 from .triton_products import load_gradient, load_tile, product_derived_exact
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
@@ -35,28 +35,14 @@ def at_position(v, t, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sequences_before(offsets, sequences, position):
+def sequences_before(offsets, sequences, position, l):
     """How many packed sequences end at ``position`` or before."""
-    first, last = 0, sequences
-    while first < last:
-        middle = (first + last) // 2
-        if tl.load(offsets + middle + 1) > position:
-            last = middle
-        else:
-            first = middle + 1
-    return first
+    return offsets_up_to(offsets + 1, 1, sequences, position, l)
 
 
 @triton.jit
-def _positions(seq_idx, t, inside, seq_l, HAS_SEQ: tl.constexpr):
-    """Which of the positions ``t`` count, and at which a sequence begins."""
-    begins = t < 0
-    if HAS_SEQ:
-        seq = tl.load(seq_idx + t * seq_l, mask=inside, other=0)
-        before = tl.load(seq_idx + (t - 1) * seq_l, mask=inside & (t > 0), other=0)
-        begins = inside & (seq != before)
-        inside = inside & (seq >= 0)
-    return inside, begins
+def offset_at(offsets, j, l):
+    return tl.minimum(tl.load(offsets + j), l)
 
 
 @triton.jit
@@ -69,8 +55,10 @@ def _steps(raw, bias, rate, valid, begins, dt_low, dt_high, SOFTPLUS: tl.constex
 
 @triton.jit
 def _write_steps(
-    pid, dt, A, dt_bias, seq_idx, steps, used, l, heads, chunks, dt_low, dt_high, dt_b, dt_l, dt_h, seq_b, seq_l,
+    pid, dt, A, dt_bias, seq_idx, offsets, steps, used, l, heads, chunks, sequences, dt_low, dt_high,
+    dt_b, dt_l, dt_h, seq_b, seq_l,
     CHUNK: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     head_blocks = tl.cdiv(heads, BLOCK_H)
     head_block, pid = pid % head_blocks, pid // head_blocks
@@ -78,7 +66,11 @@ def _write_steps(
     i = tl.arange(0, CHUNK)
     head = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
     known, t = head < heads, chunk * CHUNK + i
-    valid, begins = _positions(seq_idx + b * seq_b if HAS_SEQ else seq_idx, t, t < l, seq_l, HAS_SEQ)
+    valid, begins = t < l, t < 0
+    if PACKED:
+        valid, begins = packed_sequences(offsets, 1, sequences, t, valid, l)
+    elif HAS_SEQ:
+        valid, begins = listed_sequences(seq_idx + b * seq_b, seq_l, t, valid)
     at = b * dt_b + t[:, None] * dt_l + head[None] * dt_h
     raw = tl.load(dt + at, mask=valid[:, None] & known[None], other=0.0).to(tl.float32)
     bias = tl.load(dt_bias + head, mask=known, other=0.0).to(tl.float32)[None] if HAS_BIAS else 0.0
@@ -101,7 +93,7 @@ def _write_start(
     C_b, C_l, C_g, z_b, z_l, z_h, dt_b, dt_l, dt_h, seq_b, seq_l, dy_b, dy_l, dy_h,
     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, PACKED: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_VARLEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -127,12 +119,20 @@ def _write_start(
         z += b * z_b + head * z_h
     start = (first_piece + which) * piece
     end = tl.minimum(start + piece, l)
+    wiped = 0.0
+    if PACKED:  # what comes after the first that begins here reaches no state before it; in padding nothing counts
+        count = offsets_up_to(offsets, 1, sequences + 1, start - 1, l)
+        begin = offset_at(offsets, tl.minimum(count, sequences), l)
+        wiped = tl.where((count <= sequences) & (begin < end), FLOOR, 0.0)
+        end = tl.where(count <= sequences, tl.minimum(begin, end), start)
     dS = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     after = tl.full((), 0.0, tl.float64)
     while (start < end) & ~(after < NOTHING):
         for _ in tl.range(0, GROUP, num_stages=STAGES):
             t = start + i
-            valid, begins = _positions(seq_idx, t, t < end, seq_l, HAS_SEQ)
+            valid, begins = t < end, t < 0
+            if HAS_SEQ:
+                valid, begins = listed_sequences(seq_idx, seq_l, t, valid)
             raw = tl.load(dt + t * dt_l, mask=valid, other=0.0).to(tl.float32)
             a = _steps(raw, bias, rate, valid, begins, dt_low, dt_high, SOFTPLUS)[1]
             reaching = tl.exp2((tl.cumsum(a, 0) + after).to(tl.float32))
@@ -146,28 +146,30 @@ def _write_start(
                 dS = product_derived_exact(weighted, C_tile, dS, NARROW, PRECISION)
             if HAS_VARLEN:
                 stop = tl.minimum(start + CHUNK, end)
-                for j in range(sequences_before(offsets, sequences, start), sequences_before(offsets, sequences, stop)):
-                    after_it = tl.load(offsets + j + 1)
+                for j in range(sequences_before(offsets, sequences, start, l),
+                               sequences_before(offsets, sequences, stop, l)):  # fmt: skip
+                    after_it = offset_at(offsets, j + 1, l)
                     left = at_position(reaching, after_it - start - 1, CHUNK)
-                    left = tl.where(after_it > tl.load(offsets + j), left, 0.0)
+                    left = tl.where(after_it > offset_at(offsets, j, l), left, 0.0)
                     at = (j * heads + head) * (P * N)
                     dS += left * tl.load(dvarlen + at + tile, mask=inside, other=0.0).to(tl.float32)
             after += tl.sum(a, 0)
             start += CHUNK
+    after += wiped
     index = (b * heads + head) * pieces + which
     tl.store(starts + index * (P * N) + tile, dS, mask=inside)
     if (p_block == 0) & (n_block == 0):
         tl.store(decays + index, after)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def ssd_starts(
     C, z, dt, A, dt_bias, seq_idx, offsets, dy, dvarlen, steps, used, starts, decays,
     l, heads, per_group, step_programs, first_piece, pieces, piece, sequences, dt_low, dt_high,
     C_b, C_l, C_g, z_b, z_l, z_h, dt_b, dt_l, dt_h, seq_b, seq_l, dy_b, dy_l, dy_h,
     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, PACKED: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_VARLEN: tl.constexpr, STARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``step_programs`` write steps, the others starts: of ``pieces`` pieces of ``piece`` positions,
@@ -175,8 +177,8 @@ def ssd_starts(
     pid = tl.program_id(0).to(tl.int64)
     if pid < step_programs:
         _write_steps(
-            pid, dt, A, dt_bias, seq_idx, steps, used, l, heads, tl.cdiv(l, CHUNK), dt_low, dt_high,
-            dt_b, dt_l, dt_h, seq_b, seq_l, CHUNK, BLOCK_H, SOFTPLUS, HAS_BIAS, HAS_SEQ,
+            pid, dt, A, dt_bias, seq_idx, offsets, steps, used, l, heads, tl.cdiv(l, CHUNK), sequences, dt_low, dt_high,
+            dt_b, dt_l, dt_h, seq_b, seq_l, CHUNK, BLOCK_H, SOFTPLUS, HAS_BIAS, HAS_SEQ, PACKED,
         )  # fmt: skip
     elif STARTS:
         _write_start(
@@ -184,5 +186,5 @@ def ssd_starts(
             l, heads, per_group, first_piece, pieces, piece, sequences, dt_low, dt_high,
             C_b, C_l, C_g, z_b, z_l, z_h, dt_b, dt_l, dt_h, seq_b, seq_l, dy_b, dy_l, dy_h,
             CHUNK, P, N, BLOCK_P, BLOCK_N, GROUP, NARROW, PRECISION, SOFTPLUS,
-            HAS_BIAS, HAS_SEQ, HAS_DY, HAS_Z, HAS_VARLEN, STAGES,
+            HAS_BIAS, HAS_SEQ, PACKED, HAS_DY, HAS_Z, HAS_VARLEN, STAGES,
         )  # fmt: skip

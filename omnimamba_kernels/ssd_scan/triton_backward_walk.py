@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward_starts import NOTHING, at_position, sequences_before
+from .triton_backward_starts import NOTHING, at_position, offset_at, sequences_before
 from .triton_products import load_gradient, load_tile, product_derived_exact
 
 
@@ -52,10 +52,10 @@ def _seed(
     return dS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def ssd_back_walk(
     C, z, steps, used, offsets, dy, dfinal, dvarlen, starts, decays, dstates, dinitial,
-    heads, per_group, chunks, segments, chunks_each, pieces_each, sequences,
+    l, heads, per_group, chunks, segments, chunks_each, pieces_each, sequences,
     C_b, C_l, C_g, z_b, z_l, z_h, dy_b, dy_l, dy_h,
     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     NARROW: tl.constexpr, PRECISION: tl.constexpr, HAS_DY: tl.constexpr, HAS_Z: tl.constexpr, HAS_FINAL: tl.constexpr,
@@ -100,11 +100,11 @@ def ssd_back_walk(
             reaching = tl.trans(dy_tile.to(tl.float32) * carry[:, None])
             dS = product_derived_exact(reaching, C_tile, dS, NARROW, PRECISION)
         if HAS_VARLEN:
-            for j in range(sequences_before(offsets, sequences, start),
-                           sequences_before(offsets, sequences, start + CHUNK)):  # fmt: skip
-                end = tl.load(offsets + j + 1)
+            for j in range(sequences_before(offsets, sequences, start, l),
+                           sequences_before(offsets, sequences, start + CHUNK, l)):  # fmt: skip
+                end = offset_at(offsets, j + 1, l)
                 reached = at_position(carry, end - start - 1, CHUNK)
-                reached = tl.where(end > tl.load(offsets + j), reached, 0.0)
+                reached = tl.where(end > offset_at(offsets, j, l), reached, 0.0)
                 at = (j * heads + head) * (P * N)
                 dS += reached * tl.load(dvarlen + at + tile, mask=inside, other=0.0).to(tl.float32)
     if HAS_INITIAL:

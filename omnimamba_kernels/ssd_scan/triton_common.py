@@ -12,13 +12,13 @@ a chunk; a position at or after l has dt = 0 and belongs to the sequence before 
 Sums are kept as float64 and handed out as two float32 (the number and what it lacks), so that differences of sums stay
 exact beside steps that wipe out the state. One step is cut at 2^FLOOR, which is 0 in float32.
 
-A sequence is a run of equal ``seq_idx``; a negative index is padding. Before position 0 counts as index 0. ``run``
-numbers the sequences of a chunk: 0 is the one that the state before the chunk belongs to.
+A sequence is a run of equal ``seq_idx``; a negative index is padding. Before position 0 counts as index 0. Without
+``seq_idx``, ``cu_seqlens`` has where packed sequences begin and end; after the last all is padding. ``run`` numbers the
+sequences of a chunk: 0 is the one that the state before the chunk belongs to.
 
 What ``forward(save=True)`` keeps for ``backward``, in this order:
 
-    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx    the arguments as they came (seq_idx any integer, or None)
-    cu_seqlens   only where the states after its sequences are an output
+    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens    the arguments as they came
     states       (b, ceil(l / CHUNK), h, p, n), contiguous, float32: the state after position CHUNK k - 1, in chunk k's
                  place (the initial states for k = 0), before a sequence that begins at CHUNK k drops it
     ungated      (b, l, h, p), contiguous, in y's dtype: y before the gate; None without z
@@ -85,10 +85,35 @@ def decay_sums(dt, A):
 
 
 @triton.jit
-def run_ids(seq, seq_before, valid):
-    """``run`` of each position and of the chunk's end, from seq_idx at and one before each position."""
-    starts = (valid & (seq != seq_before)).to(tl.int32)
-    return tl.cumsum(starts, 0), tl.sum(starts, 0)
+def listed_sequences(seq_idx, seq_l, t, valid):
+    """Which of the positions ``t`` belong to a sequence, and at which one begins, or padding: by seq_idx."""
+    here = tl.load(seq_idx + t.to(tl.int64) * seq_l, mask=valid, other=0)
+    before = tl.load(seq_idx + (t - 1).to(tl.int64) * seq_l, mask=valid & (t > 0), other=0)
+    return valid & (here >= 0), valid & (here != before)
+
+
+@triton.jit
+def packed_sequences(offsets, offset_i, sequences, t, valid, l):
+    """The same by the sequences + 1 ``offsets`` of packed sequences."""
+    count = offsets_up_to(offsets, offset_i, sequences + 1, t, l)
+    last = tl.load(offsets + (count - 1).to(tl.int64) * offset_i, mask=valid & (count > 0), other=-1)
+    # Empty sequences before the first position end there: the state before them is not that of the one that begins.
+    return valid & (count > 0) & (count <= sequences), valid & tl.where(t == 0, count != 1, last == t)
+
+
+@triton.jit
+def offsets_up_to(offsets, offset_i, count, t, l):
+    """How many of ``count`` rising offsets, none of which counts as more than ``l``, are at most ``t``: a number, or
+    for many t as many numbers."""
+    found, step = t * 0, 1
+    while step < count:
+        step *= 2
+    while step > 0:
+        tried = tl.minimum(found + step, count)
+        offset = tl.load(offsets + (tried - 1).to(tl.int64) * offset_i)
+        found = tl.where(tl.minimum(offset, l) <= t, tried, found)
+        step //= 2
+    return found
 
 
 @triton.jit

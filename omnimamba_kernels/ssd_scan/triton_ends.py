@@ -10,10 +10,12 @@ float32. The names are those of triton_common.py; carry is -1 where a sequence h
 state crosses into it.
 
 Plan: one launch with two roles. Steps: a program takes a chunk and BLOCK_H heads, reads dt along the heads and writes
-along the positions. Ends, only where the walk is cut into segments: a program takes a head, a tile of its state and a
-piece of the sequence, which it walks backward from its end. A position's weight is its decay to that end, so that
-nothing is rescaled, and the walk stops, GROUP chunks at a time, where a sequence begins or the decay leaves nothing.
+along the positions; of packed sequences it finds each position's among their offsets, by bisection. Ends, only where
+the walk is cut into segments: a program takes a head, a tile of its state and a piece of the sequence, which it walks
+backward from its end. A position's weight is its decay to that end, so that nothing is rescaled, and the walk stops,
+GROUP chunks at a time, where a sequence begins or the decay leaves nothing.
 The state after a packed sequence is found the same way, from the sequence's end, by programs after those of pieces.
+A walk over packed sequences ends where the one begins that it is in at its own end: one bisection a program.
 
 Traffic a position and head: dt read and 16 bytes written; ends reads x and B once more, 2 p bytes of 16-bit x and B
 through the cache, as far as it goes.
@@ -24,26 +26,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import centred, decay_sums, run_ids, split_dot, step_sizes
+from .triton_common import (
+    centred,
+    decay_sums,
+    listed_sequences,
+    offsets_up_to,
+    packed_sequences,
+    split_dot,
+    step_sizes,
+)
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
-SPILLS = {("ssd_ends", "sm_80"): (4, "of float16, where pieces and packed sequences share the launch")}
-
-
-@triton.jit
-def sequences(seq, seq_l, t, valid):
-    """seq_idx of positions ``t``, their runs and the last one."""
-    ids = tl.load(seq + t.to(tl.int64) * seq_l, mask=valid, other=0)
-    before = tl.load(seq + (t - 1).to(tl.int64) * seq_l, mask=valid & (t > 0), other=0)
-    run, last_run = run_ids(ids, before, valid)
-    return ids, run, last_run
 
 
 @triton.jit
 def write_steps(
-    pid, dt, A, dt_bias, seq, steps, lasts, l, h, chunks, dt_low, dt_high,
-    dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l,
+    pid, dt, A, dt_bias, seq, cu_seqlens, steps, lasts, l, h, chunks, sequences, dt_low, dt_high,
+    dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l, cu_i,
     CHUNK: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     head_blocks = tl.cdiv(h, BLOCK_H)
     head_block, pid = pid % head_blocks, pid // head_blocks
@@ -61,16 +62,20 @@ def write_steps(
         bias = tl.load(dt_bias + wide * bias_h, mask=head_in, other=0.0).to(tl.float32)[None]
     rate = tl.load(A + wide * A_h, mask=head_in, other=0.0).to(tl.float32)[None]
     step = tl.where(inside, step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[0], 0.0)
-    if HAS_SEQ:
-        ids, run, last_run = sequences(seq + row * seq_b, seq_l, t, valid)
-        step = tl.where((ids >= 0)[:, None], step, 0.0)
+    if HAS_SEQ or PACKED:
+        if PACKED:
+            keep, begins = packed_sequences(cu_seqlens, cu_i, sequences, t, valid, l)
+        else:
+            keep, begins = listed_sequences(seq + row * seq_b, seq_l, t, valid)
+        run, last_run = tl.cumsum(begins.to(tl.int32), 0), tl.sum(begins.to(tl.int32), 0)
+        step = tl.where(keep[:, None], step, 0.0)
         if head_block == 0:
             last = tl.sum((run[None] <= run[:, None]).to(tl.int32), 1) - 1
-            tl.store(lasts + (row * chunks + chunk) * CHUNK + cs, tl.where(valid & (ids >= 0), last, -1))
+            tl.store(lasts + (row * chunks + chunk) * CHUNK + cs, tl.where(keep, last, -1))
     high, low, end_high, end_low = decay_sums(step, rate)
     carry = tl.exp2(high + low)
     weight = step * tl.exp2((end_high[None] - high) + (end_low[None] - low))
-    if HAS_SEQ:
+    if HAS_SEQ or PACKED:
         carry = tl.where((run == 0)[:, None], carry, -1.0)
         weight = tl.where((run == last_run)[:, None], weight, 0.0)
     out = steps + ((row * chunks + chunk) * h + wide[None]) * (4 * CHUNK) + cs[:, None]
@@ -99,8 +104,8 @@ def walk_back(
             step = step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[0]
             keep = valid
             if HAS_SEQ:
-                ids, run, last_run = sequences(seq, seq_l, t, valid)
-                keep = valid & (ids >= 0)
+                keep, begins = listed_sequences(seq, seq_l, t, valid)
+                run, last_run = tl.cumsum(begins.to(tl.int32), 0), tl.sum(begins.to(tl.int32), 0)
             step = tl.where(keep, step, 0.0)
             x_tile = tl.load(x + rows[:, None] * x_l + ps[None], mask=keep[:, None] & p_in[None], other=0.0)
             B_tile = tl.load(B + rows[:, None] * B_l + ns[None], mask=keep[:, None] & n_in[None], other=0.0)
@@ -122,28 +127,41 @@ def walk_back(
 
 
 @triton.jit
+def _packed_range(cu_seqlens, cu_i, sequences, start, end, l):
+    """From where on positions before ``end`` count there, and whether the state before ``start`` does, by the offsets
+    of packed sequences."""
+    count = offsets_up_to(cu_seqlens, cu_i, sequences + 1, end - 1, l)
+    in_one = (count > 0) & (count <= sequences)
+    begin = tl.load(cu_seqlens + (count - 1).to(tl.int64) * cu_i, mask=in_one, other=0)
+    reached = (end == 0) | (in_one & ((begin < start) | ((start == 0) & (count == 1))))
+    return tl.where(in_one, tl.maximum(start, begin.to(tl.int32)), end), reached
+
+
+@triton.jit
 def _store_end(ends, decays, index, state, after, at, inside, p_block, n_block, SIZE: tl.constexpr):
     tl.store(ends + index * SIZE + at, state, mask=inside)
     if (p_block == 0) & (n_block == 0):
         tl.store(decays + index, after)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def ssd_ends(
     x, dt, A, B, dt_bias, initial, seq, cu_seqlens, steps, lasts, ends, decays, varlen,
-    l, h, per_group, step_programs, pieces, piece, dt_low, dt_high,
+    l, h, per_group, step_programs, pieces, piece, sequences, dt_low, dt_high,
     x_b, x_l, x_h, dt_b, dt_l, dt_h, A_h, B_b, B_l, B_g, bias_h, initial_h, initial_p, initial_n, seq_b, seq_l, cu_i,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr,
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
-    VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``step_programs`` write steps, the next the ends of ``pieces`` pieces of ``piece`` positions from
-    the row's start, the last (VARLEN, of one row) those of packed sequences, with what is left of the initial state."""
+    the row's start, the last (VARLEN, of one row) those of packed sequences, with what is left of the initial state.
+    PACKED: the sequences are those of ``cu_seqlens``, else of ``seq`` if HAS_SEQ."""
     pid = tl.program_id(0)
     if pid < step_programs:
-        write_steps(pid, dt, A, dt_bias, seq, steps, lasts, l, h, tl.cdiv(l, CHUNK), dt_low, dt_high, dt_b, dt_l, dt_h,
-                    A_h, bias_h, seq_b, seq_l, CHUNK, BLOCK_H, SOFTPLUS, HAS_BIAS, HAS_SEQ)  # fmt: skip
+        write_steps(pid, dt, A, dt_bias, seq, cu_seqlens, steps, lasts, l, h, tl.cdiv(l, CHUNK), sequences, dt_low,
+                    dt_high, dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l, cu_i, CHUNK, BLOCK_H, SOFTPLUS, HAS_BIAS,
+                    HAS_SEQ, PACKED)  # fmt: skip
     elif ENDS:
         pid -= step_programs
         P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -166,6 +184,8 @@ def ssd_ends(
             finish = tl.minimum(tl.load(cu_seqlens + (which + 1) * cu_i, mask=packed, other=0), l).to(tl.int32)
             start = tl.where(packed, 0, start)
             end = tl.where(packed, tl.where(finish > begins, finish, 0), end)
+        if PACKED:
+            start, reached = _packed_range(cu_seqlens, cu_i, sequences, start, end, l)
         rate = tl.load(A + head * A_h).to(tl.float32)
         bias = tl.load(dt_bias + head * bias_h).to(tl.float32) if HAS_BIAS else 0.0
         state, after = walk_back(
@@ -174,6 +194,8 @@ def ssd_ends(
             dt_low, dt_high, x_l, dt_l, B_l, seq_l, ps, ns, p_in, n_in,
             CHUNK, GROUP, SOFTPLUS, NARROW, PRECISION, HAS_SEQ, STAGES,
         )  # fmt: skip
+        if PACKED:
+            after = tl.where(reached, after, float("-inf"))
         at = ps[:, None] * N + ns[None]
         if VARLEN:
             if packed:

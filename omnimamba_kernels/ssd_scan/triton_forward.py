@@ -39,6 +39,9 @@ bound. Factors about an anchor, 2^(cum_t - anchor) 2^(anchor - cum_s) outside th
 Precision: 16-bit x, B, C enter as they are; S and the scores are rounded once to their type, whose error stays below
 that of y's own rounding. What enters S is split into TERMS parts of that type, because S is handed out in float32. In
 float32 (NARROW false) products run in PRECISION.
+
+An infinity or NaN of x, B or dt goes where the recurrence takes it, and, as 0 times it, to the same channels of the
+positions before it in its chunk: y has NaN there. In the state its row or column may be NaN instead of infinite.
 """
 
 from __future__ import annotations
@@ -72,11 +75,11 @@ def seed(state, ends, decays, initial, index, count, size, at, initial_at, insid
 
 
 @triton.jit
-def load_rows(at, rows_in, columns_in, EVEN: tl.constexpr):
-    """A tile, 0 outside; EVEN: no row and no column is outside."""
+def load_rows(at, rows_in, columns_in, EVEN: tl.constexpr, KEEP: tl.constexpr = ""):
+    """A tile, 0 outside; EVEN: no row and no column is outside. KEEP is the cache's policy."""
     if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=rows_in[:, None] & columns_in[None], other=0.0)
+        return tl.load(at, eviction_policy=KEEP)
+    return tl.load(at, mask=rows_in[:, None] & columns_in[None], other=0.0, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -103,7 +106,7 @@ def ssd_walk(
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, N_PARTS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, SEEDED: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, SAVE: tl.constexpr,
-    KEEP_EVERY: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    KEEP_EVERY: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -116,6 +119,8 @@ def ssd_walk(
     kept = tl.cdiv(chunks, KEEP_EVERY)
     group, index = head // per_group, row * h + head
 
+    # What is read again rather than held has another policy then, or the compiler would make one load of both.
+    FIRST: tl.constexpr = "evict_last" if AGAIN else ""
     cs, ns = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
     ps = p_block * BLOCK_P + tl.arange(0, BLOCK_P)
     p_in = ps < P
@@ -163,8 +168,8 @@ def ssd_walk(
         B_tiles, C_tiles = (), ()
         for k in tl.static_range(N_PARTS):
             n_at = k * BLOCK_N + ns
-            B_tile = load_rows(B + (cs[:, None] * B_l + n_at[None]), keep, n_at < N, EVEN)
-            C_tile = load_rows(C + (cs[:, None] * C_l + n_at[None]), keep, n_at < N, EVEN)
+            B_tile = load_rows(B + (cs[:, None] * B_l + n_at[None]), keep, n_at < N, EVEN, FIRST)
+            C_tile = load_rows(C + (cs[:, None] * C_l + n_at[None]), keep, n_at < N, EVEN, FIRST)
             if not NARROW:
                 B_tile, C_tile = B_tile.to(tl.float32), C_tile.to(tl.float32)
             B_tiles, C_tiles = B_tiles + (B_tile,), C_tiles + (C_tile,)

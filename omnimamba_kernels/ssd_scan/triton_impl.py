@@ -17,6 +17,7 @@ from .triton_forward import ssd_walk
 
 __all__ = ["backward", "forward", "why_not"]
 NEAR = 2**24  # elements between rows
+READS_OFFSETS = True  # cu_seqlens as they are: no seq_idx needs to be made of them
 WIDEST = 512  # states a head: one program holds a head's state for at least 16 channels in registers
 
 
@@ -45,6 +46,7 @@ def forward(
     chunk_size: int,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    varlen_states: bool = False,
     save: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple]:
     b, l, h, p = x.shape
@@ -54,18 +56,18 @@ def forward(
         return x.new_empty(shape, dtype=float32)
 
     y, final = x.new_empty(b, l, h, p), floats(b, h, p, n)
-    varlen = None if cu_seqlens is None else floats(cu_seqlens.shape[0] - 1, h, p, n)
+    varlen = floats(cu_seqlens.shape[0] - 1, h, p, n) if varlen_states else None
     states = floats(b, triton.cdiv(l, CHUNK), h, p, n) if save else None
     ungated = x.new_empty(b, l, h, p) if save and z is not None else None
     saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, states, ungated)
     if l == 0:
         final.copy_(initial_states) if initial_states is not None else final.zero_()
     rows = _rows(x, B, C, z)
-    walk = tiles.walk(triton_launch.target_of(x), rows[0], rows[1], z, seq_idx, save)
+    several = seq_idx is not None or cu_seqlens is not None
+    walk = tiles.walk(triton_launch.target_of(x), rows[0], rows[1], z, several, save)
     inputs = (rows[0], dt, A, rows[1], dt_bias, initial_states, seq_idx)
-    steps, lasts = floats(b, walk.chunks, h, 4, walk.chunk), None
-    if seq_idx is not None:
-        lasts = x.new_empty(b, walk.chunks, walk.chunk, dtype=int32)
+    steps = floats(b, walk.chunks, h, 4, walk.chunk)
+    lasts = x.new_empty(b, walk.chunks, walk.chunk, dtype=int32) if several else None
     work = (steps, lasts, floats(b, h, walk.pieces, p, n), floats(b, h, walk.pieces))
     _start_ends(walk, inputs, cu_seqlens, (*work, varlen), dt_softplus, dt_limit)
     if l:
@@ -76,7 +78,7 @@ def forward(
             *rows[0].stride()[:3], *rows[1].stride()[:3], *rows[2].stride()[:3], *_strides(D, 2), *_strides(rows[3], 3),
             *_strides(initial_states, 4), CHUNK=walk.chunk, HEADS=walk.heads, N_PARTS=walk.tile.n_blocks,
             SEEDED=walk.segments > 1, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial_states is not None,
-            HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk,
+            HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk, AGAIN=walk.tile.use.get("AGAIN", 0),
             EVEN=lasts is None and l % walk.chunk == 0 and walk.tile.whole, **_constants(walk.tile),
         )  # fmt: skip
     return (y, final, varlen), saved if save else ()
@@ -95,16 +97,17 @@ def _start_ends(
     b, l, h, _ = x.shape
     block_h = tiles.block(h, walk.ends.use["BLOCK_H"], 1)
     step_programs = b * walk.chunks * triton.cdiv(h, block_h)
-    ends = b * walk.pieces + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    sequences, varlen = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, work[-1] is not None
+    ends = b * walk.pieces + (sequences if varlen else 0)
     launch(
         ssd_ends, (step_programs + ends * h * walk.ends.p_blocks * walk.ends.n_blocks,),
         x, dt, A, B, dt_bias, initial_states, seq_idx, cu_seqlens, *work,
-        l, h, h // B.shape[2], step_programs, walk.pieces, walk.piece, *dt_limit,
+        l, h, h // B.shape[2], step_programs, walk.pieces, walk.piece, sequences, *dt_limit,
         *x.stride()[:3], *dt.stride(), *A.stride(), *B.stride()[:3], *_strides(dt_bias, 1),
         *_strides(initial_states, 4)[1:], *_strides(seq_idx, 2), *_strides(cu_seqlens, 1),
         CHUNK=walk.chunk, BLOCK_H=block_h, GROUP=walk.ends.use["GROUP"], SOFTPLUS=dt_softplus,
         HAS_BIAS=dt_bias is not None, HAS_INITIAL=initial_states is not None, HAS_SEQ=seq_idx is not None,
-        VARLEN=cu_seqlens is not None, ENDS=ends > 0, **_constants(walk.ends),
+        PACKED=seq_idx is None and cu_seqlens is not None, VARLEN=varlen, ENDS=ends > 0, **_constants(walk.ends),
     )  # fmt: skip
 
 

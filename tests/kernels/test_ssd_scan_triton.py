@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from bfloat16 import interpreted_bfloat16
 from common import check, evaluate, framed, same_bits
+from counting import Seen
 from test_ssd_scan import GRADS as WANTED
 from test_ssd_scan import exact, scan
 from test_triton_addresses import guarded
@@ -59,6 +61,22 @@ def test_states_after_packed_sequences_come_with_the_first_launch():
     case = Case("packed", 1, 4096, 24, 64, n=128, sequences="cu_seqlens")
     forward, backward = launches(case, TARGETS["sm_90"], wanted=WANTED)
     assert names(forward) == ["ssd_ends", "ssd_walk"] and len(backward) == 5
+
+
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+def test_offsets_of_packed_sequences_cost_no_launch(states):
+    """Kernels read them as they are: beside ours nothing is started."""
+    case = Case("packed", 1, 4096, 24, 64, n=128, sequences="cu_seqlens")
+    with Made("meta"):
+        tensors = case.tensors(torch.bfloat16)
+    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items() if k in WANTED and t is not None}
+    options = case.options | {"return_varlen_states": states}
+    with recording(TARGETS["sm_90"]) as found, use_backend("triton"), Seen() as seen:
+        outputs = mamba_chunk_scan_combined(**tensors | leaves, **options)
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(t) for t in outputs])
+    assert names(found) == ["ssd_ends", "ssd_walk", "ssd_starts", "ssd_back_walk", "ssd_back_chunks", "ssd_back_close",
+                            "ssd_back_total"]  # fmt: skip
+    assert seen.names <= {"empty", "empty_like", "new_empty", "detach"}, seen.names
 
 
 @pytest.mark.parametrize("case", [GPU[1], GPU[4]], ids=lambda c: c.name)
@@ -128,6 +146,46 @@ def test_offsets_beyond_the_end_stop_there(whole, monkeypatch):
         with use_backend("triton"), guarded():
             found.append(mamba_chunk_scan_combined(**tensors, **case.options))
     assert len(found[0]) == 3 and all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("ends", [[0, 70, 75, 75, 200], [0, 0, 0, 64, 130, 130], [0, 96, 128, 160, 200]], ids=str)
+def test_packed_sequences_begin_and_end_anywhere(ends):
+    """Within and between chunks and pieces; with empty ones at each end, and padding. Offsets of any stride."""
+    case = Case("four segments", 1, 200, 1, 8, n=8, skip=1, initial_states=True, sequences="cu_seqlens")
+    tensors, spread = case.tensors(), torch.full((2 * len(ends),), 10**6, dtype=torch.int32)
+    tensors["A"] = tensors["A"] * 0.02
+    tensors["cu_seqlens"] = spread[::2].copy_(torch.tensor(ends))
+    check("triton", scan(case.options), exact(case.options), tensors, WANTED)
+
+
+@interpreted
+def test_many_short_sequences():
+    case = Case("many", 1, 130, 2, 8, g=2, n=8, skip=1, initial_states=True, sequences="cu_seqlens")
+    inner = torch.randint(0, 121, (60,), generator=torch.Generator().manual_seed(1))
+    tensors = case.tensors() | {"cu_seqlens": torch.cat([inner.new_tensor([0, 120]), inner]).sort().values}
+    check("triton", scan(case.options), exact(case.options), tensors, WANTED)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name, at", [("x", (0, 100, 1, 3)), ("B", (0, 100, 0, 3)), ("C", (0, 100, 0, 3)),
+                                      ("dt", (0, 100, 1))])  # fmt: skip
+def test_an_infinity_leaves_its_chunk_only_where_the_recurrence_takes_it(name, at, dtype):
+    """Where 0 times it is added to what comes before it in its chunk of 64; the state has it where it belongs alone."""
+    case = Case("infinity", 1, 150, 2, 16, skip=1)
+    tensors = case.tensors(dtype)
+    tensors[name][at] = float("inf")
+    with use_backend("triton"), np.errstate(invalid="ignore"):
+        y, final = mamba_chunk_scan_combined(**tensors, **case.options)
+    low = {k: None if t is None else t.double() for k, t in tensors.items()}
+    want, want_final = exact(case.options)(**low)
+    must = ~want.isfinite()
+    may = must.clone()
+    if name != "C":
+        may[:, 64:100] |= must[:, 100:101]
+    assert torch.equal(final.isfinite(), want_final.isfinite()) and must.any() and not must.all()
+    assert not y[must].isfinite().any() and y[~may].isfinite().all()
 
 
 ODD = (

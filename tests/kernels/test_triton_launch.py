@@ -146,6 +146,16 @@ def test_no_call_starts_a_kernel_twice(op):
 
 
 @needs_triton
+@pytest.mark.parametrize("op", MOST | {"ssd_scan": [], "lora_linear": []})
+def test_every_kernel_starts_as_its_table_says(op, monkeypatch):
+    """What no table could have is none of a kernel's options."""
+    look_up = triton_launch._settings
+    monkeypatch.setattr(triton_launch, "_settings", lambda *asked: {**look_up(*asked), "num_warps": 64})
+    found = [noted for call in calls(op) if call.large for noted in call.launches(TARGETS["sm_90"])]
+    assert {dict(noted.options).get("num_warps") for noted in found} == {64}
+
+
+@needs_triton
 def test_host_code_runs_on_meta_tensors():
     x, weight = torch.empty(6, 48, device="meta", requires_grad=True), torch.empty(48, device="meta")
     with recording(TARGETS["sm_90"]) as launches:
