@@ -1,4 +1,6 @@
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from formats import png, understanding
 from PIL import Image
 
 from omnimamba_model.omnimamba import IGNORE
-from omnimamba_model.text_tokenizer import SPECIAL
+from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.text_tokenizer import SPECIAL, BpeTokenizer
 from omnimamba_model.training.features import FeatureCache, RecentFeatures, look_at
 from omnimamba_model.training.lessons import TEXT_ALONE, Drawing, Reading, Understanding
 from omnimamba_model.training.parallel import Ranks
@@ -132,6 +135,18 @@ def test_a_last_question_without_an_answer_is_left_out(config, words, pixels, fo
     )
     assert all(torch.equal(whole[name], odd[name]) for name in whole)
     assert words.encode("it shows a cat") == [i for i in odd["labels"][0].tolist() if i not in (IGNORE, SPECIAL.eos)]
+
+
+def test_a_dialogue_puts_its_turns_as_training_does(config, pixels):
+    """A question as the pipeline asks it, the answer, the end of text: turn by turn what is learned, but its end."""
+    words = BpeTokenizer.trained(["In: what is this\nOut: it shows a cat\nIn: where\nOut: on a red roof"], 300)
+    said = [("what is this", "it shows a cat"), ("where", "on a red roof"), ("what", "a cat")]
+    lesson = Understanding([], 1, dataclasses.replace(config, mmu_positions=400), words, pixels, text_length=300)
+    turns = [(who, text) for pair in said for who, text in zip(("human", "gpt"), pair, strict=True)]
+    asking = SimpleNamespace(words=words, device="cpu")
+    asked = [Pipeline.question(asking, question, "instruct", i).tolist() for i, (question, _) in enumerate(said)]
+    told = [i for ids, (_, answer) in zip(asked, said, strict=True) for i in [*ids, *words.encode(answer), SPECIAL.eos]]
+    assert lesson._instruct(turns)[0] == [*told, SPECIAL.eot] and asked[0] != asked[2][: len(asked[0])]
 
 
 def test_pictures_are_looked_at_once(data, looks, pixels, tmp_path, monkeypatch):

@@ -212,16 +212,24 @@ def test_bf16_learns(settings, values):
     assert all(t.dtype == torch.float32 for t in load(Path(values["out"]) / "model").state_dict().values())
 
 
-def test_both_stages_and_their_merge(settings, values, tmp_path, capsys):
+def test_both_stages_and_their_merge(settings, values, data, tmp_path, capsys):
+    """From files of the official formats; stage 1 learns the same from shards, and stage 2 goes on with them."""
+    shards = {name: values[name] | {"files": [str(data / f"{name}.tar")]} for name in ("mmu", "t2i")}
+    shards["mmu"].pop("images")  # the samples bring them along
     run(settings(out=str(tmp_path / "start"), steps=1), quietly)
     start = str(tmp_path / "start" / "model")
     given = dict(model=start, fresh=None, tokenizers=None, steps=2)
     run(settings(out=str(tmp_path / "mmu"), stage="mmu", t2i=None, **given), quietly)
     run(settings(out=str(tmp_path / "t2i"), stage="t2i", mmu=None, **given), quietly)
+    for stage, other in (("mmu", "t2i"), ("t2i", "mmu")):
+        run(settings(out=str(tmp_path / f"{stage}s"), stage=stage, **given | shards | {other: None}), quietly)
+        assert losses(tmp_path / f"{stage}s") == losses(tmp_path / stage)
     halves = [str(tmp_path / name / "model") for name in ("mmu", "t2i")]
     assert main(["merge", *halves, str(tmp_path / "merged")]) == 0
     merged, begun = load(tmp_path / "merged").state_dict(), load(start).state_dict()
-    run(settings(out=str(tmp_path / "two"), **given | {"model": str(tmp_path / "merged"), "steps": 1}), quietly)
+    run(
+        settings(out=str(tmp_path / "two"), **given | shards | {"model": str(tmp_path / "merged"), "steps": 1}), quietly
+    )
     mmu, t2i = (load(half).state_dict() for half in halves)
     for name, tensor in merged.items():
         source = mmu if trained_in("mmu", name) else t2i if trained_in("t2i", name) else begun
