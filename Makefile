@@ -10,7 +10,7 @@ NATIVE := $(BUILD) -q build_ext --inplace --strict
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test bench native modules modules-native modules-sanitized modules-emulated check test-interpreted \
-    test-sanitize test-emulated gpu-check format clean
+    test-sanitize test-emulated test-neon gpu-check format clean
 
 demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 	$(BIN)/omnimamba demo --out demo-out
@@ -80,6 +80,10 @@ test-emulated: $(READY)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels tests/test_emulator.py \
 	    -k "(cuda-emulated and (matches_the_definition or (matches_the_recurrence and (short or packed)))) or sanitizer"
+
+# The native kernels as an ARM processor runs them, in qemu: Debian's g++-aarch64-linux-gnu and qemu-user.
+test-neon: $(READY)
+	PYTHONPATH=tests/neon $(BIN)/python -m pytest -p neon -q -p no:cacheprovider tests/kernels -k native-neon
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
