@@ -46,7 +46,8 @@ def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(trainer.model, tensors, temporary, tokenizer)
-        torch.save({"done": trainer.done, "optimizer": moments, "passed over": counted}, temporary / EXTRA)
+        extra = {"done": trainer.done, "optimizer": moments, "passed over": counted, "records": _records(trainer)}
+        torch.save(extra, temporary / EXTRA)
         _remove(out / FOLDER / name)
         temporary.rename(out / FOLDER / name)
         for _, folder in kept(out)[:-count]:
@@ -75,11 +76,14 @@ def clear_unfinished(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def resume(trainer: Trainer, out: Path) -> bool:
-    """Take the run up at the last step kept, if there is one. Every process must call it."""
+def resume(trainer: Trainer, out: Path) -> dict[str, tuple[int, int]] | None:
+    """Take the run up at the last step kept; None where there is none. Every process must call it.
+
+    The lessons that no longer have as many records as then, and so another order of them: how many then, and now.
+    """
     found = kept(out)
     if not found:
-        return False
+        return None
     _, folder = found[-1]
     try:
         extra = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
@@ -94,7 +98,12 @@ def resume(trainer: Trainer, out: Path) -> bool:
     trainer.done = done
     for name, lesson in _counting(trainer) if trainer.ranks.first else ():  # the counts of all processes
         lesson.passed_over.update(counted.get(name, {}))
-    return True
+    had = extra.get("records", {})
+    return {name: (had[name], now) for name, now in _records(trainer).items() if had.get(name, now) != now}
+
+
+def _records(trainer: Trainer) -> dict[str, int]:
+    return {name: len(lesson.records) for name, lesson in _counting(trainer)}
 
 
 def _counting(trainer: Trainer) -> list[tuple[str, Lesson]]:

@@ -61,8 +61,11 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
             recompute(model)
         options = dict(ranks=ranks, autocast=_autocast(settings, ranks), seed=settings.seed * 1_000_003 + ranks.rank)
         trainer = Trainer(spread(model, ranks), _phase(settings, lessons), lessons, **options)
-        if checkpoints.resume(trainer, out) and ranks.first:
+        changed = checkpoints.resume(trainer, out)
+        if changed is not None and ranks.first:
             say(f"going on after step {trainer.done}")
+            for name, (had, now) in changed.items():
+                say(f"{name} had {had:,} records and has {now:,} now: they come in another order from here on")
         for name, reason in bad if ranks.first else ():
             lessons[name].passed_over[reason] = 1  # once a file, however often the run was taken up
         with side_by_side(trainer, settings.threads) if settings.side_by_side else nullcontext():

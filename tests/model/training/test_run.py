@@ -182,6 +182,20 @@ def test_a_bad_shard_is_skipped_counted_and_reported(settings, values, data, mon
         assert sorted(lines[1:]) == sorted(f"{count:>9} x {reason}" for reason, count in end.items())
 
 
+def test_files_that_changed_under_a_run_are_told(settings, values, data, tmp_path):
+    t2i = values["t2i"] | {"files": [str(data / "t2i*.jsonl")]}
+    run(settings(t2i=t2i, steps=2), quietly)
+    told = Path(values["out"]) / "settings.json"
+    for steps, more in ((3, False), (4, True)):
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"steps": steps}))
+        if more:
+            (data / "t2i2.jsonl").write_bytes((data / "t2i.jsonl").read_bytes())
+        said = []
+        run(settings(t2i=t2i, steps=steps), said.append)
+        line = "t2i had 11 records and has 22 now: they come in another order from here on"
+        assert (line in said) == more and "going on after step " + str(steps - 1) in said
+
+
 def test_a_summary_lists_the_most_frequent_reasons_and_counts_the_others():
     lines = _summary(Counter({f"reason {i}": i for i in range(1, 24)}))
     assert lines[0].startswith("passed over 276 times") and lines[1].split() == ["23", "x", "reason", "23"]
