@@ -5,6 +5,7 @@ PEFT adds ``lora_alpha / r * B A x`` to each target module, as this model does t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -83,6 +84,34 @@ def load_adapter(model: OmniMamba, task: str, folder: str | Path) -> None:
         tensor = found[i, side] if side == "A" else found[i, side] * (scale / model.config.lora_scale)
         slot.zero_()
         slot[: tensor.shape[0], : tensor.shape[1]] = tensor
+
+
+def with_adapter(model: OmniMamba, task: str, folder: str | Path) -> OmniMamba:
+    """The model with a PEFT folder's adapters in the place of ``task``'s, all adapters as wide as theirs where they are
+    wider than its own; CheckpointError as ``load_adapter``."""
+    rank, _ = _read_config(Path(folder), model.config.backbone.d_model)
+    found, _ = _read_weights(Path(folder))
+    if any(side == "A" and len(tensor) == rank for (_, side), tensor in found.items()):
+        model = _widened(model, rank)
+    load_adapter(model, task, folder)
+    return model
+
+
+def _widened(model: OmniMamba, rank: int) -> OmniMamba:
+    """The same model with adapters of at least that rank: zeros beside what was there, under the same scale."""
+    cfg = model.config
+    if rank <= cfg.lora_rank:
+        return model
+    alpha = cfg.lora_alpha * rank / cfg.lora_rank
+    with torch.device("meta"):
+        out = OmniMamba(dataclasses.replace(cfg, lora_rank=rank, lora_alpha=alpha))
+    tensors = model.state_dict()
+    for name, wanted in out.state_dict().items():
+        if (stored := tensors[name]).shape != wanted.shape:
+            tensors[name] = stored.new_zeros(wanted.shape)
+            tensors[name][: stored.shape[0], : stored.shape[1]] = stored
+    out.load_state_dict(tensors, assign=True)
+    return out.requires_grad_(True).eval()
 
 
 def _check_task(task: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .adapters import load_adapter, save_adapter
+from .adapters import save_adapter, with_adapter
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig
 from .foreign import is_foreign, read_any
@@ -50,7 +50,7 @@ def convert(
     model = read_any(path)
     if base is not None:
         _expect_omnimamba(model, base)
-        load_adapter(model, task, locate(source))
+        model = with_adapter(model, task, locate(source))
     elif task is not None:
         _expect_omnimamba(model, source)
         save_adapter(model, task, target)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from omnimamba_model import CheckpointError, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, load, save
+from omnimamba_model import MMU, T2I, CheckpointError, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, load, save
 from omnimamba_model.adapters import load_adapter
 from omnimamba_model.cli import main
 from omnimamba_model.image_tokenizer import PatchTokenizer
@@ -31,6 +31,8 @@ def hub(tmp_path, monkeypatch):
     library = pytest.importorskip("huggingface_hub")
 
     def snapshot_download(name, *, revision, allow_patterns, local_files_only):
+        if revision is not None or local_files_only:
+            raise FileNotFoundError(f"{name} at {revision}, {local_files_only=}")
         source, target = tmp_path / "hub" / name, tmp_path / "cache" / name
         target.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
@@ -148,6 +150,8 @@ def test_the_official_release_of_the_hub_is_converted(official, hub, tmp_path):
     (release / "config.json").write_text("{}")
     shutil.copytree(release, hub / "owner" / "release")
     assert same(OmniMamba.from_pretrained("owner/release"), model)
+    with pytest.raises(FileNotFoundError, match="owner/release at v1, local_files_only=True"):
+        OmniMamba.from_pretrained("owner/release", revision="v1", local_files_only=True)
     assert convert("owner/release", tmp_path / "out") == 0 and same(load(tmp_path / "out"), model)
 
 
@@ -262,8 +266,8 @@ def peft_folder(tmp_path):
         return tmp_path / "peft", MambaLM.from_pretrained(tmp_path / "lm"), ids, adapted(ids).logits
 
 
-def around(plain: MambaLM) -> OmniMamba:
-    model = OmniMamba(OmniMambaConfig.preset("tiny", backbone=plain.config))
+def around(plain: MambaLM, **sizes: int) -> OmniMamba:
+    model = OmniMamba(OmniMambaConfig.preset("tiny", backbone=plain.config, **sizes))
     model.backbone.load_state_dict(plain.backbone.state_dict(), strict=False)
     return model.eval()
 
@@ -285,6 +289,27 @@ def test_what_peft_wrote_computes_here_what_it_computes_there(peft_folder, hub, 
             ours = model.text_head(model.backbone(model.backbone.embedding(ids), 0))
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     assert (ours - plain(ids)).abs().max() > 0.01  # the adapter is loud enough to be heard
+
+
+def test_an_adapter_wider_than_the_models_own_widens_them(peft_folder, tmp_path):
+    adapter, plain, ids, expected = peft_folder
+    base = around(plain, lora_rank=1, lora_alpha=3.0)
+    for layer in base.backbone.layers:
+        torch.nn.init.normal_(layer.mixer.in_proj.adapter(T2I)[1], std=0.3)
+    save(base, tmp_path / "base")
+    with pytest.raises(CheckpointError, match="r must lie in 1..1, the model's own rank, got 2"):
+        load_adapter(base, "mmu", adapter)
+    assert convert(adapter, tmp_path / "out", "--base", tmp_path / "base", "--task", "mmu") == 0
+    model = load(tmp_path / "out")
+    assert (model.config.lora_rank, model.config.lora_scale) == (2, base.config.lora_scale)
+    with torch.no_grad():
+        hidden = {task: [m.backbone(m.backbone.embedding(ids), task) for m in (base, model)] for task in (MMU, T2I)}
+        torch.testing.assert_close(model.text_head(hidden[MMU][1]), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(*hidden[T2I])
+        assert (hidden[T2I][0] - hidden[MMU][0]).abs().max() > 0.01
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 3}))  # unlike its weights
+    assert convert(adapter, tmp_path / "none", "--base", tmp_path / "base", "--task", "mmu") == 2
 
 
 def test_an_adapter_alone_tells_what_to_do(peft_folder, tmp_path, capsys):

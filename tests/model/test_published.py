@@ -88,6 +88,24 @@ def test_additions_get_their_published_ids(tmp_path):
     assert again.encode("draw me <|lvg|>") == [1, 2, 50286] and again.vocab_size == 50287
 
 
+def test_the_published_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    """What is no local path is asked of the hub, by the published name where none is given."""
+    file, asked = neox(tmp_path) + "/tokenizer.json", []
+
+    class Hub:
+        from_file = tokenizers.Tokenizer.from_file
+
+        @classmethod
+        def from_pretrained(cls, name):
+            asked.append(name)
+            return cls.from_file(file)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Hub)
+    for words in (BpeTokenizer.published(), BpeTokenizer.published("owner/neox")):
+        assert words.encode("draw me<|t2i|>") == [1, 2, 50282]
+    assert asked == ["EleutherAI/gpt-neox-20b", "owner/neox"]
+
+
 def test_another_tokenizer_is_not_the_published_one(tmp_path):
     with pytest.raises(ValueError, match="must have 50277 tokens"):
         BpeTokenizer.published(neox(tmp_path, tokens=100))
