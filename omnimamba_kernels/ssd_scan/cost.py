@@ -1,10 +1,14 @@
 """What the scan's Triton kernels load, store and multiply, against what nobody can do without.
 
-Of one sequence a batch row, without padding, whose states never fade to nothing: walks that stop where nothing is left
-do less. The states after packed sequences (``cu_seqlens``) are not in it: their lengths are data.
+Of sequences whose states never fade to nothing: walks that stop where nothing is left do less. With ``seq_idx`` of one
+sequence a batch row, without padding; packed by ``cu_seqlens`` as these have it, in the forward alone.
 """
 
 from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -36,40 +40,86 @@ def backward_floor(
     return Cost(stored + nbytes(x, seq_idx), stored, 10 * b * l * h * p * n)
 
 
+@dataclass(frozen=True)
+class _Ranges:
+    """What the forward walks: ``walked`` positions of each piece, then of each packed sequence whose state is wanted.
+
+    ``kept`` positions count; segments begin with ``earlier`` pieces and ``initials`` times the initial state. Offsets
+    are read ``once`` for each head block, and by a tile of each of ``walked`` ``each`` times.
+    """
+
+    walked: tuple[int, ...]
+    kept: int
+    earlier: int
+    initials: int
+    once: int = 0
+    each: tuple[int, ...] = ()
+
+
+def _ranges(walk: tiles.Walk, b: int, l: int, cu_seqlens: Tensor | None, varlen_states: bool) -> _Ranges:
+    if cu_seqlens is None:
+        earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2
+        return _Ranges((walk.piece,) * (b * walk.pieces), b * l, earlier * b, walk.segments * b)
+    offsets = cu_seqlens.tolist()
+    count = len(offsets) - 1
+    tries = count.bit_length() + 1  # of a bisection
+    ends = [((k * walk.piece, (k + 1) * walk.piece), 0) for k in range(walk.pieces)]
+    if varlen_states:
+        ends += [((0, end if end > start else 0), 2) for start, end in itertools.pairwise(offsets)]
+    walked, each, reached = [], [], []
+    for (start, end), more in ends:
+        upto = bisect.bisect_right(offsets, end - 1)
+        inside = 0 < upto <= count
+        walked.append(end - max(start, offsets[upto - 1]) if inside else 0)
+        each.append(tries + inside + more)
+        reached.append(inside and (offsets[upto - 1] < start or (start == 0 and upto == 1)))
+    earlier, initials = 0, 0
+    for segment in range(walk.segments):
+        pieces = reached[: segment * walk.per_segment][::-1]
+        earlier += pieces.index(False) + 1 if False in pieces else len(pieces)
+        initials += False not in pieces
+    return _Ranges(tuple(walked), min(l, offsets[-1]), earlier, initials, walk.chunks * walk.chunk * tries + l,
+                   tuple(each))  # fmt: skip
+
+
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
-    initial_states: Tensor | None, seq_idx: Tensor | None, *, target: Target, save: bool = False, **_: object,
+    initial_states: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None = None, *, target: Target,
+    save: bool = False, varlen_states: bool = False, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
     """x, B, C and z have one type. ssd_ends: dt once for steps and once for each piece's tiles of the state, and there
     x and B. ssd_walk: x and z once, B, C and C B^T for each pair of heads and tile of channels, steps for each tile."""
     (b, l, h, p), n = x.shape, B.shape[3]
-    walk = tiles.walk(target, x, B, z, seq_idx is not None, save)
+    several = seq_idx is not None or cu_seqlens is not None
+    walk = tiles.walk(target, x, B, z, several, save)
     narrow = walk.tile.constants["NARROW"]
-    ids = 0 if seq_idx is None else seq_idx.element_size()
+    ids, found = _size(seq_idx), _ranges(walk, b, l, cu_seqlens, varlen_states)
     number = _size(A) + _size(dt_bias)  # of a head
 
     head_blocks = blocks(h, tiles.block(h, walk.ends.use["BLOCK_H"], 1))
-    steps = Cost(nbytes(dt) + b * walk.chunks * h * number + b * head_blocks * (2 * l - 1) * ids,
-                 b * walk.chunks * walk.chunk * (4 * h * FLOAT + (4 if ids else 0)))  # fmt: skip
-    tasks = b * h * walk.pieces
+    steps = Cost(nbytes(dt) + b * walk.chunks * h * number + b * head_blocks * (2 * l - 1) * ids
+                 + head_blocks * found.once * _size(cu_seqlens),
+                 b * walk.chunks * walk.chunk * (4 * h * FLOAT + (4 if several else 0)))  # fmt: skip
+    tasks, positions = h * len(found.walked), h * sum(found.walked)
     p_blocks, n_blocks = walk.ends.p_blocks, walk.ends.n_blocks
-    links = 2 * walk.piece * tasks - b * h if tasks else 0  # the first position of all has none before it
-    loaded = tasks * (p_blocks * n_blocks * (number + walk.piece * _size(dt))
-                      + walk.piece * (n_blocks * p * _size(x) + p_blocks * n * _size(B)))  # fmt: skip
+    links = 2 * positions - b * h if tasks else 0  # the first position of all has none before it
+    loaded = p_blocks * n_blocks * (tasks * number + positions * _size(dt) + h * sum(found.each) * _size(cu_seqlens))
+    loaded += positions * (n_blocks * p * _size(x) + p_blocks * n * _size(B))
     loaded += p_blocks * n_blocks * links * ids
-    group = walk.ends.use["GROUP"]
-    walked = blocks(walk.piece, walk.chunk * group) * walk.chunk * group
-    flops = tasks * p_blocks * n_blocks * walked * _product(walk.ends, "BLOCK_P", "BLOCK_N")
-    ends = Cost(loaded, tasks * (p * n + 1) * FLOAT, flops * (tiles.TERMS if narrow else 1))
+    loaded += h * p * n * _size(initial_states) if varlen_states and cu_seqlens.shape[0] > 1 else 0
+    group = walk.chunk * walk.ends.use["GROUP"]
+    walked = h * sum(blocks(positions, group) * group for positions in found.walked)
+    flops = p_blocks * n_blocks * walked * _product(walk.ends, "BLOCK_P", "BLOCK_N")
+    ends = Cost(loaded, (tasks * p * n + b * h * walk.pieces) * FLOAT, flops * (tiles.TERMS if narrow else 1))
 
     programs, parts = b * h * walk.tile.p_blocks, walk.tile.n_blocks  # as if each took one head
     together = programs // walk.heads
-    earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2  # pieces that segments begin with
-    loaded = b * h * walk.segments * p * (_size(D) + n * _size(initial_states))
-    loaded += earlier * (b * h * p * n + programs * parts) * FLOAT
-    loaded += walk.chunks * (programs * (5 * walk.chunk + 1) + together * (2 * walk.chunk if ids else 0)) * FLOAT
+    loaded = h * p * (b * walk.segments * _size(D) + found.initials * n * _size(initial_states))
+    loaded += found.earlier * h * (p * n + walk.tile.p_blocks * parts) * FLOAT
+    loaded += walk.chunks * (programs * (5 * walk.chunk + 1) + together * (2 * walk.chunk if several else 0)) * FLOAT
     again = 1 if not narrow and parts > 1 else 0
-    loaded += nbytes(x, z) + l * n * (together + programs * again) * (_size(B) + _size(C))
+    loaded += found.kept * h * p * (_size(x) + _size(z))
+    loaded += found.kept // b * n * (together + programs * again) * (_size(B) + _size(C))
     stored = nbytes(x) + (nbytes(z) if save else 0) + b * h * p * n * FLOAT
     stored += b * blocks(l, CHUNK) * h * p * n * FLOAT if save else 0
     inside = together * parts * _product(walk.tile, "BLOCK_N") * walk.chunk  # C B^T

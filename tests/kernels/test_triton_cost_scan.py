@@ -51,6 +51,18 @@ def test_scan(case, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("ends", [[0, 70, 75, 75, 200], [0, 0, 64, 130], [0]], ids=str)
+@pytest.mark.parametrize("states", [True, False], ids=["states", "no states"])
+def test_packed_scan(ends, states):
+    case = Case("packed", 1, 200, 2, 37, n=35, skip=1, gate=True, initial_states=True, sequences="cu_seqlens")
+    tensors = case.tensors(torch.float16) | {"cu_seqlens": torch.tensor(ends)}
+    tensors["A"] = tensors["A"] * 1e-3
+    with use_backend("triton"), counted() as found:
+        mamba_chunk_scan_combined(**tensors, **case.options | {"return_varlen_states": states})
+    assert found == cost.forward(**tensors, target=INTERPRETER, varlen_states=states)
+
+
+@interpreted
 @pytest.mark.parametrize("case", COUNTED[3:], ids=lambda c: c.name)
 def test_exponentials_of_the_scan(case):
     tensors = case.tensors() | {"cu_seqlens": None}
