@@ -19,6 +19,8 @@ test: $(TOOLS)  ## style, all tests, and the kernels once more under sanitizers
 	$(MAKE) -j3 $(READY) modules  # packages are fetched meanwhile, and one build's last file leaves no processor idle
 	$(MAKE) check
 	$(PYTEST) tests
+	@command -v valgrind > /dev/null || \
+	    echo "NOT RUN: the counts of instructions (tests/test_bench_instructions.py): valgrind is not installed"
 	$(MAKE) -j2 test-interpreted test-sanitize  # where one starts, ends or waits for a long test, the other goes on
 
 # The Triton kernels on the CPU, in Triton's interpreter; where Triton does not exist there is nothing to do.

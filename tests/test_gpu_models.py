@@ -84,7 +84,7 @@ def test_a_step_is_compared_as_a_graph_where_it_can_be_one(monkeypatch):
         found = iter(replayed.values())
         monkeypatch.setattr(clock, "times", lambda call: [8e-3])
         monkeypatch.setattr(clock, "more", lambda call, taken, graph, energy, found=found: next(found))
-        problem = Problem("g", "c", 1e6, 0.0, contenders, lambda y: y, 1.0, graph=graph, tokens=1)
+        problem = Problem("g", "c", 1e6, 0.0, contenders, lambda y: y, 1.0, graph=graph, tokens=1, ours=("ours",))
         rows = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
         assert [row["times_ours"] for row in rows] == ratios and [row["seconds"] for row in rows] == [8e-3] * 3
         assert rows[0]["tokens_s"] == pytest.approx(1000.0 if graph else 125.0)

@@ -36,6 +36,8 @@ def _generation(
     """``everyone``: without a cache too, however long."""
     who = named(models.size(device))
     contenders = {who.ours: lambda: _ours(device, steps), who.cached: lambda: _cached(device, total, steps)}
+    if device.type == "cuda":
+        contenders["mamba_ssm"] = lambda: _theirs(device, steps)
     if everyone or total <= models.LONGEST_UNCACHED:
         contenders[who.uncached] = lambda: _uncached(device, steps)
     needed = {kind: _summed(device, kind, steps) for kind in (models.OURS, models.CACHED, models.UNCACHED)}
@@ -60,6 +62,12 @@ def _summed(device: torch.device, kind: str, steps: list[tuple[int, float]]) -> 
 def _ours(device: torch.device, steps: list[tuple[int, float]]) -> Steps:
     model = models.language(device)
     return Steps([(count, models.step_of_ours(device, model, at)) for at, count in steps], replayed=True)
+
+
+def _theirs(device: torch.device, steps: list[tuple[int, float]]) -> Steps:
+    """mamba_ssm's generation, whose step is a CUDA graph too."""
+    model = models.mamba_ssm(device)
+    return Steps([(count, models.step_of_theirs(device, model, at)) for at, count in steps], replayed=True)
 
 
 def _cached(device: torch.device, total: int, steps: list[tuple[int, float]]) -> Steps:
