@@ -30,7 +30,7 @@ SLOW_RATE = 0.85
 """A round counts if each rate in it was at least this share of the upper quartile of the case's rates."""
 ENOUGH = 3
 """Rounds that are kept of each contender, where it has as many: a promise is judged on no fewer."""
-_RETRIES = 40.0
+_RETRIES = 20.0
 """Seconds that a case which is judged may take for rounds beyond those planned, until enough were quiet."""
 _LOOP_FOR = 20e-3
 """Calls shorter than this many seconds are repeated within a round."""
