@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL:
 
 
 def configure(seed: int = 1, early_copies: bool = False) -> None:
-    """In which order the threads of the kernels in module() run, and whether cp.async lands at once."""
+    """In which order the threads of the kernels in module() run, and whether cp.async and bulk stores land at once."""
     change = ctypes.CDLL(module().__file__).omnimamba_emulator_settings
     change(ctypes.c_uint64(seed), ctypes.c_int(early_copies))
 

@@ -110,6 +110,11 @@ template <int N>
 OM_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
+// Until what they wrote to global memory is there for this thread.
+template <int N>
+OM_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // What this thread wrote to shared memory is there for bulk copies and wgmma.
 OM_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

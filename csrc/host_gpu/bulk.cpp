@@ -1,4 +1,8 @@
-// Bulk copies: done by the machine at a random time after they were issued.
+// Bulk loads: done by the machine at a random time after they were issued. Bulk stores: done by whoever waits for them, first
+// their reading of shared memory and then, apart, their writing; what nobody waits for is written last of all.
+#include <algorithm>
+#include <array>
+
 #include "../common/hopper.cuh"
 
 namespace omnimamba {
@@ -56,6 +60,12 @@ void check_box(const Map& m, int rank, const void* shared, const char* what) {
   check_shared(shared, static_cast<std::size_t>(bytes_of(m)), what);
 }
 
+// Of bulk stores that are not committed yet.
+std::vector<Thread::Store>& open_group(Thread& t) {
+  if (t.store_groups.empty()) t.store_groups.emplace_back();
+  return t.store_groups.back();
+}
+
 }  // namespace
 
 void bulk_load(void* shared, const void* global, int bytes, Mbarrier* bar) {
@@ -98,33 +108,54 @@ void tensor_store(const TensorMap& map, const void* shared, int rank, const int*
   const Map m = decode(map);
   check_box(m, rank, shared, "tensor_store");
   Thread& t = self();
-  if (t.store_groups.empty()) t.store_groups.push_back(std::make_shared<int>(0));
-  auto group = t.store_groups.back();
-  ++*group;
   const Shared& source = t.block->shared;
   const uint32_t from = source.offset(shared);
-  int start[5] = {};
-  std::copy(at, at + rank, start);
-  later([=, &source] {
-    each_element(m, start, [&](uint32_t offset, char* to) {
-      if (to) std::memcpy(to, source.at(swizzled(from + offset, Swizzle{m.swizzle})), m.element);
-    });
-    --*group;
-  });
+  std::array<int, 5> start{};
+  std::copy(at, at + rank, start.begin());
+  auto box = std::make_shared<std::vector<char>>(static_cast<std::size_t>(bytes_of(m)));
+  const Thread::Store store{[=, &source] {
+                              each_element(m, start.data(), [&](uint32_t offset, const char*) {
+                                std::memcpy(box->data() + offset,
+                                            source.at(swizzled(from + offset, Swizzle{m.swizzle})), m.element);
+                              });
+                            },
+                            [=] {
+                              each_element(m, start.data(), [&](uint32_t offset, char* to) {
+                                if (to) std::memcpy(to, box->data() + offset, m.element);
+                              });
+                            }};
+  if (settings().early_copies) {
+    store.read();
+    store.write();
+  } else {
+    open_group(t).push_back(store);
+  }
 }
 
 void bulk_commit() {
-  auto& groups = self().store_groups;
-  if (groups.empty()) groups.push_back(std::make_shared<int>(0));
-  groups.push_back(std::make_shared<int>(0));
+  Thread& t = self();
+  open_group(t);
+  t.store_groups.emplace_back();
 }
 
+// The oldest groups are read, or written, in the order in which they were committed.
 void bulk_wait_read(int latest) {
-  auto& groups = self().store_groups;  // the last one is still open
-  while (static_cast<int>(groups.size()) - 1 > latest) {
-    auto group = groups.front();
-    wait_until("bulk stores", latest, [&] { return *group == 0; });
-    groups.erase(groups.begin());
+  maybe_yield();
+  Thread& t = self();
+  while (static_cast<int>(t.store_groups.size()) - 1 > latest) {
+    for (const Thread::Store& store : t.store_groups.front()) store.read();
+    t.read_groups.push_back(std::move(t.store_groups.front()));
+    t.store_groups.erase(t.store_groups.begin());
+  }
+}
+
+void bulk_wait(int latest) {
+  Thread& t = self();
+  bulk_wait_read(latest);
+  const int unread = std::max(static_cast<int>(t.store_groups.size()) - 1, 0);
+  while (static_cast<int>(t.read_groups.size()) + unread > latest) {
+    for (const Thread::Store& store : t.read_groups.front()) store.write();
+    t.read_groups.erase(t.read_groups.begin());
   }
 }
 

@@ -17,6 +17,7 @@ void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* 
 void tensor_store(const TensorMap& map, const void* shared, int rank, const int* at);
 void bulk_commit();
 void bulk_wait_read(int latest);
+void bulk_wait(int latest);
 void cluster_sync();
 
 // One product; `a` (8 elements) is null where A comes by descriptor.
@@ -74,6 +75,10 @@ inline void bulk_commit() { host_gpu::bulk_commit(); }
 template <int N>
 void bulk_wait_read() {
   host_gpu::bulk_wait_read(N);
+}
+template <int N>
+void bulk_wait() {
+  host_gpu::bulk_wait(N);
 }
 inline void async_fence() {}
 

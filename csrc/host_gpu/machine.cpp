@@ -28,10 +28,12 @@ struct Run {
     Thread* asked_by;
     std::function<void()> act;
   };
-  std::vector<Action> actions;  // of the hardware, still to be done
-  Stack actor;                  // they run on a fiber of their own
+  std::vector<Action> actions;                      // of the hardware, still to be done
+  std::vector<std::function<void()>> written_last;  // bulk stores that nobody waited for to the end
+  Stack actor;                                      // they run on a fiber of their own
   std::function<void()>* acting = nullptr;
   uint64_t random;
+  enum { NOBODY, ONE, ALL_BUT_ONE } lagging;  // which warps of a cluster go on only when no other can
 };
 
 Run* run = nullptr;
@@ -56,9 +58,19 @@ std::string place(const Thread& t) {
   __builtin_unreachable();
 }
 
+// Stops with an error where a thread ends while bulk stores still read its block's shared memory; what they read is written
+// after all threads have ended.
+void end_stores(Thread& t) {
+  for (const auto& group : t.store_groups)
+    if (!group.empty()) fail("ended before its bulk stores had read shared memory");
+  for (const auto& group : t.read_groups)
+    for (const Thread::Store& store : group) run->written_last.push_back(store.write);
+}
+
 void first_step() {
   entered(run->scheduler);
   (*run->body)();
+  end_stores(*run->current);
   run->current->done = true;
   switch_context(run->current->context, run->scheduler, true);
 }
@@ -117,19 +129,23 @@ void run_threads(const std::vector<Thread*>& threads) {
   while (alive) {
     for (std::size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
     bool ran = false, paused = false;
-    for (Thread* t : order) {
-      if (t->done) continue;
-      if (t->warp->pause) {
-        paused = true;
-        continue;
+    auto go_on = [&](bool lagging) {
+      for (Thread* t : order) {
+        if (t->done || t->warp->lags != lagging) continue;
+        if (t->warp->pause) {
+          paused = true;
+          continue;
+        }
+        if (t->ready && !t->ready(t->ready_argument)) continue;
+        t->ready = nullptr;
+        ran = true;
+        resume(*t);
+        alive -= t->done;
+        if (!run->actions.empty() && next_random() % laziness == 0) one_action();
       }
-      if (t->ready && !t->ready(t->ready_argument)) continue;
-      t->ready = nullptr;
-      ran = true;
-      resume(*t);
-      alive -= t->done;
-      if (!run->actions.empty() && next_random() % laziness == 0) one_action();
-    }
+    };
+    go_on(false);
+    if (!ran && !paused && (run->actions.empty() || next_random() % 16 == 0)) go_on(true);
     if (!ran && !run->actions.empty() && (!paused || next_random() % 4)) {
       one_action();
       continue;
@@ -142,6 +158,8 @@ void run_threads(const std::vector<Thread*>& threads) {
     }
   }
   while (!run->actions.empty()) one_action();
+  for (const auto& write : run->written_last) write();
+  run->written_last.clear();
 }
 
 // ---- accesses that the processor refuses ----
@@ -210,6 +228,16 @@ struct Resident {
       block.dynamic = launch.shared;
       fill(block, launch.block);
     }
+    if (run->lagging != Run::NOBODY) choose_who_lags(*clusters.back());
+  }
+
+  static void choose_who_lags(const Cluster& cluster) {
+    std::vector<Warp*> warps;
+    for (Block* block : cluster.blocks)
+      for (Warp& warp : block->warps) warps.push_back(&warp);
+    for (Warp* warp : warps) warp->lags = run->lagging == Run::ALL_BUT_ONE;
+    bool& chosen = warps[next_random() % warps.size()]->lags;
+    chosen = !chosen;
   }
 
   void fill(Block& block, const dim3& size) {
@@ -260,6 +288,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
   mine.body = &body;
   mine.random = settings().seed * 0x9e3779b97f4a7c15 + 0x1234567;
   run = &mine;
+  mine.lagging = settings().seed % 4 == 1 ? Run::ONE : settings().seed % 4 == 2 ? Run::ALL_BUT_ONE : Run::NOBODY;
   struct Forget {
     ~Forget() { run = nullptr; }
   } forget;

@@ -1,8 +1,10 @@
 // Runs a grid of CUDA threads on one CPU thread, each thread a fiber, in an order shuffled by a seed.
 //
 // A thread runs until it must wait, for a barrier, for the lanes of its warp, for a copy; then another one goes on. Now
-// and then a warp pauses. What the hardware does beside the threads (bulk copies, wgmma) is done late, at a random
-// time. Blocks run in random order, a few at once. The first error ends the launch and names kernel, block and thread.
+// and then a warp pauses; with half of the seeds one warp of a cluster, or all but one, go on only when nobody else can.
+// What the hardware does beside the threads (bulk loads, wgmma) is done late, at a random time; bulk stores read shared
+// memory and write to global memory when they are issued, or no sooner than somebody waits for it. Blocks run in random
+// order, a few at once. The first error ends the launch and names kernel, block and thread.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -20,8 +22,8 @@ struct dim3 {
 namespace omnimamba::host_gpu {
 
 struct Settings {
-  uint64_t seed = 1;
-  bool early_copies = false;  // cp.async lands when it is issued, not when it is waited for
+  uint64_t seed = 1;          // by its rest modulo 4: one warp of a cluster lags (1), all but one (2), none (3, 0)
+  bool early_copies = false;  // cp.async and bulk stores land when they are issued, not when they are waited for
   int capability = 80;        // of the chip that the host's code sees: 90 for 9.0
 };
 Settings& settings();
@@ -53,13 +55,17 @@ struct Thread {
     int bytes, live;
   };
   std::vector<std::vector<Copy>> copy_groups;  // cp.async: committed groups, then the open one
-  std::vector<std::shared_ptr<int>>
-      store_groups;  // bulk stores: how many of each group still have to read shared memory
+  struct Store {
+    std::function<void()> read, write;  // of shared memory, to global memory
+  };
+  std::vector<std::vector<Store>> store_groups;  // bulk stores not read yet: committed groups, then the open one
+  std::vector<std::vector<Store>> read_groups;   // read, and not written yet
 };
 
 struct Warp {
   std::vector<Together> open;
   unsigned pause = 0;  // rounds it misses
+  bool lags = false;   // goes on only when no other warp can
 };
 
 struct Tile;

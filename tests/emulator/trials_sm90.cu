@@ -17,10 +17,14 @@ enum Fault {
   WRONG_PARITY,
   LAST_TILE_LEFT_OUT,
   SWAPPED_ACCUMULATORS,
-  STORE_NOT_WAITED,  // the tile is written again before the store has read it
+  STORE_NOT_WAITED,    // the tile is written again before the store has read it
+  STORE_TURNED_EARLY,  // by others, before the one that waits for the store has said so
+  STORE_LEFT_AT_END,   // the block ends while the store reads its shared memory
+  STORE_HALF_WAITED,   // what it writes is read when it has only read
   STORE_TOO_WIDE,
-  NO_CLUSTER_SYNC,  // the other block's barrier is not set up yet
-  ENDS_FIRST,       // before the other block has arrived at its barrier
+  NO_CLUSTER_SYNC,     // the other block's barrier is not set up yet
+  ENDS_FIRST,          // before the other block has arrived at its barrier
+  READER_NOT_COUNTED,  // a slot is filled again when one of its readers has read it, however far the others lag
 };
 
 constexpr int STAGES = 2, ROWS = 64, DEPTH = 64;  // a tile is 64 rows of 64: 128 bytes each
@@ -156,6 +160,92 @@ bool run_double() {
   return right;
 }
 
+// Numbers a tensor's boxes, one buffer for all, and adds up what has been written.
+template <int FAULT>
+__global__ void number_kernel(const __grid_constant__ TensorMap out, const bf16* written, float* sums, int rows) {
+  OM_SHARED_DYNAMIC(raw);
+  auto* tile = reinterpret_cast<bf16*>(raw);
+  const int me = static_cast<int>(threadIdx.x);
+  for (int row = 0; row < rows; row += ROWS) {
+    if (me == 0) bulk_wait_read<0>();
+    if (FAULT != STORE_TURNED_EARLY) sync_block();
+    for (int i = me; i < ROWS * DEPTH; i += 64) tile[i] = from_float<bf16>(static_cast<float>(row / ROWS + i % 7));
+    async_fence();
+    sync_block();
+    if (me == 0) {
+      tensor_store(out, tile, 0, row, 0);
+      bulk_commit();
+    }
+  }
+  if (me == 0 && FAULT != STORE_LEFT_AT_END) FAULT == STORE_HALF_WAITED ? bulk_wait_read<0>() : bulk_wait<0>();
+  sync_block();
+  float sum = 0.0f;
+  if (FAULT != STORE_LEFT_AT_END)
+    for (int row = 0; row < rows; row++) sum += to_float(written[row * DEPTH + me]);
+  sums[me] = sum;
+}
+
+template <int FAULT>
+bool run_number() {
+  constexpr int N = 4 * ROWS;
+  Guarded<bf16> out(N * DEPTH);
+  Guarded<float> sums(DEPTH);
+  launch<number_kernel<FAULT>>({dim3(1), DEPTH, 0, ROWS * DEPTH * 2}, map_3d(out.data(), N), out.data(), sums.data(),
+                               N);
+  bool right = true;
+  for (std::size_t column = 0; column < DEPTH; column++) {
+    float sum = 0.0f;
+    for (std::size_t row = 0; row < N; row++) {
+      const auto wanted = static_cast<float>(row / ROWS + (row % ROWS * DEPTH + column) % 7);
+      right = right && wide(out[row * DEPTH + column]) == wanted;
+      sum += wanted;
+    }
+    right = right && (FAULT == STORE_LEFT_AT_END || sums[column] == sum);
+  }
+  return right;
+}
+
+// Warp 0 fills a ring of slots, the others each read all of them.
+template <int FAULT>
+__global__ void ring_kernel(const float* in, float* out, int items) {
+  constexpr int SLOTS = 4, READERS = 4;
+  OM_SHARED(float, ring, SLOTS* WARP);
+  OM_SHARED(Mbarrier, full, SLOTS);
+  OM_SHARED(Mbarrier, empty, SLOTS);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < SLOTS; s++) {
+      mbarrier_init(&full[s], 1);
+      mbarrier_init(&empty[s], FAULT == READER_NOT_COUNTED ? 1 : READERS);
+    }
+    mbarrier_publish();
+  }
+  sync_block();
+  for (int i = 0; i < items; i++) {
+    const int s = i % SLOTS;
+    if (warp_id() == 0) {
+      if (i >= SLOTS) mbarrier_wait(&empty[s], i / SLOTS - 1);
+      ring[s * WARP + lane_id()] = in[i * WARP + lane_id()];
+    } else {
+      mbarrier_wait(&full[s], i / SLOTS);
+      out[(i * READERS + warp_id() - 1) * WARP + lane_id()] = ring[s * WARP + lane_id()];
+    }
+    sync_warp();
+    const bool counted = warp_id() <= 1 || FAULT != READER_NOT_COUNTED;
+    if (lane_id() == 0 && counted) mbarrier_arrive(warp_id() == 0 ? &full[s] : &empty[s]);
+  }
+}
+
+template <int FAULT>
+bool run_ring() {
+  constexpr int ITEMS = 40, READERS = 4;
+  Guarded<float> in(ITEMS * WARP), out(ITEMS * READERS * WARP);
+  fill(in, 5);
+  launch<ring_kernel<FAULT>>({dim3(1), (1 + READERS) * WARP}, in.data(), out.data(), ITEMS);
+  bool right = true;
+  for (std::size_t i = 0; i < out.size(); i++) right = right && out[i] == in[i / (READERS * WARP) * WARP + i % WARP];
+  return right;
+}
+
 // Two blocks: the first fetches one box for both; each tells the other that it has read it.
 template <int FAULT>
 __global__ void share_kernel(const __grid_constant__ TensorMap in, bf16* out) {
@@ -204,6 +294,10 @@ TRIAL(last_tile_left_out, run_product, LAST_TILE_LEFT_OUT);
 TRIAL(swapped_accumulators, run_product, SWAPPED_ACCUMULATORS);
 TRIAL(store_not_waited, run_double, STORE_NOT_WAITED);
 TRIAL(store_too_wide, run_double, STORE_TOO_WIDE);
+TRIAL(store_turned_early, run_number, STORE_TURNED_EARLY);
+TRIAL(store_left_at_end, run_number, STORE_LEFT_AT_END);
+TRIAL(store_half_waited, run_number, STORE_HALF_WAITED);
+TRIAL(reader_not_counted, run_ring, READER_NOT_COUNTED);
 TRIAL(no_cluster_sync, run_share, NO_CLUSTER_SYNC);
 TRIAL(ends_first, run_share, ENDS_FIRST);
 
