@@ -144,6 +144,37 @@ OM_DEVICE void add_skip(float (&first)[4], float (&second)[4], const SsdScanPara
   }
 }
 
+// S = end S + (weight x)^T B. What a chunk adds is summed apart from S, which is often larger and would round it at every
+// step; half of the states at a time, whose sums have the registers of y.
+template <class T, int N>
+OM_DEVICE void advance_chunk(States<N>& S, const Rows<T, 16>& x, const Rows<T, N>& B, int part, const float* weight,
+                             float end) {
+  constexpr int AT_ONCE = OWN<N> > 16 ? OWN<N> / 16 : 2;
+#pragma unroll
+  for (int first = 0; first < OWN<N> / 8; first += AT_ONCE) {
+    float gained[AT_ONCE][4] = {};
+#pragma unroll 1
+    for (int k = 0; k < CHUNK<T>; k += 16) {
+      float v[8];
+      const Block<T> block = load_block<true>(x, k, 0);
+#pragma unroll
+      for (int i = 0; i < 8; i++) v[i] = scaled(block.value(i), weight[k + block_column(i)]);
+      const Left<T, 3> left(v);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j += 2) {
+        Right<T> right[2];
+        load_rights<true>(right, B, k, part * OWN<N> + 8 * (first + j));
+        multiply(gained[j], left, right[0]);
+        multiply(gained[j + 1], left, right[1]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) S[first + j][i] = scaled(S[first + j][i], end) + gained[j][i];
+  }
+}
+
 template <class T, int N>
 __global__ void __launch_bounds__(MOST_THREADS, 1)
     ssd_walk_kernel(const __grid_constant__ SsdScanParams q, const __grid_constant__ Cover cover, int chunks_each) {
@@ -216,20 +247,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
                          static_cast<int64_t>(chunk) * CHUNK<T> + 16 * t, used >> 16 * t);
       }
     }
-    if (at.live) {
-#pragma unroll
-      for (int j = 0; j < OWN<N> / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) S[j][i] = scaled(S[j][i], carry[CHUNK<T> - 1]);
-#pragma unroll 1
-      for (int k = 0; k < CHUNK<T>; k += 16) {
-        float v[8];
-        const Block<T> block = load_block<true>(x, k, 0);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = scaled(block.value(i), weight[k + block_column(i)]);
-        advance<T, N>(S, v, stage.B, at.part, k);
-      }
-    }
+    if (at.live) advance_chunk<T, N>(S, x, stage.B, at.part, weight, carry[CHUNK<T> - 1]);
     sync_block();  // the stage is free, and so are the scores
     if (layout.stages == 1) fetch(chunk + 1);
   }

@@ -137,6 +137,13 @@ def test_saving_for_a_backward_changes_no_bit_on_hopper():
 
 
 @needs_emulator
+@pytest.mark.parametrize("case", HOPPER[-2:], ids=lambda c: c.name)
+def test_what_a_chunk_adds_is_summed_apart_from_a_state_that_outweighs_it(case):
+    """In the kernel for every chip, too."""
+    check("cuda-emulated", scan(case.options), exact(case.options), case.tensors(torch.bfloat16))
+
+
+@needs_emulator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_segment_is_empty(dtype):
     """Eleven chunks for five segments: four take them all."""
