@@ -132,7 +132,7 @@ struct StepGradient {
         dA += static_cast<double>(dt[r]) * da;
         dbias += ddt;
       }
-      *q.ddt.at<float>(b, t, h) = static_cast<float>(ddt);
+      put_float(static_cast<float>(ddt), q.ddt, b, t, h);
     }
     dA = warp_sum(dA);
     dbias = warp_sum(dbias);

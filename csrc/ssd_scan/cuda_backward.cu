@@ -12,10 +12,10 @@
 //   one after the other: of channels, a warp has 16 of them and SPAN positions of dx; of states, a warp has 16 of them and
 //   REACH positions of dB and dC, whose sums over heads stay in registers, or where there are more than 128 states in their
 //   place in memory. C B^T lies in registers, a tile or two a warp. The next head's x and dy are fetched meanwhile.
-// Launches: the walk of dS; this one; sums over chunks and batch rows, and over the parts of a group's heads if there are any.
+// Launches: the walk of dS; this one; the totals: dA, ddt_bias and dD over chunks and batch rows, and dB and dC over the parts
+//   of a group's heads, which also gives them the caller's type. Where there is one part and they are float32, they are in place.
 // Traffic a position and head at p 64, n 128, bf16: x, dy and dx 384 bytes, S and dS' 1024, dS' 512 again from the cache.
 // Precision: what becomes dx, dB and dC is rounded to bf16 once on its way into a product; R, U, T and W keep float32's digits.
-#include "../common/sum_parts.cuh"
 #include "back_sums.cuh"
 
 namespace omnimamba {
@@ -155,6 +155,64 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
   sums.finish(q, at, B, C, M);
 }
 
+constexpr int TOTAL_WARPS = 32, TOTAL_THREADS = TOTAL_WARPS * WARP, TOTAL_EACH = 4;  // elements a thread
+
+// dA, ddt_bias and dD of a head, summed in double in a fixed order: a warp has a slice of the rows, a lane a column.
+OM_DEVICE void total_of_head(const SsdScanParams& q, int h) {
+  OM_SHARED(double, slices, TOTAL_THREADS);
+  const int64_t columns = 2 + q.headdim,
+                rows = q.batch * chunks_of(q.length, q.x.dtype == DType::BF16 ? CHUNK<bf16> : CHUNK<float>);
+  const float* from = q.sums.at<float>() + h * columns;
+  double all = 0.0;  // dD of all channels
+#pragma unroll 1
+  for (int64_t first = 0; first < columns; first += WARP) {
+    const int64_t c = first + lane_id();
+    double sum = 0.0;
+    if (c < columns) {
+      const int64_t begin = rows * warp_id() / TOTAL_WARPS, end = rows * (warp_id() + 1) / TOTAL_WARPS;
+#pragma unroll 4
+      for (int64_t row = begin; row < end; row++) sum += static_cast<double>(from[row * q.heads * columns + c]);
+    }
+    sync_block();  // the slices before were read
+    slices[threadIdx.x] = sum;
+    sync_block();
+    if (warp_id() != 0 || c >= columns) continue;
+    for (int slice = 1; slice < TOTAL_WARPS; slice++) sum += slices[slice * WARP + lane_id()];
+    const auto value = static_cast<float>(sum);
+    if (c == 0) put_float(value, q.dA, h);
+    if (c == 1 && q.ddt_bias) put_float(value, q.ddt_bias, h);
+    if (c > 1) all += sum;
+    if (c > 1 && q.dD && q.dD.stride[1] != 0) put_float(value, q.dD, h, c - 2);
+  }
+  if (warp_id() != 0 || !q.dD || q.dD.stride[1] != 0) return;
+  const double sum = warp_sum(all);
+  if (lane_id() == 0) put_float(static_cast<float>(sum), q.dD, h);
+}
+
+// Elements of dB or dC, summed over the parts of a group's heads.
+OM_DEVICE void total_of_parts(const SsdScanParams& q, int64_t block, int parts) {
+  const int64_t size = q.batch * q.length * q.groups * q.state;
+#pragma unroll
+  for (int k = 0; k < TOTAL_EACH; k++) {
+    const int64_t i = (block * TOTAL_EACH + k) * TOTAL_THREADS + threadIdx.x;
+    if (i >= 2 * size) return;
+    double sum = 0.0;
+    for (int part = 0; part < parts; part++)
+      sum += static_cast<double>(q.workspace.at<float>()[int64_t{2} * part * size + i]);
+    View to = i < size ? q.dB : q.dC;
+    to.stride[0] = 1;  // contiguous
+    put_float(static_cast<float>(sum), to, i < size ? i : i - size);
+  }
+}
+
+__global__ void __launch_bounds__(TOTAL_THREADS)
+    ssd_back_totals_kernel(const __grid_constant__ SsdScanParams q, int parts) {
+  if (blockIdx.x < q.heads)
+    total_of_head(q, static_cast<int>(blockIdx.x));
+  else
+    total_of_parts(q, blockIdx.x - q.heads, parts);
+}
+
 }  // namespace
 
 #if !defined(__CUDACC_RTC__)
@@ -197,13 +255,10 @@ void ssd_scan_backward(const SsdScanParams& q) {
   using namespace ssd;
   launch_back_walk(q);
   const BackCover cover = back_cover(q);
-  const int64_t chunks = chunks_of(q.length, chunk_of(q));
   launch_back_chunks(q, cover);
-  const int64_t columns = q.heads * (2 + q.headdim), size = q.batch * q.length * q.groups * q.state;
-  sum_parts(q.sums.at<float>(), static_cast<int>(q.batch * chunks), columns, columns, q.dA.at<float>(), nullptr,
-            q.stream);
-  if (cover.parts > 1)
-    sum_parts(q.workspace.at<float>(), cover.parts, 2 * size, size, q.dB.at<float>(), q.dC.at<float>(), q.stream);
+  const int64_t size = q.workspace.data == q.dB.data ? 0 : q.batch * q.length * q.groups * q.state;
+  const int64_t blocks = q.heads + ceil_div(2 * size, TOTAL_THREADS * TOTAL_EACH);
+  launch<ssd_back_totals_kernel>({grid(blocks), TOTAL_THREADS, q.stream}, q, cover.parts);
 }
 
 #endif

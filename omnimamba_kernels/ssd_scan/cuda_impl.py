@@ -111,29 +111,33 @@ def backward(
     fields = _fields(*inputs, dt_softplus, dt_limit)
     storage = fields["x"].dtype
     dy, dfinal, dvarlen = grads
-    dx, ddt, small = x.new_empty(x.shape, dtype=storage), floats(b, l, h), floats(h, 2 + p)
+    dx = x.new_empty(x.shape, dtype=storage)
+    ddt, dA, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (dt, A, B, C))
+    dD, ddt_bias = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (D, dt_bias))
     dz = None if z is None else torch.empty_like(dx)
-    dBC = floats(2, b, l, g * n)
     dinitial = None if initial_states is None else floats(b, h, p, n)
     if dx.numel():
-        fields |= dict(dy=_pieces(torch.zeros_like(dx) if dy is None else dy, storage), dx=dx, ddt=ddt, dA=small, dz=dz)
+        fields |= dict(dy=_pieces(torch.zeros_like(dx) if dy is None else dy, storage), dx=dx, ddt=ddt, dA=dA, dz=dz)
         fields |= dict(dfinal_states=_floats(dfinal), dvarlen_states=_floats(dvarlen), dinitial_states=dinitial)
         fields |= dict(seq_idx=seq_idx, used=used, steps=steps, states=states, ungated=ungated)
+        fields |= dict(dD=dD, ddt_bias=ddt_bias)
         if dvarlen is not None:
             fields |= dict(cu_seqlens=cu_seqlens, sequences=len(dvarlen))
         parts = cuda.call("ssd_scan_parts", x.device, **fields)
-        workspace = dBC if parts == 1 else floats(parts, 2, b, l * g * n)
+        workspace = floats(parts, 2, b, l * g * n)
+        if parts == 1 and B.dtype == C.dtype == torch.float32:
+            dB, dC = workspace.view(2, b, l, g, n)
         fields |= dict(dstates=torch.empty_like(states), sums=floats(b, states.shape[1], h, 2 + p))
-        cuda.call("ssd_scan_backward", x.device, workspace=workspace, dB=dBC[0], dC=dBC[1], **fields)
+        cuda.call("ssd_scan_backward", x.device, workspace=workspace, dB=dB, dC=dC, **fields)
     else:
-        small.zero_()
+        for grad in (ddt, dA, dB, dC, dD, ddt_bias):
+            if grad is not None:
+                grad.zero_()
         if dinitial is not None:
             dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
             if dvarlen is not None:
                 dinitial[: len(dvarlen)] += dvarlen[:1]
-    dB, dC = dBC.view(2, b, l, g, n)
-    dD = small[:, 2:] if D is None or D.dim() == 2 else small[:, 2:].sum(1)
-    found = (dx, ddt, small[:, 0], dB, dC, dD, dz, small[:, 1], dinitial)
+    found = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial)
     cast = [
         grad.to(t.dtype) if t is not None and need else None
         for t, grad, need in zip(inputs, found, needs[: len(inputs)], strict=True)

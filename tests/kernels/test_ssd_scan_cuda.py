@@ -4,6 +4,7 @@ import emulated
 import pytest
 import torch
 from common import check, evaluate, running, runs, same_bits
+from counting import Seen
 from test_ssd_scan import CROSSED, GRADS, exact, scan
 
 from omnimamba_kernels import cuda
@@ -141,6 +142,26 @@ def test_saving_for_a_backward_changes_no_bit_on_hopper():
 def test_what_a_chunk_adds_is_summed_apart_from_a_state_that_outweighs_it(case):
     """In the kernel for every chip, too."""
     check("cuda-emulated", scan(case.options), exact(case.options), case.tensors(torch.bfloat16))
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    "chip, chunks", [("cuda-emulated", "ssd_back_chunk_kernel"), ("cuda-emulated90", "ssd_hopper_back_chunk_kernel")]
+)
+def test_the_backward_takes_three_launches_and_casts_nothing(chip, chunks):
+    """Also where a group's heads are dealt out in parts; every gradient has its tensor's type."""
+    case = BACKWARD[0]
+    tensors = {name: t.bfloat16() if name == "dt" else t for name, t in case.tensors(torch.bfloat16).items()}
+    with running(chip):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t is not None and name in GRADS}
+        y, _ = scan(case.options)(**tensors | leaves)
+        emulated.started()
+        dy = torch.ones_like(y)
+        with Seen() as seen:
+            found = torch.autograd.grad(y, list(leaves.values()), dy)
+    assert emulated.started() == ["ssd_back_walk_kernel", chunks, "ssd_back_totals_kernel"]
+    assert not seen.names & {"_to_copy", "copy_", "clone", "add", "sum", "zeros", "zeros_like", "zero_"}
+    assert all(grad.dtype == leaf.dtype for grad, leaf in zip(found, leaves.values(), strict=True))
 
 
 @needs_emulator
