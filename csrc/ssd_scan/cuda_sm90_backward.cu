@@ -5,9 +5,9 @@
 //   Y^T  = S^T dy^T     dC^T = sum of carry Y^T + B^T dG^T     R_t = carry_t C_t . Y_t
 //   Z^T  = dS'^T x^T    dB^T = sum of weight Z^T + C^T dG      U_s = tail_s B_s . Z_s
 //
-// Shapes. bf16 x, dy, dx (b, l, h, p), p from 32 to 64 in eights; B, C (b, l, g, n), n from 18 to 128 in fours; states (b,
+// Shapes. bf16 x, dy, dx (b, l, h, p), p from 32 on in eights; B, C (b, l, g, n), n from 18 to 128 in fours; states (b,
 //   chunks, h, p, n) float32; no gate. Other calls, and strides that bulk copies do not take, go to cuda_backward.cu.
-// Plan. A block has a batch row, a chunk and some heads of a group, one after another. Its warpgroups:
+// Plan. A block has a batch row, a chunk and some heads of a group, one after another, 64 channels at a time. Warpgroups:
 //     fetch    one thread issues the copies of heads to come, as far as slots are free; one warp clears padding's rows;
 //              one warp gathers the gradient of the steps from what the workers have summed, beside their next products
 //     workers  two. Of Y^T and Z^T one has 64 of 128 states, or of 64 states 32 positions; of dx^T, dM and G = C B^T each
@@ -18,11 +18,10 @@
 //   of which G and dG 20480: 229952 of 232448. n 64: 176672. Registers a thread: fetch 88, workers 208 (dB and dC 64, Y or Z
 //   32, dx 16, what is read of S and its three terms 20); as the compiler has no room to mix more, a worker waits for each
 //   16 channels of Y and Z, and each 32 states of dx, while the other multiplies.
-// Traffic a position and head at p 64, n 128: x, dy and dx 384 bytes, S and dS' 1024, each once: 1408 of HBM and no more from
-//   the cache, where cuda_backward.cu reads dS' a second time.
+// Traffic a position and head at p 64, n 128: x, dy and dx 384 bytes, S and dS' 1024, all once (cuda_backward.cu: dS' twice).
 // Arithmetic a chunk and head there: 2176 clocks of a multiprocessor's matrix units (768 Y and 768 Z, whose three terms keep
 //   float32's digits, 256 dS' B^T, 256 dM, 128 dy^T M), beside 4360 of HBM for 90 KB: it is bound by memory.
-// Precision: as in cuda_backward.cu.
+// Precision: as in cuda_backward.cu. What does not fit: hopper_back_block.cuh.
 #include "../common/device.h"
 #include "hopper_back_maps.h"
 
@@ -197,7 +196,7 @@ struct Worker {
   OM_DEVICE void finish_dx(float (&dx)[HALF_SIDE / 2], int item) const {
     const SsdScanParams& q = block.q;
     const Rows<bf16, SIDE> dy = rows_of(block.stage(item) + TILE_BYTES);
-    const int h = block.first + item;
+    const int h = block.head_of(item), p0 = block.p0_of(item);
     const bool leader = threadIdx.x % TEAM == 0;
     write_scores(block.steps(item));
     async_fence();
@@ -221,7 +220,7 @@ struct Worker {
       const ssd::Block<bf16> block_dy = load_block<true>(dy, s0 + 16 * j, 16 * own);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const int channel = 16 * own + state_row(i % 4);
+        const int channel = p0 + 16 * own + state_row(i % 4);
         const float D = q.D && channel < q.headdim ? *q.D.at<float>(h, channel) : 0.0f;
         v[i] = dx[8 * j + i] + D * block_dy.value(i);
       }
@@ -231,7 +230,7 @@ struct Worker {
     sync_named(1 + team, TEAM);
     if (leader) {
       const int apart = block.maps.heads_apart;
-      tensor_store(block.maps.dx, block.memory + Block::OUT + team * HALF_BYTES, h * apart, apart ? 0 : h,
+      tensor_store(block.maps.dx, block.memory + Block::OUT + team * HALF_BYTES, h * apart + p0, apart ? 0 : h,
                    block.at.chunk * SIDE + s0, block.at.b);
       bulk_commit();
     }
@@ -250,7 +249,8 @@ struct Worker {
     wgmma_commit();
     wgmma_wait<0>();
     hold(dM);
-    block.wait_empty(block.signal.tiles_empty, item, GATHER_SLOTS);
+    const int head = item / block.halves;
+    if (block.begins(item)) block.wait_empty(block.signal.tiles_empty, head, GATHER_SLOTS);
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
       if (!lower(j)) continue;
@@ -261,16 +261,17 @@ struct Worker {
         dG(j, k) += scaled(dt[s], dML);
         T[half][i] = scaled(G(j, k), dML);
       });
-      sum_tile(T, own == tile(j).J, true, dt + tile(j).J * 16, block.small().scratch[team * (TEAM / WARP) + own],
-               block.small().tiles[item % GATHER_SLOTS][tile_number(own, tile(j).J)]);
+      sum_tile(T, own == tile(j).J, block.begins(item), dt + tile(j).J * 16,
+               block.small().scratch[team * (TEAM / WARP) + own], block.tiles_of(item)[tile_number(own, tile(j).J)]);
     }
-    block.signal_warp(block.signal.tiles_full + item % GATHER_SLOTS);
+    if (block.ends(item)) block.signal_warp(block.signal.tiles_full + head % GATHER_SLOTS);
   }
 
   // dD of a head.
   OM_DEVICE void skip(int item) const {
     const Rows<bf16, SIDE> x = rows_of(block.stage(item)), dy = rows_of(block.stage(item) + TILE_BYTES);
-    skip_gradient<bf16>(block.sums_of(block.first + item) + 2, block.at, x, 16 * own, 1, [&](int) { return dy; });
+    skip_gradient<bf16>(block.sums_of(block.head_of(item)) + 2, block.hand_of(item), x, 16 * own, 1,
+                        [&](int) { return dy; });
   }
 
   // dB and dC through the scores, summed over heads; then out.
@@ -378,7 +379,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 #if !defined(__CUDACC_RTC__)
 
 bool suits_hopper_backward(const SsdScanParams& q) {
-  bool suits = runs_sm90() && q.x.dtype == DType::BF16 && q.headdim >= NARROWEST && q.headdim <= SIDE && !q.z;
+  bool suits = runs_sm90() && q.x.dtype == DType::BF16 && q.headdim >= NARROWEST && !q.z;
   return suits && q.state > 16 && q.state <= 128 && q.state % 4 == 0 && suits_back_maps(q);
 }
 

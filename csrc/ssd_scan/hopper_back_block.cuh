@@ -1,4 +1,14 @@
 // How a block of the scan's backward on Hopper is laid out, what feeds its workers, and who gathers what they sum.
+//
+// What does not fit, for n 128 where nothing else is said; a block has 232448 bytes and 65536 registers:
+//   n 256   dB and dC alone take 128 registers of a worker's 208, beside Y or Z 32, dx 16 and what is read of S 20. Of shared
+//           memory B and C take 65536 bytes, two stages 36864, M and dx 16384, a slot each for S and dS' of half of the states
+//           65536, the rest 53888: 238208.
+//   a gate  dy silu(z) must keep float32's digits for R and T and is the sum of three bf16: two more tiles of a head and, in each
+//           stage, z and y before the gate: 49152 bytes more, 279104. At n 64 it would fit, with three times the products of Y, dM.
+//   fp16    S and dS' have float32's range, beyond 65504 and below 2^-24, so that their terms must be bf16, and wgmma takes no
+//           bf16 beside fp16. An fp16 number is two bf16: x, dy, B and C twice, 65536 bytes more, 295488. The scan of fp16
+//           therefore runs in float32, in both directions (cuda.cu, cuda_backward.cu).
 #pragma once
 #include "back_roles.cuh"
 #include "hopper_block.cuh"
@@ -90,7 +100,7 @@ struct BackBlock {
   unsigned char* memory;
   BackSignals& signal;
   Hand at;
-  int first, items;                   // heads
+  int first, halves, items;           // heads, SIDE channels of one at a time: items are numbered over all of them
   int first_sequence, last_sequence;  // packed ones that end in the chunk
   int chunks;
 
@@ -103,17 +113,28 @@ struct BackBlock {
     at.chunk = next_digit(rest, chunks);
     at.b = static_cast<int>(rest);
     at.used = used_bits<bf16>(q, at.b, at.chunk);
-    at.p0 = 0;
-    at.width = static_cast<int>(q.headdim);
+    at.p0 = at.width = 0;  // of an item: hand_of
     const auto per_group = static_cast<int>(q.heads / q.groups);
     const int left = per_group - at.part * cover.part_heads;
     first = at.group * per_group + at.part * cover.part_heads;
-    items = left < cover.part_heads ? left : cover.part_heads;
+    halves = static_cast<int>(ceil_div(q.headdim, SIDE));
+    items = (left < cover.part_heads ? left : cover.part_heads) * halves;
     const int64_t start = int64_t{at.chunk} * SIDE;
     first_sequence = q.dvarlen_states ? sequences_before(q, start) : 0;
     last_sequence = q.dvarlen_states ? sequences_before(q, start + SIDE) : 0;
   }
 
+  OM_DEVICE int head_of(int item) const { return first + item / halves; }
+  OM_DEVICE int p0_of(int item) const { return item % halves * SIDE; }
+  OM_DEVICE Hand hand_of(int item) const {
+    Hand found = at;
+    found.p0 = p0_of(item);
+    found.width = static_cast<int>(q.headdim) - found.p0;
+    return found;
+  }
+  OM_DEVICE TileSums* tiles_of(int item) const { return small().tiles[item / halves % GATHER_SLOTS]; }
+  OM_DEVICE bool begins(int item) const { return item % halves == 0; }
+  OM_DEVICE bool ends(int item) const { return item % halves == halves - 1; }
   OM_DEVICE Small& small() const { return *reinterpret_cast<Small*>(memory + SMALL); }
   OM_DEVICE unsigned char* stage(int item) const { return memory + STAGE + item % BACK_STAGES * STAGE_BYTES; }
   OM_DEVICE const float* steps(int item) const { return reinterpret_cast<const float*>(stage(item) + STAGE_STEPS); }
@@ -192,28 +213,29 @@ OM_DEVICE void fetch_heads(const BackBlock<N>& block) {
     tensor_load(to, maps.B, &signal.group_landed, n0 + panel * SIDE, own_group, t0, b);
     tensor_load(to + Block::C, maps.C, &signal.group_landed, n0 + panel * SIDE, own_group, t0, b);
   }
-  auto load_state = [](unsigned char* to, const TensorMap& map, Mbarrier* landed, int64_t row) {
+  auto load_state = [](unsigned char* to, const TensorMap& map, Mbarrier* landed, int p0, int64_t row) {
     mbarrier_arrive_expect(landed, Block::STATE_BYTES);
     for (int n = 0; n < N; n += PANEL_STATES)
-      tensor_load(to + n / PANEL_STATES * PANEL_BYTES, map, landed, n, 0, static_cast<int>(row));
+      tensor_load(to + n / PANEL_STATES * PANEL_BYTES, map, landed, n, p0, static_cast<int>(row));
   };
   int turn = 0;
 #pragma unroll 1
   for (int item = 0; item < block.items; item++) {
-    const int h = block.first + item, p0 = h * maps.heads_apart, own_head = maps.heads_apart ? 0 : h;
+    const int h = block.head_of(item), p0 = block.p0_of(item);
+    const int column = h * maps.heads_apart + p0, own_head = maps.heads_apart ? 0 : h;
     const int64_t row = (int64_t{b} * block.chunks + block.at.chunk) * q.heads + h;
     unsigned char* stage = block.stage(item);
     Mbarrier* landed = signal.landed + item % BACK_STAGES;
     Block::wait_empty(signal.empty, item, BACK_STAGES);
     mbarrier_arrive_expect(landed, 2 * TILE_BYTES + STEP_BYTES);
-    tensor_load(stage, maps.x, landed, p0, own_head, t0, b);
-    tensor_load(stage + TILE_BYTES, maps.dy, landed, p0, own_head, t0, b);
+    tensor_load(stage, maps.x, landed, column, own_head, t0, b);
+    tensor_load(stage + TILE_BYTES, maps.dy, landed, column, own_head, t0, b);
     bulk_load(stage + Block::STAGE_STEPS, steps_of<bf16>(q, b, h, block.at.chunk), STEP_BYTES, landed);
     Block::wait_empty(signal.S_empty, item, Block::S_SLOTS);
-    load_state(block.S_of(item), maps.S, signal.S_landed + item % Block::S_SLOTS, row);
+    load_state(block.S_of(item), maps.S, signal.S_landed + item % Block::S_SLOTS, p0, row);
     block.each_state([&](int sequence, int) {
       Block::wait_empty(signal.dS_empty, turn, Block::DS_SLOTS);
-      load_state(block.dS_of(turn), sequence < 0 ? maps.dS : maps.V, signal.dS_landed + turn % Block::DS_SLOTS,
+      load_state(block.dS_of(turn), sequence < 0 ? maps.dS : maps.V, signal.dS_landed + turn % Block::DS_SLOTS, p0,
                  sequence < 0 ? row : sequence * q.heads + h);
       turn++;
     });
@@ -243,9 +265,9 @@ OM_DEVICE void gather_heads(const BackBlock<N>& block) {
   int turn = 0;
 #pragma unroll 1
   for (int item = 0; item < block.items; item++) {
-    const int h = block.first + item;
+    const int h = block.head_of(item), head = item / block.halves;
     const float* dt = block.steps(item) + DT * SIDE;
-    small.gathered.clear();
+    if (block.begins(item)) small.gathered.clear();
     block.wait_full(signal.landed, item, BACK_STAGES);
     block.each_state([&](int sequence, int last) {
       const Dots<N>& dots = small.dots[turn % GATHER_SLOTS];
@@ -254,10 +276,12 @@ OM_DEVICE void gather_heads(const BackBlock<N>& block) {
       block.signal_warp(signal.dots_empty + turn % GATHER_SLOTS);
       turn++;
     });
-    block.wait_full(signal.tiles_full, item, GATHER_SLOTS);
-    small.gathered.finish(block.q, block.at.b, h, block.at.chunk, small.tiles[item % GATHER_SLOTS], dt, block.at.used,
-                          block.sums_of(h));
-    block.signal_warp(signal.tiles_empty + item % GATHER_SLOTS);
+    if (block.ends(item)) {
+      block.wait_full(signal.tiles_full, head, GATHER_SLOTS);
+      small.gathered.finish(block.q, block.at.b, h, block.at.chunk, block.tiles_of(item), dt, block.at.used,
+                            block.sums_of(h));
+      block.signal_warp(signal.tiles_empty + head % GATHER_SLOTS);
+    }
     block.signal_warp(signal.empty + item % BACK_STAGES);
   }
 }
