@@ -274,10 +274,32 @@ def report(content: dict[str, Any]) -> str:
     return table(["what", "case", "by", "model", "measured", "off by"], lines) if lines else ""
 
 
+def _labelled(on: Cluster, known: str) -> str:
+    return (
+        f"PREDICTION, not measured: prefill of 1.3B in 16 bits, batch 1, on chips of {on.flops / 1e12:.3g} TFLOP/s "
+        f"and {on.bandwidth / 1e12:.3g} TB/s, {on.share:.0%} of it reached ({known}), links of "
+        f"{on.link / 1e9:g} GB/s and {on.latency * 1e6:g} us:"
+    )
+
+
+def measured_chip(content: dict[str, Any]) -> Cluster | None:
+    """The GPU of a run: its matrix and copy rates, and the share of them that our layers and models reached."""
+    flops, bandwidth = (content["rates"].get(f"gpu {kind}", {}).get("median") for kind in ("matmul", "copy"))
+    groups = ("decode", "whole generation", "layer forward")
+    shares = [r.floor_share for r in content["rows"] if r.group in groups and r.times_ours == 1.0 and r.floor_share]
+    if not (flops and bandwidth and shares):
+        return None
+    return Cluster(flops=flops, bandwidth=bandwidth, share=min(1.0, statistics.median(shares)))
+
+
 def summary(content: dict[str, Any], gpus: tuple[int, ...] = (1, 8, 64), on: Cluster | None = None) -> str:
-    """The check, its median errors, and what the model predicts of many chips; empty where nothing can be checked."""
-    if "sgemm" not in content["rates"]:  # a GPU's run: the model is made of a CPU's rows
-        return ""
+    """The check, its median errors, and what the model predicts of many chips; empty where nothing can be checked.
+
+    A GPU's run is not checked, since the model is made of a CPU's rows: it gives the chip that is predicted from."""
+    if "sgemm" not in content["rates"]:
+        chip = on or measured_chip(content)
+        known = "assumed" if on else "measured in this run"
+        return f"{_labelled(chip, known)}\n\n{extrapolated(list(gpus), chip)}" if chip else ""
     times, memory, on = median_error(checked(content)), median_error(checked_memory(content)), on or Cluster()
     if times is None:
         return ""
@@ -286,9 +308,7 @@ def summary(content: dict[str, Any], gpus: tuple[int, ...] = (1, 8, 64), on: Clu
         [
             report(content),
             f"Median error of time {times:.1%}{held}; {MOST_ERROR:.0%} allowed.",
-            f"PREDICTION, not measured: prefill of 1.3B in 16 bits, batch 1, on chips of {on.flops / 1e12:g} TFLOP/s "
-            f"and {on.bandwidth / 1e12:g} TB/s, {on.share:.0%} of it reached (assumed), links of "
-            f"{on.link / 1e9:g} GB/s and {on.latency * 1e6:g} us:",
+            _labelled(on, "assumed"),
             extrapolated(list(gpus), on),
         ]
     )
@@ -302,10 +322,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=float, default=value, help=f"of a chip or link (default: {value:g})")
     options = parser.parse_args(arguments)
     path, content = results.chosen(parser, options.result)
-    shown = summary(content, options.gpus, Cluster(*(getattr(options, name) for name in vars(Cluster()))))
+    given = Cluster(*(getattr(options, name) for name in vars(Cluster())))
+    shown = summary(content, options.gpus, None if given == Cluster() else given)
     if not shown:
         parser.error(f"{path} has no row of a layer or a model to check")
     print(shown)
+    if "sgemm" not in content["rates"]:
+        return 0
     return int(not median_error(checked(content)) < MOST_ERROR)
 
 

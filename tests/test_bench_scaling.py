@@ -194,3 +194,15 @@ def test_what_is_extrapolated_grows_as_it_should():
     for bad in ((7, "tensor"), (8, "pipeline"), (0, "sequence")):
         with pytest.raises(ValueError):
             time(2**20, *bad)
+
+
+def test_a_gpus_run_is_extrapolated_with_what_it_measured():
+    rows = [Row("decode", "1.3B", "cuda", 1.0, times_ours=1.0, floor_share=share) for share in (0.5, 0.7, 0.9)]
+    rows.append(Row("decode", "1.3B", "mamba_ssm", 1.0, times_ours=2.0, floor_share=0.1))
+    rates = {"gpu matmul": {"median": 6e14}, "gpu copy": {"median": 4e12}}
+    chip = scaling.measured_chip({"rows": rows, "rates": rates})
+    assert (chip.flops, chip.bandwidth, chip.share) == (6e14, 4e12, 0.7)
+    shown = scaling.summary({"rows": rows, "rates": rates})
+    assert "600 TFLOP/s and 4 TB/s, 70% of it reached (measured in this run)" in shown and "16,777,216" in shown
+    assert "(assumed)" in scaling.summary({"rows": rows, "rates": rates}, on=chips.Cluster())
+    assert scaling.summary({"rows": [], "rates": rates}) == ""
