@@ -125,7 +125,7 @@ def run_benchmark(op: str, out: Path, seconds: float) -> tuple[Part, dict[str, A
         status = child(command, seconds, out / f"bench-{op}.log", TRITON_CACHE_DIR=cache)
     found = json.loads(path.read_text()) if path.exists() else {"rates": {}, "rows": []}
     wrong = [f"{row['case']}, {row['who']}: {row['reason']}" for row in found["rows"] if is_fault(row)]
-    wrong += [f"no more problems: {found['ended']}"] if "ended" in found else []
+    wrong += [f"a problem was lost: {why}" for why in found.get("lost", [])]
     kind = "out of time" if status is None else "failed" if status or wrong else "ok"
     detail = f"{sum('seconds' in row for row in found['rows'])} timed of {len(found['rows'])}"
     if status:

@@ -108,22 +108,22 @@ def _compared(row: dict[str, Any], ours: float | None, problem: Problem) -> None
 
 
 def run(op: str, clock: Clock, until: float, out: Path) -> int:
-    """Measures an operation's problems and writes what there is after each; 1 where one could not be made, which ends
-    them, and which ``ended`` tells."""
+    """Measures an operation's problems and writes what there is after each; 1 where some could not be made or
+    measured, of which ``lost`` tells."""
     found: dict[str, Any] = {"rates": clock.rates(), "rows": []}
-    problems, status = OPERATIONS[op](clock.device), None
-    while status is None:
+    problems, more = OPERATIONS[op](clock.device), True
+    while more:
         try:
             problem = next(problems)
             found["rows"] += measure(problem, clock, found["rates"], until)
             del problem
         except StopIteration:
-            status = 0
+            more = False
         except Exception as error:
             traceback.print_exc()
-            found["ended"], status = said(error), 1
+            found.setdefault("lost", []).append(said(error))
         out.write_text(json.dumps(found, indent=1))
-    return status
+    return 1 if "lost" in found else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

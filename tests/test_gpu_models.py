@@ -21,6 +21,7 @@ from bench import gpu_board, gpu_check, gpu_claims, gpu_clock, gpu_ops  # noqa: 
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
 from bench.gpu_problems import Problem, models  # noqa: E402
+from bench.gpu_problems.common import Parts  # noqa: E402
 from bench.gpu_run import as_row  # noqa: E402
 from bench.tables import of_the_chip  # noqa: E402
 from omnimamba_kernels import backends  # noqa: E402
@@ -238,4 +239,23 @@ def test_an_operation_is_on_one_stream_and_a_problem_that_cannot_be_made_is_told
     part, found = gpu_check.run_benchmark("gated_norm", tmp_path, 60.0)
     assert set(seen) == {1} and [row["who"] for row in found["rows"] if "seconds" in row] == ["reference"]
     assert part.status == "failed"
-    assert part.failures == ["no more problems: RuntimeError: Offset increment outside graph capture"]
+    assert part.failures == ["a problem was lost: RuntimeError: Offset increment outside graph capture"]
+
+
+def test_a_part_that_fails_leaves_the_parts_after_it(tmp_path, monkeypatch):
+    def made(name):
+        return Problem("g", name, 1e3, 0.0, {"reference": lambda: float}, float, 1.0)
+
+    def several():
+        yield made("first")
+        raise MemoryError("the second does not fit")
+
+    def none():
+        raise ValueError("no such size")
+
+    monkeypatch.setitem(gpu_ops.OPERATIONS, "gated_norm", lambda _: Parts([several, none, lambda: made("last")]))
+    monkeypatch.setattr(gpu_check, "child", lambda arguments, *_, **__: gpu_ops.main(arguments[2:]))
+    part, found = gpu_check.run_benchmark("gated_norm", tmp_path, 60.0)
+    assert [row["case"] for row in found["rows"] if "seconds" in row] == ["first", "last"]
+    assert part.status == "failed" and len(part.failures) == 2
+    assert "the second does not fit" in part.failures[0] and "no such size" in part.failures[1]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from . import conv, generation, lora, mixer, models, norm, scan, update
-from .common import Problem
+from .common import Parts, Problem
 
 __all__ = ["OPERATIONS", "Problem"]
 
-OPERATIONS: dict[str, Callable[[torch.device], Iterator[Problem]]] = {
+OPERATIONS: dict[str, Callable[[torch.device], Parts]] = {
     "causal_conv1d": conv.problems,
     "ssd_scan": scan.problems,
     "state_update": update.problems,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -62,6 +62,25 @@ class Problem:
     note: str = ""
     ours: tuple[str, ...] = tuple(NAMES)
     """Names of contenders that are ours; all others are peers."""
+
+
+class Parts:
+    """Problems made part by part. A part that fails raises, and the next ``next()`` goes on with the part after it."""
+
+    def __init__(self, parts: Iterable[Callable[[], Problem | Iterator[Problem]]]) -> None:
+        self.parts, self.part = iter(parts), iter(())
+
+    def __iter__(self) -> Parts:
+        return self
+
+    def __next__(self) -> Problem:
+        while True:
+            part, self.part = self.part, iter(())
+            for problem in part:
+                self.part = part
+                return problem
+            found = next(self.parts)()
+            self.part = iter((found,)) if isinstance(found, Problem) else iter(found)
 
 
 def backends(device: torch.device, tokens: int = 0) -> list[str]:

@@ -9,7 +9,7 @@ or cache, step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -18,16 +18,18 @@ from ..integrated import POSITIONS, positions
 from ..measure import relative_error
 from ..published import FIGURE_1, MEMORY_AT, MEMORY_CASE, MEMORY_GROUP, WHOLE, named, whole_case
 from . import models
-from .common import Problem, Steps, dtype_of, sizes
+from .common import Parts, Problem, Steps, dtype_of, sizes
 
 NOTE = f"{POSITIONS} steps measured, summed by Gauss and Legendre's rule"
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
-    for total in sizes(device, tuple(FIGURE_1), (min(FIGURE_1),)):
-        yield _generation(device, WHOLE, whole_case(total), total, positions(total))
-    yield _generation(device, MEMORY_GROUP, MEMORY_CASE, MEMORY_AT, [(MEMORY_AT - 1, 1.0)],
-                      everyone=device.type == "cuda")  # fmt: skip
+def problems(device: torch.device) -> Parts:
+    parts = [
+        partial(_generation, device, WHOLE, whole_case(total), total, positions(total))
+        for total in sizes(device, tuple(FIGURE_1), (min(FIGURE_1),))
+    ]
+    held = partial(_generation, device, MEMORY_GROUP, MEMORY_CASE, MEMORY_AT, [(MEMORY_AT - 1, 1.0)])
+    return Parts([*parts, partial(held, everyone=device.type == "cuda")])
 
 
 def _generation(

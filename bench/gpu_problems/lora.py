@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,20 @@ from omnimamba_kernels.lora_linear import cases
 
 from .. import inputs, peers
 from ..measure import worst_error
-from .common import Problem, Values, backends, backward, dtype_of, forward, leaves, made, nbytes, sizes, written_out
+from .common import (
+    Parts,
+    Problem,
+    Values,
+    backends,
+    backward,
+    dtype_of,
+    forward,
+    leaves,
+    made,
+    nbytes,
+    sizes,
+    written_out,
+)
 
 TRAINED = ("x", "lora_A", "lora_B")
 BASE = "torch, the base alone"
@@ -43,23 +57,24 @@ def product_by_product(v: Values) -> Tensor:
     return y
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
+def problems(device: torch.device) -> Parts:
+    parts = [partial(_case, device, *each) for each in enumerate(sizes(device, cases.GPU, cases.SMALL[1:2]))]
+    parts.append(partial(_one_adapter, device))
+    return Parts(parts + [partial(_int8, device, case) for case in sizes(device, cases.GPU[:2], cases.SMALL[1:2])])
+
+
+def _case(device: torch.device, number: int, case: cases.Case) -> Iterator[Problem]:
     dtype = dtype_of(device)
-    for number, case in enumerate(sizes(device, cases.GPU, cases.SMALL[1:2])):
-        values = made(device, lambda case=case: cases.inputs(case, dtype, dtype))
-        x = values["x"].reshape(-1, case.width)
-        values |= {"x": x, "task": None if values["task"] is None else values["task"].reshape(-1)}
-        rows = x.shape[0]
-        functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device)}
-        if values["task"] is not None:
-            functions |= _named(written_out(device, product_by_product, not number), "product by product")
-        functions[BASE] = base
-        yield _forward(case, values, functions)
-        if case.tasks and (device.type == "cpu" or rows >= FEWEST):
-            yield _backward(case, values, functions)
-    yield from _one_adapter(device)
-    for case in sizes(device, cases.GPU[:2], cases.SMALL[1:2]):
-        yield _int8(device, case, dtype)
+    values = made(device, lambda: cases.inputs(case, dtype, dtype))
+    x = values["x"].reshape(-1, case.width)
+    values |= {"x": x, "task": None if values["task"] is None else values["task"].reshape(-1)}
+    functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device)}
+    if values["task"] is not None:
+        functions |= _named(written_out(device, product_by_product, not number), "product by product")
+    functions[BASE] = base
+    yield _forward(case, values, functions)
+    if case.tasks and (device.type == "cpu" or x.shape[0] >= FEWEST):
+        yield _backward(case, values, functions)
 
 
 def _named(functions: dict, how: str) -> dict:
@@ -87,8 +102,9 @@ def _one_adapter(device: torch.device) -> Iterator[Problem]:
     yield _backward(case, values, functions | {peers.peft_label(): trained})
 
 
-def _int8(device: torch.device, case: cases.Case, dtype: torch.dtype) -> Problem:
+def _int8(device: torch.device, case: cases.Case) -> Problem:
     """A decode step's product. The yardstick reads the weights in x's type, and has no adapter."""
+    dtype = dtype_of(device)
     values = made(device, lambda: cases.int8_inputs(case, dtype))
     x, weight, scale = (values[name] for name in ("x", "weight", "weight_scale"))
     dense = kernels.dequantize_int8(weight, scale)

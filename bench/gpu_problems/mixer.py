@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -13,17 +14,15 @@ from omnimamba_kernels.mamba_mixer import cases
 
 from .. import inputs
 from ..measure import worst_error
-from .common import Problem, Values, backends, backward, dtype_of, forward, in_place, leaves, made, nbytes, sizes
+from .common import Parts, Problem, Values, backends, backward, dtype_of, forward, in_place, leaves, made, nbytes, sizes
 
 PREFIX = 256
 """Positions of the first row that are checked, and that have an upstream gradient."""
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
-    for case in sizes(device, cases.GPU_SEQUENCE, cases.SMALL[1:2]):
-        yield from _sequence(device, case)
-    for case in sizes(device, cases.GPU_STEP, cases.SMALL[1:2]):
-        yield _step(device, case)
+def problems(device: torch.device) -> Parts:
+    parts = [partial(_sequence, device, case) for case in sizes(device, cases.GPU_SEQUENCE, cases.SMALL[1:2])]
+    return Parts(parts + [partial(_step, device, case) for case in sizes(device, cases.GPU_STEP, cases.SMALL[1:2])])
 
 
 def _sequence(device: torch.device, case: cases.Case) -> Iterator[Problem]:

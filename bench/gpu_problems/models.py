@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ..baselines.transformer import Transformer
 from ..counts import Decoder
 from ..measure import relative_error, worst_error
 from ..published import AT_ONCE, gpu_images_case
-from .common import Call, Problem, backends, dtype_of, sizes
+from .common import Call, Parts, Problem, backends, dtype_of, sizes
 
 DECODE, IMAGES, LAYER, TRAINING = "decode", "images", "layer forward", "layer forward + backward"
 CONTEXTS, LENGTHS = (4096, 16384, 131072), (512, 4096, 32768, 131072, 2**20)
@@ -38,13 +39,11 @@ PROMPT, SLICE = 24, 128
 """Tokens that a Transformer's step is checked on; positions of a layer's output that are checked."""
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
-    for context in sizes(device, CONTEXTS, (64,)):
-        yield _decode(device, context)
-    yield _images(device)
-    for length in sizes(device, LENGTHS, (256,)):
-        for training in (False, True):
-            yield _layer(device, length, training)
+def problems(device: torch.device) -> Parts:
+    parts = [partial(_decode, device, context) for context in sizes(device, CONTEXTS, (64,))]
+    parts.append(partial(_images, device))
+    layers = [(length, training) for length in sizes(device, LENGTHS, (256,)) for training in (False, True)]
+    return Parts(parts + [partial(_layer, device, *each) for each in layers])
 
 
 def context_case(context: int) -> str:

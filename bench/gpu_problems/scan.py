@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -18,6 +19,7 @@ from ..plain import COMPILED, compiled
 from .common import (
     MOST_TOKENS,
     Call,
+    Parts,
     Problem,
     Values,
     backends,
@@ -36,51 +38,56 @@ PREFIX = 4096
 """Positions of a sequence that are checked: later ones change nothing before them."""
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
+def problems(device: torch.device) -> Parts:
+    return Parts(
+        partial(_case, device, number, case) for number, case in enumerate(sizes(device, cases.GPU, cases.CASES[2:3]))
+    )
+
+
+def _case(device: torch.device, number: int, case: cases.Case) -> Iterator[Problem]:
     bound = inputs.BOUND[dtype_of(device)]
-    for number, case in enumerate(sizes(device, cases.GPU, cases.CASES[2:3])):
-        values, tokens = made(device, lambda case=case: case.tensors(dtype_of(device))), case.b * case.l
-        values = {k: v for k, v in values.items() if v is not None}
-        options = {"chunk_size": case.chunk, "dt_softplus": True}
-        heads = torch.tensor(sorted({0, case.h // 2, case.h - 1}), device=device)
-        upstream = torch.zeros_like(values["x"])
-        upstream[:1, :PREFIX, heads] = torch.randn_like(upstream[:1, :PREFIX, heads])
-        few = _some_heads(values, heads)
+    values, tokens = made(device, lambda: case.tensors(dtype_of(device))), case.b * case.l
+    values = {k: v for k, v in values.items() if v is not None}
+    options = {"chunk_size": case.chunk, "dt_softplus": True}
+    heads = torch.tensor(sorted({0, case.h // 2, case.h - 1}), device=device)
+    upstream = torch.zeros_like(values["x"])
+    upstream[:1, :PREFIX, heads] = torch.randn_like(upstream[:1, :PREFIX, heads])
+    few = _some_heads(values, heads)
 
-        def ours(v: Values, name: str = "", options=options) -> Tensor:
-            return kernels.mamba_chunk_scan_combined(**v, **options, backend=name)
+    def ours(v: Values, name: str = "") -> Tensor:
+        return kernels.mamba_chunk_scan_combined(**v, **options, backend=name)
 
-        def theirs(v: Values, options=options) -> Tensor:
-            return import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined(**v, **options)
+    def theirs(v: Values) -> Tensor:
+        return import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined(**v, **options)
 
-        def plain(v: Values, options=options) -> Tensor:
-            return peers.fallback("mamba2_chunk_scan")(*(v[k] for k in ("x", "dt", "A", "B", "C")), **options,
-                                                       **{k: v.get(k) for k in ("D", "dt_bias")})  # fmt: skip
+    def plain(v: Values) -> Tensor:
+        return peers.fallback("mamba2_chunk_scan")(*(v[k] for k in ("x", "dt", "A", "B", "C")), **options,
+                                                   **{k: v.get(k) for k in ("D", "dt_bias")})  # fmt: skip
 
-        functions = {name: (lambda v, name=name, ours=ours: ours(v, name)) for name in backends(device, tokens)}
-        functions |= {"mamba_ssm": theirs} | ({peers.label(): plain} if tokens <= MOST_TOKENS else {})
-        if tokens <= MOST_TOKENS and not number and compiles(device):
-            functions[COMPILED] = lazily(lambda plain=plain: compiled(plain))
+    functions = {name: (lambda v, name=name: ours(v, name)) for name in backends(device, tokens)}
+    functions |= {"mamba_ssm": theirs} | ({peers.label(): plain} if tokens <= MOST_TOKENS else {})
+    if tokens <= MOST_TOKENS and not number and compiles(device):
+        functions[COMPILED] = lazily(lambda: compiled(plain))
 
-        def error(y: Tensor, few=few, heads=heads, ours=ours) -> float:
-            with torch.no_grad():
-                return worst_error((y[:1, :PREFIX, heads],), (ours(few, "reference"),))
+    def error(y: Tensor) -> float:
+        with torch.no_grad():
+            return worst_error((y[:1, :PREFIX, heads],), (ours(few, "reference"),))
 
-        def gradient_error(found: tuple, few=few, heads=heads, ours=ours, values=values, upstream=upstream) -> float:
-            picked = _some_heads(dict(zip(values, found, strict=True)), heads)
-            own = upstream[:1, :PREFIX, heads].double()
-            exact = inputs.gradients(lambda **w: ours(w, "reference"), leaves(few), own)
-            return worst_error(tuple(picked.values()), exact[1:])
+    def gradient_error(found: tuple) -> float:
+        picked = _some_heads(dict(zip(values, found, strict=True)), heads)
+        own = upstream[:1, :PREFIX, heads].double()
+        exact = inputs.gradients(lambda **w: ours(w, "reference"), leaves(few), own)
+        return worst_error(tuple(picked.values()), exact[1:])
 
-        moved, flops = nbytes(values["x"], *values.values()), inputs.scan_flops(case.b, case.l, case.h)
-        calls = forward(functions, values) | {"fla, without D": _simple_gla(values)}
-        exact_gla = {"fla, without D": lambda y, few=few, heads=heads, ours=ours: worst_error(
-            (y[0][:1, :PREFIX, heads],), (ours({k: v for k, v in few.items() if k != "D"}, "reference"),))}  # fmt: skip
-        yield Problem("ssd_scan forward", case.name, moved, flops, calls, error, bound, exact_gla,
-                      energy=not number)  # fmt: skip
-        if tokens < 10**6:
-            yield Problem("ssd_scan backward", case.name, 2 * moved - nbytes(values["x"]), 2 * flops,
-                          backward(functions, values, upstream), gradient_error, 3 * bound)  # fmt: skip
+    moved, flops = nbytes(values["x"], *values.values()), inputs.scan_flops(case.b, case.l, case.h)
+    calls = forward(functions, values) | {"fla, without D": _simple_gla(values)}
+    exact_gla = {"fla, without D": lambda y: worst_error(
+        (y[0][:1, :PREFIX, heads],), (ours({k: v for k, v in few.items() if k != "D"}, "reference"),))}  # fmt: skip
+    yield Problem("ssd_scan forward", case.name, moved, flops, calls, error, bound, exact_gla,
+                  energy=not number)  # fmt: skip
+    if tokens < 10**6:
+        yield Problem("ssd_scan backward", case.name, 2 * moved - nbytes(values["x"]), 2 * flops,
+                      backward(functions, values, upstream), gradient_error, 3 * bound)  # fmt: skip
 
 
 def _some_heads(values: Values, heads: Tensor) -> Values:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +14,20 @@ from omnimamba_kernels.state_update import cases
 
 from .. import inputs, peers, plain
 from ..measure import worst_error
-from .common import Problem, backends, dtype_of, in_place, made, nbytes, peer, sizes, written_out
+from .common import Parts, Problem, backends, dtype_of, in_place, made, nbytes, peer, sizes, written_out
 
 OPTIONS = {"dt_softplus": True}
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
-    dtype = dtype_of(device)
-    for case in sizes(device, cases.GPU, cases.CASES[1:2]):
-        yield _problem(device, case, torch.float32)
+def problems(device: torch.device) -> Parts:
+    every = [(case, torch.float32) for case in sizes(device, cases.GPU, cases.CASES[1:2])]
     case = sizes(device, cases.GPU[2:3], cases.CASES[1:2])[0]
-    yield _problem(device, case, torch.bfloat16 if dtype is torch.bfloat16 else torch.float16)
-    yield _problem(device, dataclasses.replace(case, name=f"{case.name}, by index", slots=2 * case.b), torch.float32)
-    yield _problem(device, dataclasses.replace(case, name=f"{case.name}, nothing tied", tied=False), torch.float32)
+    every += [
+        (case, torch.bfloat16 if dtype_of(device) is torch.bfloat16 else torch.float16),
+        (dataclasses.replace(case, name=f"{case.name}, by index", slots=2 * case.b), torch.float32),
+        (dataclasses.replace(case, name=f"{case.name}, nothing tied", tied=False), torch.float32),
+    ]
+    return Parts(functools.partial(_problem, device, *each) for each in every)
 
 
 def _eager(state: Tensor, x: Tensor, z: Tensor, **values: Tensor) -> Tensor:
