@@ -1,10 +1,10 @@
 """OmniMamba at its published size on this machine: a checkpoint with the official names and shapes, random values.
 
-1.61 B stored numbers in bf16: it is written as the official pickle, converted, loaded, and must come back bit for bit.
-Then one image of 256 tokens is drawn and a question about an image answered in 32, batch 1, the answer's tokens alone
-after that; and 16 images at once, as in the paper's Table 3, from a piece of their tokens. The floor is the matrices
-that a token needs, read once at the DRAM rate, and beyond one image the states there and back; peak memory is a
-child's, over the weights' bytes.
+1.61 B numbers in bf16, the tied heads counted: it is written as the official pickle, converted, loaded, and must come
+back bit for bit. Then one image of 256 tokens is drawn and a question about an image answered in 32, batch 1, the
+answer's tokens alone after that; and 16 images at once, as in the paper's Table 3, from a piece of their tokens.
+The floor is the matrices that a token needs, read once at the DRAM rate, and beyond one image the states there and
+back; peak memory is a child's, over the weights' bytes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ QUESTION, ANSWER, PIECE = 16, 32, 16
 full = pytest.mark.full
 
 
+PREFIX = "llm_backbone.mamba."
+TIED = {
+    f"{PREFIX}lm_head.weight": f"{PREFIX}backbone.embedding.weight",
+    f"{PREFIX}img_head.weight": f"{PREFIX}backbone.img_embeddings.word_embeddings.weight",
+}
+"""The heads, which the file names beside the tables that they are."""
 SMALL, FULL = "two layers of width 64", "1.3B"
 CONFIGS = {SMALL: OmniMambaConfig(MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)), FULL: OmniMambaConfig()}
 
@@ -56,7 +62,8 @@ def checkpoint(size: str) -> Path:
     (folder / "OmniMamba-1.3b.pth").unlink()
     found = OmniMamba.from_pretrained(folder / "converted").state_dict()
     for name, tensor in tensors.items():
-        assert torch.equal(found[name.removeprefix("llm_backbone.mamba.")], tensor), name
+        if name not in TIED:
+            assert torch.equal(found[name.removeprefix("llm_backbone.mamba.")], tensor), name
     return folder / "converted"
 
 
@@ -76,6 +83,8 @@ def official_tensors(size: str) -> dict[str, Tensor]:
         else:
             tensor.normal_(std=0.5 / shape[-1] ** 0.5 if len(shape) == 2 else 0.3)
         found[name if name.startswith("projector.") else f"llm_backbone.mamba.{name}"] = tensor
+    found |= {head: found[table] for head, table in TIED.items()}
+    assert size != FULL or len(found) == 645, "the official file's tensors"
     return found
 
 

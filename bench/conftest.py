@@ -86,6 +86,8 @@ class Session:
             judged = self.on_gpu.claims()
         else:
             judged = [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
+        if self.complete() and not self.quick:
+            judged.append(asdict(claims.in_time(time.perf_counter() - self.clock, self.minutes)))
         return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.clock, 1),
@@ -213,11 +215,11 @@ class _Progress:
         self.out.write_line(bar(session.done, session.total, time.perf_counter() - session.clock))
 
     def _keep(self) -> None:
-        """A disk that is full for a while must not end a run."""
+        """Neither a disk that is full for a while nor half the rows that a claim wants must end a run."""
         try:
             self.session.keep()
-        except OSError as error:
-            self.out.write_line(f"not kept so far: {error}")
+        except Exception as error:
+            self.out.write_line(f"not kept so far: {type(error).__name__}: {error}")
 
 
 def _line(row: results.Row) -> str:

@@ -169,4 +169,5 @@ def generating(bench, who: str, total: int) -> Sampled:
         expected = sum(pass_flops(at + 1) for at, _ in positions(total)) / speed
     check = functools.partial(step_error, who, dtype)
     mine = work(who, dtype, total / 2, total)
-    return sampled(who, steps, check, bound(who, dtype), work=mine, each=each, expected=expected)
+    return sampled(who, steps, check, bound(who, dtype), work=mine, each=each, expected=expected,
+                   once=who == UNCACHED)  # fmt: skip

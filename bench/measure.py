@@ -32,6 +32,8 @@ ENOUGH = 3
 """Rounds that are kept of each contender, where it has as many: a promise is judged on no fewer."""
 _RETRIES = 20.0
 """Seconds that a case which is judged may take for rounds beyond those planned, until enough were quiet."""
+_PATIENCE = 90.0
+"""Seconds after whose check a peer is not timed, unless it was known to take long."""
 _LOOP_FOR = 20e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
@@ -79,6 +81,8 @@ class Contender:
     """The rate of its floor in each of its rounds: the mean of a sample before it and of one after."""
     refused: str | None = None
     """Why it does not run, or stopped after it had passed its check."""
+    once: bool = False
+    """Whether one round does, whatever rests on it: it takes minutes, and no noise comes near what is promised."""
     peer: bool = False
     """Whether it is somebody else's: that may fail in any way, and its words are its row's reason."""
 
@@ -154,7 +158,9 @@ class Bench:
         if not passed:
             return list(rows.values())
         alone = {c.name: c.attempt(lambda c=c: _settle(c)) for c in passed}
-        wanted = {name: self._rounds_for(taken, judged) if taken else 0 for name, taken in alone.items()}
+        wanted = {
+            c.name: self._rounds_for(alone[c.name], judged and not c.once) if alone[c.name] else 0 for c in passed
+        }
         subject = next((c for c in passed if not c.peer), passed[0])
         peers = [c for c in passed if c is not subject]
         probes = self._rounds(benchmark, subject, peers, wanted, work, judged)
@@ -206,7 +212,8 @@ class Bench:
         """Times them all. The case's rates of each round, in the order in which they were taken: ours is between the
         last two; a peer with a floor of another kind has that kind's on both sides."""
         probes: list[list[float]] = []
-        retries, planned, ends = judged and not self.quick, max(wanted.values()), math.inf
+        retries, planned = judged and not self.quick, max(wanted.values())
+        ends = min(time.perf_counter() + _RETRIES, self.end)
 
         def sample(of: Work = work) -> float:
             return self.rates.sample(of.against, of.footprint or of.bytes)
@@ -216,7 +223,7 @@ class Bench:
 
         def lacks(contender: Contender) -> bool:
             """Whether it was there so far, and too few of its rounds were quiet."""
-            there = len(contender.times) == len(probes) and not contender.refused
+            there = len(contender.times) == len(probes) and not contender.refused and not contender.once
             return there and len(quiet_rounds(probes, enough=0)) < ENOUGH
 
         def goes_on(peer: Contender) -> bool:
@@ -282,6 +289,9 @@ def _admit(contender: Contender, row: Row) -> bool:
         row.reason = f"{WRONG}: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
         return False
     contender.checked = time.perf_counter() - start
+    if contender.peer and contender.checked > _PATIENCE and not contender.expected:
+        row.reason = contender.refused = f"its check alone took {contender.checked:.0f} s"
+        return False
     return True
 
 

@@ -56,11 +56,11 @@ def _intensity(row: Row) -> float | None:
     if row.first_call is not None:  # a GPU's row knows both
         return row.gflop_s / row.gb_s if row.gflop_s and row.gb_s else None
     if row.group in FLOPS_A_BYTE:
-        return FLOPS_A_BYTE[row.group] * (2 if "bf16" in row.case and row.group != "state_update" else 1)
+        return FLOPS_A_BYTE[row.group] * (2 if row.narrow and row.group != "state_update" else 1)
     if row.group == "ssd_scan forward":
         heads = int(re.search(r"(\d+) heads", row.case)[1])
         config = MambaConfig(d_model=heads * SMALL.headdim // SMALL.expand, n_layer=1)
-        size = 2 if "bf16" in row.case else 4
+        size = 2 if row.narrow else 4
         return _of([p for p in counts.mamba_layer(config, 1, length_of(row.case), size) if p.kind == "scan"])
     if row.group == "layer forward" and row.who == "Mamba-2":
         return _of(counts.mamba_layer(SMALL, 1, length_of(row.case)))

@@ -56,6 +56,11 @@ class Row:
     joules: float | None = None
     """Energy a call, by the driver's counter."""
 
+    @property
+    def narrow(self) -> bool:
+        """Whether its values have 16 bits, which its case's name then ends in."""
+        return self.case.endswith((", bf16", ", fp16"))
+
 
 def ratio_text(ratio: float) -> str:
     """A ratio in words: three digits of it, never as a power of ten."""

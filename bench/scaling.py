@@ -70,7 +70,7 @@ def moment(row: Row, content: dict[str, Any]) -> float:
 def _median(content: dict[str, Any], field: str, group: str, case: str = "") -> float | None:
     """Of our rows in fp32 activations, on the run's median machine."""
     mine = [r for r in content["rows"] if r.group == group and case in r.case and r.seconds and r.times_ours == 1.0]
-    found = [getattr(r, field) / moment(r, content) for r in mine if getattr(r, field) and ", bf16" not in r.case[-6:]]
+    found = [getattr(r, field) / moment(r, content) for r in mine if getattr(r, field) and not r.narrow]
     return statistics.median(found) if found else None
 
 
@@ -250,7 +250,7 @@ def claim(content: dict[str, Any]) -> Claim:
     )
     try:
         error = median_error(checked(content))
-    except (KeyError, ZeroDivisionError):  # no rates, or none of a kind
+    except (KeyError, ValueError, ZeroDivisionError):  # no rates, or none of a kind
         error = None
     if error is not None:
         found.measured, found.passed = f"{error:.1%}", error < MOST_ERROR

@@ -91,7 +91,7 @@ def with_adapter(model: OmniMamba, task: str, folder: str | Path) -> OmniMamba:
     wider than its own; CheckpointError as ``load_adapter``."""
     rank, _ = _read_config(Path(folder), model.config.backbone.d_model)
     found, _ = _read_weights(Path(folder))
-    if any(side == "A" and len(tensor) == rank for (_, side), tensor in found.items()):
+    if any(side == "A" and tensor.shape[:1] == (rank,) for (_, side), tensor in found.items()):
         model = _widened(model, rank)
     load_adapter(model, task, folder)
     return model

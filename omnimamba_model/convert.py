@@ -61,8 +61,8 @@ def convert(
         model = cast_matrices(model, getattr(torch, dtype))
     pixels = _pixels(path, image_tokenizer)
     text, added = _text(path, model, tokenizer, as_omnimamba)
-    words = None if text is None else _words(text, source)
     if isinstance(model, OmniMamba):
+        words = None if text is None else _words(text, source)
         check_together(target, model.config, words if added else None, None if image_tokenizer is None else pixels)
         if encoders is not None:
             pixels = seen_through(pixels, tuple(encoders), model.config)
@@ -74,7 +74,11 @@ def convert(
     if pixels is not None:
         pixels.save(target)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{target}: {type(model).__name__}, {count:,} parameters"
+    said = f"{target}: {type(model).__name__}, {count:,} parameters"
+    lacks = [name for name, part in (("--tokenizer", text), ("--image-tokenizer", pixels)) if part is None]
+    if isinstance(model, OmniMamba) and lacks:
+        said += f"; to draw and answer it needs {' and '.join(lacks)}"
+    return said
 
 
 def _to_gguf(source: str, target: Path, dtype: str) -> str:

@@ -46,6 +46,8 @@ class PublishedPixels:
 
     def to(self, device: str | torch.device) -> PublishedPixels:
         self.vq.to(device)
+        if "vision" in self.__dict__:  # loaded already
+            self.vision.to(device)
         return self
 
     def sizes(self) -> dict[str, int]:

@@ -39,7 +39,8 @@ template <class X, class S, class Y>
 void conv_update_row(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int64_t c, int n) {
   const int w = static_cast<int>(p.width);
   const int64_t l = p.length, len = p.state_len, xs = p.x.stride[1], ss = p.conv_state.stride[1];
-  if (n == W && l == 1 && !p.cache_seqlens && ss == len && p.conv_state.stride[2] == 1) switch (10 * w + len) {
+  const bool dense = ss == len && p.conv_state.stride[2] == 1;
+  if (n == W && l == 1 && !p.cache_seqlens && dense && len <= w) switch (10 * w + len) {
       case 21: return conv_update_in_order<X, S, Y, 2, 1>(p, b, slot, c);
       case 22: return conv_update_in_order<X, S, Y, 2, 2>(p, b, slot, c);
       case 32: return conv_update_in_order<X, S, Y, 3, 2>(p, b, slot, c);

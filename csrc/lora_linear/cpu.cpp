@@ -115,12 +115,15 @@ struct Floats {
   OM_INLINE void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[AnyRows::COUNT]) const {
     const int64_t pitch = padded(in);
     const float* first = x + row * pitch;
-    if constexpr (AnyRows::COUNT > STREAMS) return dot_tile<1>(rows, first, pitch, in, sums);
-    switch (count) {
-      case 1: return dot_tile<1>(rows, first, pitch, in, sums);
-      case 2: return dot_tile<2>(rows, first, pitch, in, sums);
-      case 3: return dot_tile<3>(rows, first, pitch, in, sums);
-      default: return dot_tile<ROWS>(rows, first, pitch, in, sums);
+    if constexpr (AnyRows::COUNT > STREAMS) {
+      dot_tile<1>(rows, first, pitch, in, sums);
+    } else {
+      switch (count) {
+        case 1: return dot_tile<1>(rows, first, pitch, in, sums);
+        case 2: return dot_tile<2>(rows, first, pitch, in, sums);
+        case 3: return dot_tile<3>(rows, first, pitch, in, sums);
+        default: return dot_tile<ROWS>(rows, first, pitch, in, sums);
+      }
     }
   }
 };

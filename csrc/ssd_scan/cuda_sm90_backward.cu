@@ -5,7 +5,7 @@
 //   Y^T  = S^T dy^T     dC^T = sum of carry Y^T + B^T dG^T     R_t = carry_t C_t . Y_t
 //   Z^T  = dS'^T x^T    dB^T = sum of weight Z^T + C^T dG      U_s = tail_s B_s . Z_s
 //
-// Shapes. bf16 x, dy, dx (b, l, h, p), p from 32 on in eights; B, C (b, l, g, n), n from 18 to 128 in fours; states (b,
+// Shapes. bf16 x, dy, dx (b, l, h, p), p from 32 on in eights; B, C (b, l, g, n), n from 20 to 128 in fours; states (b,
 //   chunks, h, p, n) float32; no gate. Other calls, and strides that bulk copies do not take, go to cuda_backward.cu.
 // Plan. A block has a batch row, a chunk and some heads of a group, one after another, 64 channels at a time. Warpgroups:
 //     fetch    one thread issues the copies of heads to come, as far as slots are free; one warp clears padding's rows;

@@ -66,9 +66,9 @@ void ssd_scan_backward(const SsdScanParams&);
 
 // Of the GPU: into how many segments the sequence is cut, each walked by a block of its own.
 int64_t ssd_scan_segments(const SsdScanParams&);
-// And into how many parts a group's heads are dealt in the backward: its workspace is (parts, 2, b, l, g, n) float32, and may be
-// dB and dC themselves, one after the other, where there is one part and they are float32. Gradients have any float type there
-// but those of states, and dD is (h,), its second stride 0, or (h, p).
+// And into how many parts a group's heads are dealt in the backward: its workspace is (parts, 2, b, l, g, n) float32, and
+// may be dB and dC themselves, one after the other, where there is one part and they are float32. Gradients have any float
+// type there but dx and dz, which have x's, and those of states; dD is (h,), its second stride 0, or (h, p).
 int64_t ssd_scan_parts(const SsdScanParams&);
 
 // The recurrence itself, position by position, for a few positions without seq_idx: no workspace, no chunks.

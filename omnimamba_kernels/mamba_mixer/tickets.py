@@ -29,7 +29,7 @@ def tickets(ssm_state: Tensor) -> Tensor:
 def _zeroed(device: torch.device, slots: int, h: int) -> Tensor:
     """Tickets that nobody has. They are zeroed many at once, on the stream of those who ask: it needs no wait."""
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    size, rest = slots * h, _ZEROED.get(key)
+    size, rest = slots * h, _ZEROED.pop(key, None)  # two threads get no ticket twice
     if rest is None or rest.numel() < size:
         rest = torch.zeros(max(size, _AT_ONCE), dtype=torch.int32, device=device)
     _ZEROED[key] = rest[size:]

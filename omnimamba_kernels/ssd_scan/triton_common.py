@@ -98,7 +98,9 @@ def packed_sequences(offsets, offset_i, sequences, t, valid, l):
     count = offsets_up_to(offsets, offset_i, sequences + 1, t, l)
     last = tl.load(offsets + (count - 1).to(tl.int64) * offset_i, mask=valid & (count > 0), other=-1)
     # Empty sequences before the first position end there: the state before them is not that of the one that begins.
-    return valid & (count > 0) & (count <= sequences), valid & tl.where(t == 0, count != 1, last == t)
+    return valid & (count > 0) & (count <= sequences), valid & tl.where(
+        t == 0, (count != 1) | (sequences == 0), last == t
+    )
 
 
 @triton.jit

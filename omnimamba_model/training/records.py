@@ -201,7 +201,8 @@ def _without_braces(name: str) -> Iterator[str]:
         return
     first, last, listed = found.groups()
     if listed is None:
-        width = max(map(len, (first, last))) if "0" in (first[0], last[0]) else 0
+        padded = any(len(end) > 1 and end[0] == "0" for end in (first, last))
+        width = max(map(len, (first, last))) if padded else 0
         step = 1 if int(first) <= int(last) else -1
         choices: Iterable[str] = (f"{i:0{width}}" for i in range(int(first), int(last) + step, step))
     else:

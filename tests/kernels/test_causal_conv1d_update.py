@@ -66,7 +66,7 @@ def test_matches_the_definition(run, b, d, l, w, extra, ring, indexed, bias, act
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("extra", [0, 1, 2])
+@pytest.mark.parametrize("extra", [0, 1, 2, 10, 11])
 @pytest.mark.parametrize("w", [2, 3, 4])
 def test_one_input_into_a_state_in_order_and_in_any(run, w, extra, dtype):
     """A channel's state in one piece may be read and written so; the bits are those of any other layout."""

@@ -40,6 +40,11 @@ BACKWARD = (
 PACKED, PARTS, EIGHT = HOPPER[1], HOPPER[5], HOPPER[7]
 
 
+def orders(seeds: int) -> list[tuple[int, bool]]:
+    """Each seed with copies that land when they are waited for, every second also with copies that land at once."""
+    return [(seed, False) for seed in range(seeds, 0, -1)] + [(seed, True) for seed in range(2, seeds + 1, 2)]
+
+
 @pytest.fixture
 def one_multiprocessor(monkeypatch):
     """So that a sequence is not cut: a block's stages and buffers of scores come round again and again."""
@@ -64,12 +69,12 @@ def test_hoppers_backward_matches_the_recurrence(run, case):
 
 
 @needs_emulator
-@pytest.mark.parametrize("case, seeds", [(BACKWARD[0], 2), (BACKWARD[1], 2)], ids=lambda c: getattr(c, "name", ""))
+@pytest.mark.parametrize("case, seeds", [(BACKWARD[0], 3), (BACKWARD[1], 3)], ids=lambda c: getattr(c, "name", ""))
 def test_hoppers_backward_gives_the_same_bits_in_any_order_of_threads(case, seeds, one_multiprocessor):
     tensors, found = case.tensors(torch.bfloat16), []
     check("cuda-emulated90", scan(case.options), exact(case.options), tensors, GRADS)
-    for seed in range(seeds, 0, -1):
-        emulated.configure(seed, early_copies=seed % 2 == 0)
+    for seed, early in orders(seeds):
+        emulated.configure(seed, early_copies=early)
         with running("cuda-emulated90"):
             found.append(evaluate(scan(case.options), tensors, GRADS))
     assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)
@@ -112,8 +117,8 @@ def test_what_does_not_suit_hoppers_backward_goes_to_the_other(change):
 def test_hoppers_kernel_gives_the_same_bits_in_any_order_of_threads(case, seeds, one_multiprocessor):
     tensors, found = case.tensors(torch.bfloat16), []
     check("cuda-emulated90", scan(case.options), exact(case.options), tensors)
-    for seed in range(seeds, 0, -1):
-        emulated.configure(seed, early_copies=seed % 2 == 0)
+    for seed, early in orders(seeds):
+        emulated.configure(seed, early_copies=early)
         with running("cuda-emulated90"):
             found.append(evaluate(scan(case.options), tensors))
     assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)

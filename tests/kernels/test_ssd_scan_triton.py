@@ -160,6 +160,16 @@ def test_packed_sequences_begin_and_end_anywhere(ends):
 
 
 @interpreted
+@pytest.mark.parametrize("skip", [0, 1])
+def test_no_sequence_is_all_padding(skip):
+    case = Case("four segments", 1, 200, 1, 8, n=8, skip=skip, initial_states=True, sequences="cu_seqlens")
+    tensors = case.tensors() | {"cu_seqlens": torch.tensor([0])}
+    with use_backend("triton"):
+        y, final = mamba_chunk_scan_combined(**tensors, **case.options)[:2]
+    assert not y.any() and not final.any()
+
+
+@interpreted
 def test_many_short_sequences():
     case = Case("many", 1, 130, 2, 8, g=2, n=8, skip=1, initial_states=True, sequences="cu_seqlens")
     inner = torch.randint(0, 121, (60,), generator=torch.Generator().manual_seed(1))

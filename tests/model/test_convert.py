@@ -22,7 +22,9 @@ def test_a_language_model_grows_into_an_omnimamba(lm, tmp_path, capsys):
     save(lm, tmp_path / "lm")
     assert convert(tmp_path / "lm", tmp_path / "out", "--as-omnimamba", "--dtype", "bfloat16") == 0
     grown = load(tmp_path / "out")
-    assert isinstance(grown, OmniMamba) and "parameters" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert isinstance(grown, OmniMamba) and "parameters; to draw and answer it needs" in said
+    assert "--tokenizer and --image-tokenizer" in said
     rows = lm.config.vocab_size
     assert grown.config.backbone.vocab_size == 50288
     assert torch.equal(grown.backbone.embedding.weight[:rows], lm.backbone.embedding.weight.bfloat16())

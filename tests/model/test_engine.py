@@ -1,11 +1,12 @@
 """Rows of any task, length and end side by side: each as if it were alone."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
-from omnimamba_model import BASE, GREEDY, Sampling, answer, draw, generate_text
+from omnimamba_model import BASE, GREEDY, Sampling, answer, draw, engine, generate_text
 from omnimamba_model.engine import Row, generate, stream
 from omnimamba_model.generation import answer_rows, drawing_rows
 from omnimamba_model.sampling import penalised, probabilities
@@ -138,3 +139,17 @@ def test_memory_does_not_grow_with_tokens(lm):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 450 * 600  # one small tensor a token
+
+
+def test_no_logits_outlive_their_step(lm, monkeypatch):
+    made, real = [], engine.sample
+
+    def noting(logits, *rest):
+        made.append(weakref.ref(logits))
+        return real(logits, *rest)
+
+    monkeypatch.setattr(engine, "sample", noting)
+    row = Row(BASE, lm.backbone.embedding(torch.zeros(3, dtype=torch.long)).detach(), 50)
+    for _ in engine.stream(lm, [row], GREEDY):
+        assert sum(logits() is not None for logits in made) <= 2
+    assert len(made) == 50

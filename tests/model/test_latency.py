@@ -50,6 +50,16 @@ def test_a_merged_adapter_serves_its_task_alone(model, caption, image, features,
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_merged_adapter_answers_the_same(model, features, text, dtype):
+    cast_matrices(model, dtype)
+    apart = model.mmu(features, text).logits.float()
+    model.merge(MMU)
+    together = model.mmu(features, text).logits.float()
+    assert (together - apart).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * apart.norm()
+
+
 def test_both_by_command(folder, tmp_path, monkeypatch):
     loaded = []
     load = Pipeline.load

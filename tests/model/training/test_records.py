@@ -34,6 +34,8 @@ def test_files_follow_one_another(data):
         ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
         ("{2..0}", ["2", "1", "0"]),
         ("{00..1}x", ["00x", "01x"]),
+        ("{0..11}", [str(i) for i in range(12)]),
+        ("{10..0}", [str(i) for i in range(10, -1, -1)]),
         ("{a,b}/{0..1}.tar::c.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar", "c.tar"]),
         ("x{a,b{1..2},}", ["xa", "xb1", "x", "xb2"]),
         ("{a}/{..}*.tar", ["{a}/{..}*.tar"]),

@@ -56,12 +56,16 @@ def quietly(line: str) -> None:
     pass
 
 
-def test_a_run_leaves_a_model_that_draws_and_answers(settings, values):
+def test_a_run_leaves_a_model_that_draws_and_answers(settings, values, capsys):
     said = []
-    folder = run(settings(), said.append)
+    folder = run(settings(log_every=1), said.append)
+    bar = capsys.readouterr().err
+    assert all(shown in bar for shown in ("6/6 [", "<", "t2i=", "mmu=", "tok/s=", "GiB="))
     assert folder == Path(values["out"]) / "model" and "t2i: 11 records" in said
     found = losses(values["out"])
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6] and found[-1]["loss t2i"] < found[0]["loss t2i"]
+    lines = map(json.loads, (Path(values["out"]) / "metrics.jsonl").read_text().splitlines())
+    assert all(line["tokens/s"] > 0 and line["GiB"] > 0 for line in lines if "step" in line)
     assert [step for step, _ in checkpoints.kept(Path(values["out"]))] == [4, 6]
     assert len(Pipeline.load(folder).draw(["a cat"], sampling=GREEDY)) == 1
 
