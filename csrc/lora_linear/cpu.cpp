@@ -250,7 +250,8 @@ void lora_linear_forward(const LoraLinearParams& p) {
     for_float_type(p.weight.dtype, [&](auto w) {
       using TW = decltype(w);
       float* low = space + p.rows * padded(p.in);
-      p.rows == 1 ? forward<Rows<TW, 2 * STREAMS>, TW>(p, floats, low) : forward<Rows<TW, STREAMS>, TW>(p, floats, low);
+      constexpr int alone = W > 4 ? 2 * STREAMS : STREAMS;  // narrow vectors would not stay in registers
+      p.rows == 1 ? forward<Rows<TW, alone>, TW>(p, floats, low) : forward<Rows<TW, STREAMS>, TW>(p, floats, low);
     });
     return;
   }
