@@ -8,10 +8,10 @@
 //          W[o, k] = weight_scale[o, k / kInt8Group] weight[o, k].
 // Plan     x goes to float32 once, in the order in which weights unpack: 16 bits to 32 costs a shift for bfloat16's odd
 //          neighbours and a mask for its even ones, so W evens come first, then W odds. Then threads own stretches of
-//          outputs, each cut into four streams of neighbouring weight rows, eight for a single row of x where
-//          vectors are wide: a tile takes one row of every stream to up to four rows of x in registers. A core waits for memory, not for its
-//          multipliers, and has more lines on their way when it reads several long streams, each prefetched a little
-//          ahead, than one, or than neighbouring rows.
+//          outputs, each cut into four streams of neighbouring weight rows, eight for a single row of x where vectors
+//          are wide: a tile takes one row of every stream to up to four rows of x in registers. A core waits for memory,
+//          not for its multipliers, and has more lines on their way when it reads several long streams, each prefetched a
+//          little ahead, than one, or than neighbouring rows.
 //          int8 weights: cpu_int8.h.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
 // Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while x in floats does.
