@@ -219,7 +219,7 @@ class _Progress:
         try:
             self.session.keep()
         except Exception as error:
-            self.out.write_line(f"not kept so far: {type(error).__name__}: {error}")
+            self.out.write_line(f"not kept so far: {error if isinstance(error, OSError) else repr(error)}")
 
 
 def _line(row: results.Row) -> str:

@@ -187,11 +187,10 @@ def spelled_out(name: str) -> list[str]:
     """
     if os.path.lexists(name):
         return [name]
-    parts = [dict.fromkeys(islice(_without_braces(part), MOST_NAMES + 1)) for part in name.split("::")]
-    found = [spelled for part in parts for spelled in part]
-    if len(found) > MOST_NAMES:
+    parts = [list(islice(_without_braces(part), MOST_NAMES + 1)) for part in name.split("::")]
+    if sum(map(len, parts)) > MOST_NAMES:
         raise ValueError(f"{name} stands for more than {MOST_NAMES:,} files")
-    return found
+    return [spelled for part in parts for spelled in dict.fromkeys(part)]
 
 
 def _without_braces(name: str) -> Iterator[str]:
