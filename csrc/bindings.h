@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/types.h"
+#include "kinds.h"
 
 namespace omnimamba {
 
@@ -105,9 +106,6 @@ inline int torch_threads() {
   return py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get_num_threads)).cast<int>();
 }
 
-// A member of a Params struct: its name, its place in the struct and what it takes.
-enum class Kind { VIEW, FLAG, INT, LONG, UNSIGNED_LONG, FLOAT };
-
 inline void assign(Kind kind, void* member, PyObject* value) {
   switch (kind) {
     case Kind::VIEW: return assign(*static_cast<View*>(member), value);
@@ -117,16 +115,6 @@ inline void assign(Kind kind, void* member, PyObject* value) {
     case Kind::UNSIGNED_LONG: return assign(*static_cast<uint64_t*>(member), value);
     case Kind::FLOAT: return assign(*static_cast<float*>(member), value);
   }
-}
-
-template <class Member>
-constexpr Kind kind_of() {
-  if constexpr (std::is_same_v<Member, View>) return Kind::VIEW;
-  if constexpr (std::is_same_v<Member, bool>) return Kind::FLAG;
-  if constexpr (std::is_same_v<Member, int32_t> || std::is_same_v<Member, uint32_t>) return Kind::INT;
-  if constexpr (std::is_same_v<Member, int64_t>) return Kind::LONG;
-  if constexpr (std::is_same_v<Member, uint64_t>) return Kind::UNSIGNED_LONG;
-  if constexpr (std::is_same_v<Member, float>) return Kind::FLOAT;
 }
 
 // The members of a Params struct by name. It lives as long as the process, as the kernels that refer to it do.

@@ -6,6 +6,7 @@
 //
 // Plan: vectors of channels, each with its own times; threads over batch and channels where there is enough to do.
 // Traffic: b d (2 l + 2 state_len) elements and the weights.
+#include "../common/check.h"
 #include "../common/parallel.h"
 #include "row.h"
 

@@ -2,9 +2,9 @@
 #pragma once
 #include <type_traits>
 
+#include "../common/check.h"
 #include "../common/lanes.h"
 #include "causal_conv1d.h"
-#include "row.h"
 
 namespace omnimamba {
 
@@ -57,6 +57,17 @@ OM_INLINE vf taps(const float* x, const vf* tap, vf bias, vi bits) {
   vf a = bias;
   for (int k = 0; k < N; k++) a = a + tap[k] * select((bits & (1 << (N - 1 - k))) != 0, load(x + k), vf{});
   return a;
+}
+
+// body(width) with the width as a compile-time constant.
+template <class Body>
+void for_conv_width(int64_t width, Body&& body) {
+  switch (width) {
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    default: check(false, "weight: the width must be 2, 3 or 4");
+  }
 }
 
 // body(T{}, width, activation) with x's storage type and the compile-time flags of one kernel.

@@ -1,8 +1,5 @@
 // One step of the convolution for a vector of channels, for the decode kernels.
 #pragma once
-#include <type_traits>
-
-#include "../common/check.h"
 #include "../common/lanes.h"
 #include "../common/transpose.h"
 #include "causal_conv1d.h"
@@ -71,17 +68,6 @@ void conv_update_row(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot,
   for (int64_t t = l < len ? 0 : l - len; t < l; t++) {
     S* to = p.cache_seqlens ? place(t % len) : place(len - l + t);
     scatter(to, ss, gather(p.x.at<X>(b, c, t), xs, n), n);
-  }
-}
-
-// body(width) with the width as a compile-time constant.
-template <class Body>
-void for_conv_width(int64_t width, Body&& body) {
-  switch (width) {
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    default: check(false, "weight: the width must be 2, 3 or 4");
   }
 }
 

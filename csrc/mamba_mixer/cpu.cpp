@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "causal_conv1d/row.h"
+#include "common/check.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "gated_norm/row.h"

@@ -49,6 +49,21 @@ def _fake(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu
     return outputs
 
 
+def _check_packed(x: Tensor, cu_seqlens: Tensor | None, return_varlen_states: bool) -> None:
+    if cu_seqlens is None:
+        if return_varlen_states:
+            raise ValueError(
+                "return_varlen_states: got True without cu_seqlens; pass the offsets of the packed sequences"
+            )
+        return
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens: got a batch of {x.shape[0]}, expected 1 that holds all sequences one after another"
+        )
+    checks.offsets("cu_seqlens", cu_seqlens, x.shape[1])
+    checks.same_device(x=x, cu_seqlens=cu_seqlens)
+
+
 @traceable(_fake)
 def mamba_chunk_scan_combined(
     x: Tensor,
@@ -110,17 +125,7 @@ def mamba_chunk_scan_combined(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit)
     if state_dtype is not None and state_dtype not in checks.FLOATS:
         raise TypeError(f"state_dtype: got {state_dtype!r}, expected a floating torch.dtype such as torch.float32")
-    b, l = x.shape[:2]
-    if cu_seqlens is None:
-        if return_varlen_states:
-            raise ValueError(
-                "return_varlen_states: got True without cu_seqlens; pass the offsets of the packed sequences"
-            )
-    else:
-        if b != 1:
-            raise ValueError(f"cu_seqlens: got a batch of {b}, expected 1 that holds all sequences one after another")
-        checks.offsets("cu_seqlens", cu_seqlens, l)
-        checks.same_device(x=x, cu_seqlens=cu_seqlens)
+    _check_packed(x, cu_seqlens, return_varlen_states)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     options = {"chunk_size": chunk_size, "dt_softplus": bool(dt_softplus), "dt_limit": tuple(map(float, dt_limit))}
     implementation = choose("ssd_scan", backend, *tensors, seq_idx, cu_seqlens, **options)
@@ -128,7 +133,7 @@ def mamba_chunk_scan_combined(
         options["varlen_states"] = return_varlen_states
     else:
         if seq_idx is None and cu_seqlens is not None:
-            seq_idx = _sequence_of(cu_seqlens, l)
+            seq_idx = _sequence_of(cu_seqlens, x.shape[1])
         cu_seqlens = cu_seqlens if return_varlen_states else None
     outputs = autograd.run(implementation, *tensors, seq_idx, cu_seqlens, **options)
     wanted = [outputs[0]]

@@ -34,6 +34,18 @@ def lm() -> MambaLM:
 
 
 @pytest.fixture
+def transformers_lm(tmp_path):
+    """transformers' own Mamba-2, small and random, also written to tmp_path / "lm"."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(num_heads=4, head_dim=16, vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2)
+    config = transformers.Mamba2Config(n_groups=1, chunk_size=16, tie_word_embeddings=True, **sizes)
+    theirs = transformers.Mamba2ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "lm")
+    return theirs
+
+
+@pytest.fixture
 def caption(config) -> torch.Tensor:
     pad = config.tokens.pad
     return torch.tensor([[pad, pad, 10, 11, 12], [pad, 20, 21, 22, 23], [30, 31, 32, 33, 34]])

@@ -104,22 +104,16 @@ def test_mistakes_are_told_and_nothing_is_written(model, lm, tmp_path, monkeypat
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_an_adapter_computes_in_peft_what_it_computes_here(tmp_path):
+def test_an_adapter_computes_in_peft_what_it_computes_here(transformers_lm, tmp_path):
     """PEFT itself, around transformers' Mamba-2 in the same weights."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = dict(num_heads=4, head_dim=16, vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2)
-    theirs = transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(n_groups=1, chunk_size=16, tie_word_embeddings=True, **sizes)
-    ).eval()
-    theirs.save_pretrained(tmp_path / "lm")
+    peft = pytest.importorskip("peft")
     plain = MambaLM.from_pretrained(tmp_path / "lm")
     model = OmniMamba(OmniMambaConfig.preset("tiny", backbone=plain.config))
     model.backbone.load_state_dict(plain.backbone.state_dict(), strict=False)
     for layer in model.backbone.layers:
         torch.nn.init.normal_(layer.mixer.in_proj.adapter(T2I)[1], std=0.3)
     save_adapter(model.eval(), "t2i", tmp_path / "peft")
-    adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "peft")).eval()
+    adapted = peft.PeftModel.from_pretrained(transformers_lm, str(tmp_path / "peft")).eval()
     ids = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model.text_head(model.backbone(model.backbone.embedding(ids), T2I))

@@ -249,17 +249,11 @@ def test_options_that_leave_the_maths_are_read(lm, tmp_path):
 
 
 @pytest.fixture
-def peft_folder(tmp_path):
+def peft_folder(transformers_lm, tmp_path):
     """An adapter folder that PEFT wrote, the Mamba-2 that it is on, and what both give for ids together."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = dict(num_heads=4, head_dim=16, vocab_size=64, hidden_size=32, state_size=16, num_hidden_layers=2)
-    theirs = transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(n_groups=1, chunk_size=16, tie_word_embeddings=True, **sizes)
-    ).eval()
-    theirs.save_pretrained(tmp_path / "lm")
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["in_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(theirs, config).eval()
+    adapted = peft.get_peft_model(transformers_lm, config).eval()
     adapted.save_pretrained(tmp_path / "peft")
     ids = torch.randint(64, (2, 19), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
