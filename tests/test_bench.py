@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,29 @@ def test_a_promise_gets_three_rounds_however_late_and_more_where_too_few_were_qu
     over = Bench(rates=FixedRates(*[100, 10] * 3), limit=-1.0, end=-1.0)
     (row,) = over.compare(Pedantic(), "g", "c", [contender("ours")], Work("sgemm", flops=1.0), judged=True)
     assert (row.rounds, row.rounds_taken) == (3, 3)
+
+
+def test_what_takes_minutes_is_timed_once_and_disturbed_rounds_are_not_made_good_for_ever():
+    late = Bench(rates=FixedRates(*[100, 10] * 3), limit=-1.0)
+    found = [contender("ours"), contender("minutes")]
+    found[1].once, found[1].expected = True, 60.0
+    rows = late.compare(Pedantic(), "g", "c", found, Work("sgemm", flops=1.0), judged=True)
+    assert rows[0].rounds_taken >= 3 and rows[1].rounds_taken == 1
+    over = Bench(rates=FixedRates(*[100, 10] * 9), limit=-1.0, end=-1.0)
+    found = [contender("ours"), contender("peer")]
+    over._rounds(Pedantic(), found[0], found[1:], {"ours": 9, "peer": 3}, Work("sgemm", flops=1.0), judged=True)
+    assert len(found[0].times) == 9 and len(found[1].times) == 3
+
+
+def test_a_peer_whose_check_takes_too_long_is_not_timed(monkeypatch):
+    monkeypatch.setattr(measure, "_PATIENCE", 0.01)
+    slow, known = contender("peer"), contender("known")
+    for one in (slow, known):
+        one.check = lambda: time.sleep(0.02) or 0.0
+    known.expected = 60.0
+    found = [contender("ours"), slow, known]
+    rows = Bench(quick=True, rates=FixedRates()).compare(Pedantic(), "g", "c", found, Work("sgemm", flops=1.0))
+    assert rows[1].seconds is None and "its check alone took" in rows[1].reason and rows[2].seconds is not None
 
 
 def test_relative_error_sees_what_is_not_finite():

@@ -69,6 +69,24 @@ def test_a_promise_about_a_share_of_the_floor(what, group, cases, least):
     assert verdict(rows([2.0] * (len(cases) - 1)), what) is None
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rows_of_16_bit_values_enter_no_promise_about_fp32(dtype):
+    group, what = "ssd_scan forward", "SSD forward, share"
+    rows = [
+        Row(group, f"1 x {l}, {h} heads", OURS, 1.0, times_ours=1.0, floor_share=1.0)
+        for l in (1024, 4096)
+        for h in (24, 64)
+    ]
+    narrow = Row(group, f"1 x 1024, 24 heads, {dtype}", OURS, 1.0, times_ours=1.0, floor_share=0.1)
+    assert narrow.narrow and not rows[0].narrow
+    assert verdict([*rows, narrow], what) is True
+    assert verdict([*rows[1:], narrow], what) is None
+
+
+def test_a_whole_run_has_its_time():
+    assert claims.in_time(1800.0, 30.0).passed and not claims.in_time(1801.0, 30.0).passed
+
+
 @pytest.mark.parametrize("times", [(12.0, 6.0), (11.9, 6.0), (12.0, 5.9)], ids=str)
 def test_the_scans_promises(times):
     rows = [

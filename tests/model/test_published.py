@@ -176,6 +176,14 @@ def test_damaged_parts_are_named(folder):
         Pipeline.load(folder)
 
 
+def test_encoders_that_are_loaded_move_too(folder, encoders):
+    pixels = PublishedPixels.load(folder)
+    pixels.encoders = tuple(encoders)
+    pixels.vision  # noqa: B018  loaded now
+    pixels.to("meta")
+    assert {p.device.type for part in (pixels.vq, pixels.vision) for p in part.parameters()} == {"meta"}
+
+
 def test_a_converted_folder_knows_its_encoders(folder, encoders, tmp_path, monkeypatch):
     """Named by relative paths, one of them inside the folder, which then moves; asked from elsewhere."""
     PublishedPixels(VQ16(SMALL), 8).save(folder)
