@@ -21,7 +21,7 @@ test: $(TOOLS)  ## style, all tests, and the kernels once more under sanitizers
 	$(PYTEST) tests
 	@command -v valgrind > /dev/null || \
 	    echo "NOT RUN: the counts of instructions (tests/test_bench_instructions.py): valgrind is not installed"
-	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	@$(BIN)/python tests/model/browser.py > /dev/null || \
 	    echo "NOT RUN: the page in a browser (tests/model/test_web.py): Chromium is not installed"
 	$(MAKE) -j2 test-interpreted test-sanitize  # where one starts, ends or waits for a long test, the other goes on
 

@@ -1,9 +1,13 @@
 """The page: its buttons called by a program, and pressed in a browser where there is one."""
 
-import shutil
+import os
 import socket
+import subprocess
+import sys
 from io import BytesIO
+from pathlib import Path
 
+import browser as browsers
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +17,7 @@ from omnimamba_model.dialogue import Chat
 from omnimamba_model.pipeline import Pipeline, contact_sheet
 
 gradio = pytest.importorskip("gradio")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = browsers.chromium()
 
 
 @pytest.fixture
@@ -79,9 +83,9 @@ def test_a_dialogue_grows_turn_by_turn(pipeline, folder):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_in_a_browser(pipeline, address, folder):
-    browsers = pytest.importorskip("playwright.sync_api")
+    driver = pytest.importorskip("playwright.sync_api")
     options = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update".split()
-    with browsers.sync_playwright() as play:
+    with driver.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=options)
         page = browser.new_page()
         page.goto(address)
@@ -100,3 +104,43 @@ def test_the_page_in_a_browser(pipeline, address, folder):
         answer = "".join(Chat(pipeline, Image.open(folder / "a.png")).ask("word1 word2"))
         page.locator("#dialogue .bot", has_text=answer).wait_for(timeout=60_000)
         browser.close()
+
+
+def program(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_browser_is_found_where_people_have_them(tmp_path):
+    """Each place comes before those above it here."""
+    home, bin_, other = tmp_path / "home", tmp_path / "bin", tmp_path / "elsewhere"
+    found = lambda **variables: browsers.chromium({"PATH": str(bin_), **variables}, home)  # noqa: E731
+    for name in reversed(browsers.NAMES):
+        place = program(bin_ / name)
+        assert found() == place
+    downloads = home / ".cache/ms-playwright"
+    for i, inner in enumerate(("chromium_headless_shell-1/chrome-linux/headless_shell",
+                               "chromium_headless_shell-2/chrome-headless-shell-linux64/chrome-headless-shell",
+                               "chromium-3/chrome-linux/chrome", "chromium-4/chrome-linux64/chrome")):  # fmt: skip
+        place = program(downloads / inner)
+        os.utime(place, (i, i))
+        assert found() == place
+    (downloads / "chromium-5/chrome-linux").mkdir(parents=True)
+    (downloads / "chromium-5/chrome-linux/chrome").touch()  # a download that was cut off
+    assert found() == place
+    moved = program(other / "chromium-1/chrome-linux/chrome")
+    assert found(PLAYWRIGHT_BROWSERS_PATH=str(other)) == moved
+    mine, fox = program(other / "my-chromium"), program(other / "firefox")
+    for variable in browsers.VARIABLES:
+        assert found(**{variable: mine}) == mine
+    assert found(BROWSER=f"{fox}{os.pathsep}{mine}") == mine
+    assert found(BROWSER=fox) == found(CHROME=str(other / "gone")) == place
+
+
+def test_the_finder_tells_a_script_what_it_found(tmp_path):
+    place = program(tmp_path / "chrome")
+    asked = [sys.executable, browsers.__file__]
+    told = subprocess.run(asked, env={"CHROME": place}, capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (0, f"{place}\n")
