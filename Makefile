@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
+# pip compiles every file of every package, two thirds of which nobody imports; the first import keeps what it compiled.
+PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 BUILD := MAKEFLAGS= $(BIN)/python setup.py
 NATIVE := $(BUILD) -q build_ext --inplace --strict
 # Threads that wait sleep: two processes of more threads than processors would take each other's time by spinning.
@@ -73,7 +76,7 @@ SANITIZE := $(BUILD) -q build_py --build-lib $(SANITIZED) \
 test-sanitize: $(READY)
 	rm -rf $(SANITIZED)
 	$(SANITIZE)
-	cp -r tests pyproject.toml $(SANITIZED)/
+	cp -rp tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(PYTEST) -q --capture=sys -p no:cacheprovider -k "native and not compile" tests/kernels
@@ -94,16 +97,16 @@ $(VENV):
 
 # What compiles the kernels; the rest of the environment can come meanwhile.
 $(TOOLS): pyproject.toml constraints.txt | $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11
+	$(PIP) setuptools wheel cmake ninja pybind11
 	touch $@
 
 $(READY): $(TOOLS)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
 # What the benchmarks compare with.
 $(VENV)/.peers: $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(PIP) --no-build-isolation -e '.[bench]'
 	touch $@
 
 clean:
