@@ -1,14 +1,11 @@
 # Builds _native_cuda: the module of csrc/*/cuda*.cu for the chips of OMNIMAMBA_CUDA_ARCHS, and the PTX of the first of them
 # that newer chips can take; cuda_sm90*.cu for 90a alone, and only where that is among them. What ptxas says of each kernel
 # goes to a .txt beside each object file.
-include(CheckLanguage)
 set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # each source below gets its own
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
-  omnimamba_stop("nvcc does not work with ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}: install a compiler that it supports and reinstall")
-endif()
+omnimamba_expect("nvcc does not work with ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}: install a compiler that it supports and reinstall")
 enable_language(CUDA)
+omnimamba_expect("")
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 
 set(ptx "")
