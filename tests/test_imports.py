@@ -83,8 +83,11 @@ def test_import_has_no_effect(package):
 
 
 def test_import_after_torch_is_quick():
-    fastest = min(json.loads(python(OBSERVE, "omnimamba_kernels").stdout)["seconds"] for _ in range(3))
-    assert fastest < 1.0, f"importing omnimamba_kernels took {fastest:.2f} s beyond torch's own import"
+    """Whatever else the machine does: the fastest of three counts, and one below a second is enough."""
+    seconds = []
+    while len(seconds) < 3 and min(seconds, default=1.0) >= 1.0:
+        seconds.append(json.loads(python(OBSERVE, "omnimamba_kernels").stdout)["seconds"])
+    assert min(seconds) < 1.0, f"importing omnimamba_kernels took {min(seconds):.2f} s beyond torch's own import"
 
 
 def test_recording_a_step_does_not_bring_in_torchs_compiler():

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from omnimamba_model import Sampling
 from omnimamba_model.dialogue import Chat
 from omnimamba_model.pipeline import Pipeline, contact_sheet
 
-gradio = pytest.importorskip("gradio")
+# Looked for, not imported: that takes seconds, and another process may run these tests.
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 CHROMIUM = browsers.chromium()
 
 
@@ -62,6 +64,8 @@ def test_an_emptied_number_counts_as_what_it_began_with(pipeline):
 
 
 def test_a_dialogue_grows_turn_by_turn(pipeline, folder):
+    import gradio
+
     from omnimamba_model.web import Page
 
     page, picture = Page(pipeline, "reference"), Image.open(folder / "a.png")
