@@ -125,30 +125,33 @@ def side_by_side(trainer: Trainer, threads: int | None = None) -> Iterator[None]
 
 def learn(descriptor: int, name: str, file: int, at: int) -> None:
     """What a lesson's process does, until the trainer is gone."""
+    from .ahead import ahead
     from .loop import Trainer
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides
     link = Connection(descriptor)
     with suppress(EOFError, OSError):  # the trainer is gone
         given = torch.load(io.BytesIO(link.recv_bytes()), weights_only=False)
-        model, phase, lessons, autocast, seed, threads = given
+        model, phase, lessons, autocast, seed, prefetch, threads = given
         torch.set_num_threads(threads)
         lesson = lessons[name]
         phase = dataclasses.replace(phase, lessons=(name,))
-        trainer = Trainer(model, phase, {name: lesson}, autocast=autocast, seed=seed)
+        trainer = Trainer(model, phase, {name: lesson}, autocast=autocast, seed=seed, prefetch=prefetch)
         parameters = _learning(model)
         for parameter, shared in zip(parameters, _views(file, parameters, 0), strict=True):
             parameter.data = shared
         gradients = _views(file, parameters, at)
-        while True:
-            trainer.done = link.recv()
-            link.send(_answer(trainer, parameters, gradients, lesson))
+        with ahead(trainer):
+            while True:
+                trainer.done = link.recv()
+                link.send(_answer(trainer, parameters, gradients, lesson))
 
 
 def _packed(trainer: Trainer, names: list[str], threads: int) -> bytes:
     """What the processes are given. torch.save writes a storage once, a pickle again for each tensor that is in it."""
     lessons, written = {name: trainer.lessons[name] for name in names}, io.BytesIO()
-    torch.save((trainer.model, trainer.phase, lessons, trainer.autocast, trainer.seed, threads), written)
+    given = trainer.model, trainer.phase, lessons, trainer.autocast, trainer.seed, trainer.prefetch, threads
+    torch.save(given, written)
     return written.getvalue()
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -31,8 +32,6 @@ from .loop import Trainer
 FOLDER, EXTRA = "checkpoints", "trainer.pt"
 _NAME, _TEMPORARY = re.compile(r"step-(\d{8})"), ".unfinished-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_SOME = dataclasses.replace(_WHOLE, strict=False)
-"""For moments: a parameter that no lesson has reached yet has none."""
 
 
 def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) -> None:
@@ -79,27 +78,44 @@ def clear_unfinished(out: Path) -> None:
 def resume(trainer: Trainer, out: Path) -> dict[str, tuple[int, int]] | None:
     """Take the run up at the last step kept; None where there is none. Every process must call it.
 
-    The lessons that no longer have as many records as then, and so another order of them: how many then, and now.
+    Of many processes the first reads, the file of moments mapped rather than copied, and hands out one tensor at a
+    time, of which each process keeps its shard: none holds the whole. The lessons that no longer have as many records
+    as then, and so another order of them: how many then, and now.
     """
     found = kept(out)
     if not found:
         return None
-    _, folder = found[-1]
+    (_, folder), ranks, state, moments = found[-1], trainer.ranks, {}, {}
+    told: Exception | tuple = ()
+    if ranks.first:
+        try:
+            done, moments, *counts = _read(folder, mapped=ranks.world > 1)
+            state, told = load(folder).state_dict(), (done, *counts)
+        except (CheckpointError, OSError) as error:
+            told = error
+    told = ranks.hear(told)
+    if isinstance(told, Exception):
+        raise told
+    trainer.done, counted, had = told
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
+    set_model_state_dict(trainer.model, state, options=options)
+    some = dataclasses.replace(options, strict=False)  # a parameter that no lesson has reached yet has no moments
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=some)
+    for name, lesson in _counting(trainer) if ranks.first else ():  # the counts of all processes
+        lesson.passed_over.update(counted.get(name, {}))
+    return {name: (had[name], now) for name, now in _records(trainer).items() if had.get(name, now) != now}
+
+
+def _read(folder: Path, mapped: bool) -> tuple[int, dict[str, Any], dict[str, dict[str, int]], dict[str, int]]:
+    """Steps done, moments, what was passed over and how many records there were, by lesson; CheckpointError."""
     try:
-        extra = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
-        done, moments, counted = extra["done"], extra["optimizer"], extra["passed over"]
+        extra = torch.load(folder / EXTRA, map_location="cpu", weights_only=True, mmap=mapped)
+        return extra["done"], extra["optimizer"], extra["passed over"], extra.get("records", {})
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes of the unpickler's own assumptions
         told = f"{folder / EXTRA} is damaged: {error!r}; remove {folder} to go on from before"
         raise CheckpointError(told) from error
-    set_model_state_dict(trainer.model, load(folder).state_dict(), options=_WHOLE)
-    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=_SOME)
-    trainer.done = done
-    for name, lesson in _counting(trainer) if trainer.ranks.first else ():  # the counts of all processes
-        lesson.passed_over.update(counted.get(name, {}))
-    had = extra.get("records", {})
-    return {name: (had[name], now) for name, now in _records(trainer).items() if had.get(name, now) != now}
 
 
 def _records(trainer: Trainer) -> dict[str, int]:

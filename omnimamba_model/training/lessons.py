@@ -11,6 +11,7 @@ import io
 import random
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ FORMS = ("caption", "instruct")
 TEXT_ALONE = "text alone: understanding is learned from records with an image"
 """Why LLaVA's records without an image, which are as good as any, are passed over, as the official loader does."""
 
+Made = tuple[Batch, Counter[str]]
+"""A batch, and why records were passed over for it."""
+
 
 class Lesson:
     """Batches of one task. ``example(record, draw)`` makes one row, ``join(rows)`` a batch; a lesson is callable."""
@@ -43,8 +47,19 @@ class Lesson:
         """Why records could not be used, and how often one was met."""
 
     def __call__(self, place: int) -> Batch:
-        first = place * self.size
-        return self.join([self._row(first + i) for i in range(self.mine.start, self.mine.stop)])
+        return self.take(self.make(place))
+
+    def make(self, place: int, over: Callable[[], bool] = lambda: False) -> Made:
+        """The batch, nothing counted yet. Where ``over()`` it ends at the next record: a CancelledError."""
+        first, passed_over = place * self.size, Counter()
+        rows = [self._row(first + i, passed_over, over) for i in range(self.mine.start, self.mine.stop)]
+        return self.join(rows), passed_over
+
+    def take(self, made: Made) -> Batch:
+        """Count what was passed over for the batch, which is learned now."""
+        batch, passed_over = made
+        self.passed_over.update(passed_over)
+        return batch
 
     def example(self, record: dict[str, Any], draw: random.Random) -> Any:
         """A row; BadRecord where the record does not have one. All chance comes from ``draw``."""
@@ -53,16 +68,18 @@ class Lesson:
     def join(self, rows: list[Any]) -> Batch:
         raise NotImplementedError
 
-    def _row(self, place: int) -> Any:
+    def _row(self, place: int, passed_over: Counter[str], over: Callable[[], bool]) -> Any:
         epoch, at = divmod(place, len(self.records))
         order = _order(len(self.records), self.seed, epoch)
         draw = random.Random(f"{self.seed} {place}")
         for step in range(len(self.records)):
+            if over():
+                raise CancelledError
             try:
                 return self.example(self.records[int(order[(at + step) % len(order)])], draw)
             except BadRecord as error:
-                self.passed_over[str(error)] += 1
-        worst = "; ".join(list(self.passed_over)[:3])
+                passed_over[str(error)] += 1
+        worst = "; ".join(list(passed_over)[:3])
         raise ValueError(f"none of {len(self.records)} records can be used, for example: {worst}")
 
 

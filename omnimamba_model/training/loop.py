@@ -40,8 +40,10 @@ class Trainer:
         ranks: Ranks = ALONE,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         seed: int | None = None,
+        prefetch: int = 0,
     ) -> None:
-        """``seed`` of the dropout, another on every rank; None draws one from torch's global generator."""
+        """``seed`` of the dropout, another on every rank; None draws one from torch's global generator. ``prefetch``:
+        batches of each lesson made beforehand, within ``ahead.ahead``."""
         missing = [name for name in phase.lessons if name not in lessons]
         if missing:
             raise ValueError(
@@ -50,6 +52,9 @@ class Trainer:
         self.model, self.phase, self.ranks, self.autocast = model, phase, ranks, autocast
         self.lessons = {name: lessons[name] for name in phase.lessons}
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.prefetch = prefetch
+        self.ahead: Mapping[str, Lesson] = {}
+        """What gives the batches in a lesson's place."""
         self.beside: Mapping[str, Beside] = {}
         """Lessons that other processes learn, on the same parameters."""
         model.train_only(phase.stage)
@@ -103,7 +108,7 @@ class Trainer:
         """Add the gradients of a lesson's batches; its mean loss."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Random(f"{self.seed} {self.done} {name}").getrandbits(63))
-            return self._mean_loss(lesson)
+            return self._mean_loss(self.ahead.get(name, lesson))
 
     def _mean_loss(self, lesson: Lesson) -> float:
         first = self.done * self.phase.accumulate

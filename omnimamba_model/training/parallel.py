@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,14 @@ class Ranks:
         found: list[Counter[str]] = [Counter()] * self.world
         dist.all_gather_object(found, counts)
         return sum(found, Counter())
+
+    def hear(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+        if self.world == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def wait(self) -> None:
         """Until every process is here."""

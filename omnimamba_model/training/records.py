@@ -3,7 +3,7 @@
 | file | a record |
 | --- | --- |
 | .jsonl | an object a line |
-| .json | an object of the one list |
+| .json | an object of the one list, as LLaVA's files are |
 | .tar | WebDataset: members with one name up to its first dot; NAME.json is the object, NAME.jpg and such its picture |
 
 Files are named by patterns (``shards/*.tar``) or as WebDataset does: ``shard-{000..012}.tar``, ``{train,more}.jsonl``,
@@ -17,12 +17,15 @@ import json
 import os
 import re
 import tarfile
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol
+
+from .json_list import list_items
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 PICTURE = "picture bytes"
@@ -41,16 +44,36 @@ class Records(Protocol):
         ...
 
 
+class Places:
+    """Stretches of a file, 16 bytes of memory each: offsets and lengths."""
+
+    def __init__(self, found: Iterable[tuple[int, int]]) -> None:
+        self._numbers = array("q")
+        for place in found:
+            self._numbers.extend(place)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // 2
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        return self._numbers[2 * i], self._numbers[2 * i + 1]
+
+
 class Slices:
-    """Records that are stretches of one file."""
+    """Records that are stretches of one file, which is read through once for their places, and never held."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
+    def find(self) -> Iterator[tuple[int, int]]:
         """Each record's offset and length in bytes."""
         raise NotImplementedError
+
+    @cached_property
+    def places(self) -> Places:
+        return Places(self.find())
 
     def __len__(self) -> int:
         return len(self.places)
@@ -60,43 +83,20 @@ class Slices:
 
 
 class JsonLines(Slices):
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        found, start = [], 0
+    def find(self) -> Iterator[tuple[int, int]]:
+        start = 0
         with open(self.path, "rb") as file:
             for line in file:
                 if line.strip():
-                    found.append((start, len(line)))
+                    yield start, len(line)
                 start += len(line)
-        return found
 
 
 class JsonList(Slices):
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        # One byte a character: offsets in the text are offsets in the file, and JSON's own marks are ASCII.
-        text = self.path.read_bytes().decode("latin-1")
-        decoder, found = json.JSONDecoder(), []
-        at = _skip_blanks(text, 0)
-        if text[at : at + 1] != "[":
-            raise ValueError(f"{self.path} must be a JSON list, and begins with {text[at : at + 20]!r}")
-        while True:
-            at = _skip_blanks(text, at + 1)  # behind the bracket or a comma
-            if at == len(text) or (text[at] == "]" and not found):
-                break
-            try:
-                _, end = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path} is not JSON after {len(found)} records: {error}") from error
-            found.append((at, end - at))
-            at = _skip_blanks(text, end)
-            if text[at : at + 1] != ",":
-                break
-        if at == len(text):
-            raise ValueError(f"{self.path} is cut off after {len(found)} records: its list is not closed")
-        if text[at] != "]" or _skip_blanks(text, at + 1) < len(text):
-            raise ValueError(f"{self.path} is not JSON after {len(found)} records: {text[at : at + 20]!r} is left over")
-        return found
+    def find(self) -> Iterator[tuple[int, int]]:
+        """ValueError where it is no list, or where its brackets and strings do not close; what else may be wrong
+        within a record is that record's matter."""
+        return list_items(self.path)
 
 
 class Shard:
@@ -230,9 +230,3 @@ def as_object(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadRecord(f"{where}: must be an object, got {type(record).__name__}")
     return record
-
-
-def _skip_blanks(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at

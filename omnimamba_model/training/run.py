@@ -30,6 +30,7 @@ from ..pipeline import ImageTokenizer, load_tokenizers
 from ..text_tokenizer import TextTokenizer
 from ..weights import TOKENIZER, load
 from . import checkpoints
+from .ahead import ahead
 from .beside import side_by_side
 from .features import FeatureCache
 from .lessons import Drawing, Lesson, Reading, Understanding, together
@@ -59,7 +60,8 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
         lessons, bad = _lessons(settings, model.config, words, pixels, ranks, say if ranks.first else lambda line: None)
         if settings.recompute:
             recompute(model)
-        options = dict(ranks=ranks, autocast=_autocast(settings, ranks), seed=settings.seed * 1_000_003 + ranks.rank)
+        options = dict(autocast=_autocast(settings, ranks), seed=settings.seed * 1_000_003 + ranks.rank)
+        options |= dict(ranks=ranks, prefetch=settings.prefetch)
         trainer = Trainer(spread(model, ranks), _phase(settings, lessons), lessons, **options)
         changed = checkpoints.resume(trainer, out)
         if changed is not None and ranks.first:
@@ -68,7 +70,8 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
                 say(f"{name} had {had:,} records and has {now:,} now: they come in another order from here on")
         for name, reason in bad if ranks.first else ():
             lessons[name].passed_over[reason] = 1  # once a file, however often the run was taken up
-        with side_by_side(trainer, settings.threads) if settings.side_by_side else nullcontext():
+        beside = side_by_side(trainer, settings.threads) if settings.side_by_side else nullcontext()
+        with beside, ahead(trainer):
             _go(trainer, settings, out, words, say, progress)
         return _finish(trainer, out, words, pixels)
 
@@ -79,8 +82,8 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, say: S
     if logs is not None and logs.lacks:
         say(logs.lacks)
     bar = tqdm(total=steps, initial=trainer.done, unit="step", disable=not (first and progress), desc=out.name)
-    begun, tokens = time.perf_counter(), 0
-    with bar:
+    begun, tokens, whole = time.perf_counter(), 0, False
+    try:
         while trainer.done < steps:
             rate = trainer.phase.rate(trainer.done)
             losses = trainer.step()
@@ -98,11 +101,18 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, say: S
                     bar.set_postfix({**shown, "tok/s": f"{speed:.0f}", "GiB": f"{_memory(trainer.ranks):.1f}"})
             if trainer.done % settings.save_every == 0 or trainer.done == steps:
                 checkpoints.keep(trainer, out, settings.keep, words.to_json())
-    reasons = trainer.ranks.add(together(trainer.lessons))
-    if logs is not None:
-        logs.close(reasons)
-        for line in ([logs.lacks] if logs.lacks else []) + _summary(reasons):
-            say(line)
+        whole = True
+    finally:  # after Ctrl-C or an error too; then the other processes are not waited for
+        bar.close()
+        own = together(trainer.lessons)
+        reasons = trainer.ranks.add(own) if whole else own
+        if logs is not None:
+            logs.close(reasons)
+            for line in ([logs.lacks] if logs.lacks else []) + _summary(reasons):
+                say(line)
+            if not whole:
+                kept = checkpoints.kept(out)
+                say(f"stopped after step {trainer.done}; the same command goes on after {kept[-1][0] if kept else 0}")
 
 
 def _summary(passed_over: Counter[str]) -> list[str]:

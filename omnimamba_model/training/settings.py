@@ -17,6 +17,7 @@ PRECISIONS = ("fp32", "bf16")
 SHIPPED = ("stage1-mmu", "stage1-t2i", "stage2")
 FREE = (
     "save_every", "keep", "log_every", "tensorboard", "wandb", "device", "threads", "out", "recompute", "side_by_side",
+    "prefetch",
 )  # fmt: skip
 """Settings that may change between a run's start and its continuation."""
 
@@ -76,6 +77,8 @@ class Run:
     recompute: bool = False
     side_by_side: bool = False
     """On a CPU: every task but the first learned in a process of its own, the same losses sooner."""
+    prefetch: int = 2
+    """Batches of each task made ready while the step before them is taken; 0 makes each within its step."""
     seed: int = 0
     device: str | None = None
     threads: int | None = None
@@ -94,11 +97,11 @@ class Run:
         _expect("text, t2i and mmu", bool(self.text or self.t2i or self.mmu), "data for at least one task", "none")
         unreached = [name for name in ("text", "t2i") if getattr(self, name) and self.stage == "mmu"]
         _expect("data", not unreached, "mmu's alone in stage mmu, whose parameters no other reaches", unreached)
-        for name in ("save_every", "keep", "log_every", "threads"):
+        for name, least in (("save_every", 1), ("keep", 1), ("log_every", 1), ("threads", 1), ("prefetch", 0)):
             value = getattr(self, name)
             if name == "threads" and value is None:
                 continue
-            _expect(name, type(value) is int and value >= 1, "a whole number of at least 1", value)
+            _expect(name, type(value) is int and value >= least, f"a whole number of at least {least}", value)
         _expect("threads", (self.threads or 1) <= MOST_THREADS, f"at most {MOST_THREADS}", self.threads)
         _expect("seed", type(self.seed) is int and 0 <= self.seed < 2**63, "a whole number of 63 bits", self.seed)
         for name, data in (("text", self.text), ("t2i", self.t2i), ("mmu", self.mmu)):

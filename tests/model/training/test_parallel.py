@@ -1,5 +1,6 @@
 """Two processes under torchrun, gloo between them: both halves of stage 1, killed and taken up again; 16 bits."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -98,3 +99,32 @@ def test_halves_of_stage_one_in_two_processes(values, data, config, tmp_path):
     for name in ("loss t2i", "loss mmu", "gradient norm"):
         truth, one, two = ([line[name] for line in losses(tmp_path / place)] for place in (exact, once, "again"))
         assert 1e-4 < furthest(two, truth) <= 2 * furthest(one, truth)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_a_run_is_taken_up_shard_by_shard(values, config, tmp_path):
+    """No process holds all moments at any time, the one that reads them neither; a damaged file ends all of them."""
+    sizes = dataclasses.replace(config.backbone, d_model=512, n_layer=4)
+    fresh = dataclasses.replace(config, backbone=sizes).to_dict()
+    out, path = Path(values["out"]), tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(values | {"fresh": fresh, "steps": 2, "save_every": 1, "keep": 1}))
+    launch = [*LAUNCH, str(Path(__file__).parent / "resumed.py"), str(path), str(tmp_path)]
+
+    def again():
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    again()
+    told = out / "settings.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"steps": 3}))
+    path.write_text(path.read_text().replace("steps: 2", "steps: 3"))
+    again()
+    assert [line["step"] for line in losses(out)] == [1, 2, 3]
+    for rank in range(2):
+        found = json.loads((out / f"memory-{rank}.json").read_text())
+        assert found["moments"] > 60e6 and found["mine"] < 0.6 * found["moments"]
+        assert found["peak"] < found["mine"] + 0.25 * found["moments"], found
+    (checkpoints.kept(out)[-1][1] / "trainer.pt").write_bytes(b"x")
+    again()
+    assert all("trainer.pt is damaged" in (tmp_path / f"error-{rank}").read_text() for rank in range(2))

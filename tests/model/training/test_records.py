@@ -1,11 +1,14 @@
 import io
 import json
+import random
 import re
 import tarfile
+import tracemalloc
 
 import pytest
 from formats import drawing, png, shard, understanding
 
+from omnimamba_model.training import json_list
 from omnimamba_model.training.records import PICTURE, BadRecord, open_records, spelled_out
 
 
@@ -149,3 +152,63 @@ def test_empty_lists_and_shards_have_no_records(data):
     shard(data / "a.tar", {})
     records, bad = open_records([data / "a.json", data / "a.tar", data / "t2i.jsonl"])
     assert len(records) == 11 and not bad
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
+def test_a_list_is_found_in_pieces_of_any_size(tmp_path, monkeypatch, piece):
+    """Strings with brackets, quotes and backslashes; numbers, nothing and lists where objects should be."""
+    monkeypatch.setattr(json_list, "PIECE", piece)
+    draw = random.Random(piece)
+
+    def value(depth):
+        kind = draw.randrange(6 if depth else 4)
+        if kind < 2:
+            return "".join(draw.choices('ab"\\\\{}[],: \n画\u2028', k=draw.randrange(9)))
+        if kind < 4:
+            return draw.choice([True, None, -1.5e-30, 12345678901234567, 0])
+        inner = [value(depth - 1) for _ in range(draw.randrange(4))]
+        return inner if kind == 4 else {str(value(0)): part for part in inner}
+
+    path = tmp_path / "a.json"
+    for count in (0, 1, 2, 40):
+        items = [value(3) for _ in range(count)]
+        for options in ({}, {"ensure_ascii": False}, {"indent": 1}, {"separators": (",", ":")}):
+            path.write_text(json.dumps(items, **options))
+            whole = path.read_bytes()
+            found = [whole[at : at + size] for at, size in json_list.list_items(path)]
+            assert [json.loads(part) for part in found] == items
+        path.write_bytes(whole[: draw.randrange(1, len(whole))])
+        with pytest.raises(ValueError, match="cut off after|is not JSON after"):
+            list(json_list.list_items(path))
+
+
+def test_a_bad_record_of_a_list_is_bad_alone(tmp_path):
+    (tmp_path / "a.json").write_text(
+        '[{"a": 1}, {"a": nonsense}, {"a": 3,}, 5, "x", {"a": "\x01"}, {"a": "\\q"}, {"a": 8}, [1}, {"a": 9}]'
+    )
+    (tmp_path / "b.json").write_bytes(b'[{"a": "\xff"}, {"a": 1}]')
+    records, bad = open_records([tmp_path / "a.json", tmp_path / "b.json"])
+    assert len(records) == 12 and not bad
+    assert [records[i] for i in (0, 7, 9, 11)] == [{"a": 1}, {"a": 8}, {"a": 9}, {"a": 1}]
+    for i in (1, 2, 3, 4, 5, 6, 8, 10):
+        with pytest.raises(BadRecord, match=rf"[ab].json, record {i % 10}: (is not JSON|must be an object)"):
+            records[i]
+
+
+def test_a_long_list_is_never_held(tmp_path, monkeypatch):
+    """Ten times as many records cost their places alone, 16 bytes each; so does a record longer than a piece."""
+    monkeypatch.setattr(json_list, "PIECE", 1 << 16)
+    peaks = []
+    for count in (1_000, 10_000):
+        path = tmp_path / f"{count}.json"
+        record = json.dumps(understanding(1) | {"id": "x" * 600})
+        path.write_text("[" + ", ".join([record] * count) + "]")
+        tracemalloc.start()
+        records, _ = open_records([path])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(records) == count and records[count - 1] == json.loads(record)
+    assert path.stat().st_size > 7e6
+    assert peaks[0] < 4 * json_list.PIECE and peaks[1] - peaks[0] < 40 * 9_000
+    path.write_text('[{"a": "' + "x" * (5 * json_list.PIECE) + '"}, {"a": 2}]')
+    assert open_records([path])[0][1] == {"a": 2}

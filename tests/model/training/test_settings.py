@@ -74,6 +74,7 @@ def test_every_number_of_a_shipped_schedule_is_published(name, config):
         (["recompute=2"], "recompute must be bool"),
         (["seed=-1"], "seed must be a whole number"),
         (["stage=mmu"], r"mmu's alone in stage mmu.*got \['t2i'\]"),
+        (["prefetch=-1"], "prefetch must be a whole number of at least 0"),
         (["threads=100000"], "threads must be at most 1024"),
     ],
 )

@@ -1,0 +1,71 @@
+"""Batches made ready while the step before them is taken: a lesson's records are read, its pictures decoded and its
+texts tokenized in a thread of its own.
+
+A batch is a function of its place, so that it does not matter when it is made: order, place and losses are those of a
+run that makes each within its step. What was passed over is counted when the batch is taken, so that a checkpoint never
+counts ahead; an error waits for the step that it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING
+
+from .lessons import Lesson, Made
+from .phase import Batch
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+
+class Ahead:
+    """A lesson whose next ``depth`` batches are made beforehand, none of place ``end`` or later."""
+
+    def __init__(self, lesson: Lesson, depth: int, end: int) -> None:
+        self.lesson, self.depth, self.end = lesson, depth, end
+        self._over = Event()
+        self._thread = ThreadPoolExecutor(1, "batches")  # started by the first batch
+        self._waiting: deque[tuple[int, Future[Made]]] = deque()
+
+    def __call__(self, place: int) -> Batch:
+        if self._waiting and self._waiting[0][0] != place:
+            self._forget()
+        last = max(place, min(place + self.depth, self.end - 1))
+        for following in range(place + len(self._waiting), last + 1):
+            made = self._thread.submit(self.lesson.make, following, self._over.is_set)
+            self._waiting.append((following, made))
+        _, made = self._waiting.popleft()
+        return self.lesson.take(made.result())
+
+    def close(self) -> None:
+        """Stop at the next record, and wait until it has."""
+        self._over.set()
+        self._forget()
+        self._thread.shutdown()
+
+    def _forget(self) -> None:
+        for _, made in self._waiting:
+            made.cancel()
+        self._waiting.clear()
+
+
+@contextmanager
+def ahead(trainer: Trainer) -> Iterator[None]:
+    """Have the trainer's lessons make ``trainer.prefetch`` batches each beforehand, for as long as the context lasts.
+
+    Lessons that are plain functions stay as they are: what they do may hang on when they are called.
+    """
+    end = trainer.phase.steps * trainer.phase.accumulate
+    lessons = {name: lesson for name, lesson in trainer.lessons.items() if isinstance(lesson, Lesson)}
+    made = {name: Ahead(lesson, trainer.prefetch, end) for name, lesson in lessons.items() if trainer.prefetch}
+    try:
+        trainer.ahead = made
+        yield
+    finally:
+        trainer.ahead = {}
+        for lesson in made.values():
+            lesson.close()

@@ -1,0 +1,188 @@
+"""Batches made by a thread: made early, taken in order, counted when they are learned, gone when the run is over."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from omnimamba_model import load
+from omnimamba_model.training import checkpoints
+from omnimamba_model.training.ahead import Ahead, ahead
+from omnimamba_model.training.lessons import Drawing, Lesson
+from omnimamba_model.training.loop import Trainer
+from omnimamba_model.training.phase import Phase
+from omnimamba_model.training.records import BadRecord, open_records
+from omnimamba_model.training.run import run
+from omnimamba_model.training.settings import read
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Watched(Lesson):
+    """Batch i is record i of each epoch; what is made, and in which thread, is noted. Record ``bad`` is an error."""
+
+    def __init__(self, count=100, bad=None, gate=None):
+        super().__init__(list(range(count)), 1)
+        self.bad, self.gate, self.made, self.threads = bad, gate, [], set()
+
+    def make(self, place, over=lambda: False):
+        try:
+            return super().make(place, over)
+        finally:
+            self.made.append(place)
+            self.threads.add(threading.current_thread())
+
+    def example(self, record, draw):
+        if self.gate is not None:
+            self.gate.wait(60)
+        if record % 3 == 0:
+            raise BadRecord(f"record {record}")
+        if record == self.bad:
+            raise RuntimeError(f"no way with {record}")
+        return record
+
+    def join(self, rows):
+        return "text", {"ids": torch.tensor(rows)}
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+def test_the_same_batches_and_counts_made_before_they_are_asked_for():
+    plain, watched = Watched(), Watched()
+    made = Ahead(watched, depth=3, end=20)
+    for place in range(20):
+        (_, found), (_, expected), far = made(place), plain(place), list(range(min(place + 4, 20)))
+        assert torch.equal(found["ids"], expected["ids"])
+        assert until(lambda far=far: watched.made == far)
+        assert watched.passed_over == plain.passed_over, "nothing is counted ahead"
+    assert plain.passed_over and threading.current_thread() not in watched.threads
+    made.close()
+    assert len(watched.threads) == 1 and not any(thread.is_alive() for thread in watched.threads)
+
+
+def test_another_place_than_the_next_is_made_as_well():
+    watched, plain = Watched(), Watched()
+    made = Ahead(watched, depth=2, end=50)
+    for place in (0, 1, 7, 8, 3, 49, 50):
+        assert torch.equal(made(place)[1]["ids"], plain(place)[1]["ids"])
+    assert watched.passed_over == plain.passed_over
+    made.close()
+
+
+def test_an_error_comes_with_its_own_batch():
+    order = [int(Watched()(place)[1]["ids"]) for place in range(20)]
+    watched = Watched(bad=order[12])
+    made = Ahead(watched, depth=4, end=100)
+    first = order.index(order[12])
+    for place in range(first):
+        made(place)
+    assert until(lambda: first in watched.made)
+    with pytest.raises(RuntimeError, match=f"no way with {order[12]}"):
+        made(first)
+    made.close()
+
+
+def test_the_end_of_a_run_does_not_wait_for_whole_batches():
+    """The thread is within a record when the run is interrupted, and would have ten thousand to go."""
+    gate = threading.Event()
+    watched = Watched(gate=gate)
+    watched.mine = slice(0, 10_000)
+    trainer = type("", (), {"phase": Phase("", "base", ("text",), 9, 1e-3), "lessons": {"text": watched}})()
+    trainer.prefetch = 2
+    begun = []
+    with pytest.raises(KeyboardInterrupt), ahead(trainer):
+        taken = trainer.ahead["text"]
+        waiting = threading.Thread(target=lambda: begun.append(pytest.raises(CancelledError, taken, 0)))
+        waiting.start()
+        assert until(lambda: taken._waiting)
+        threading.Timer(0.2, gate.set).start()
+        raise KeyboardInterrupt
+    waiting.join(60)
+    assert begun and trainer.ahead == {} and watched.made == [0]
+    assert not any(thread.is_alive() for thread in watched.threads)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "rate", "tokens", "passed over", "gradient")
+    return [{k: v for k, v in line.items() if k.startswith(kept) and k != "tokens/s"} for line in lines]
+
+
+def written(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return read(path)
+
+
+def test_a_run_is_the_same_however_far_ahead(values, data, tmp_path):
+    """Bit for bit, through a stop, with accumulation; kept counts do not know what was made ahead."""
+    (data / "3.png").write_bytes(b"no picture")
+    values |= {"accumulate": 2, "save_every": 1, "keep": 9}
+    run(written(tmp_path / "s.yaml", values | {"out": str(tmp_path / "plain"), "prefetch": 0}), print)
+    taken = Trainer.step
+
+    def step(self):
+        if self.done == 3:
+            raise KeyboardInterrupt
+        return taken(self)
+
+    for depth, raises in ((5, True), (1, False)):
+        settings = written(tmp_path / "s.yaml", values | {"prefetch": depth})
+        with pytest.MonkeyPatch.context() as patch:
+            if raises:
+                patch.setattr(Trainer, "step", step)
+            with pytest.raises(KeyboardInterrupt) if raises else nullcontext():
+                run(settings, print)
+    assert losses(values["out"]) == losses(tmp_path / "plain") and losses(values["out"])[-1]["passed over"]
+    pairs = zip(checkpoints.kept(Path(values["out"])), checkpoints.kept(tmp_path / "plain"), strict=True)
+    for (_, a), (_, b) in pairs:
+        found, expected = (torch.load(place / "trainer.pt", weights_only=True)["passed over"] for place in (a, b))
+        assert found == expected
+    found, expected = (load(Path(out) / "model").state_dict() for out in (values["out"], tmp_path / "plain"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_interrupted_from_the_keyboard_it_tells_and_goes_on(values, data, tmp_path):
+    (data / "3.png").write_bytes(b"no picture")
+    values |= {"steps": 400, "save_every": 1, "keep": 1}
+    path = tmp_path / "s.yaml"
+    settings = written(path, values)
+    command = [sys.executable, "-m", "omnimamba_model", "train", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert until(lambda: checkpoints.kept(Path(values["out"])), 300)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in told, told
+    *_, counted, reason, stopped, last = told.strip().splitlines()
+    assert counted.startswith("passed over ") and reason.endswith("image 3.png is no picture") and last == "interrupted"
+    assert stopped.startswith("stopped after step ")
+    step = checkpoints.kept(Path(values["out"]))[-1][0]
+    assert step < 400 and stopped.endswith(f"the same command goes on after {step}")
+    told = Path(values["out"]) / "settings.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"steps": step + 2}))  # the same run, sooner over
+    path.write_text(yaml.safe_dump(values | {"steps": step + 2}))
+    said = []
+    run(read(path), said.append)
+    assert f"going on after step {step}" in said and len(losses(settings.out)) == step + 3
+
+
+def test_a_real_lesson_knows_nothing_of_it(data, config, words):
+    lesson = Drawing(open_records([data / "t2i.jsonl"])[0], 4, config, words, seed=5)
+    made = Ahead(Drawing(lesson.records, 4, config, words, seed=5), 2, 9)
+    for place in range(9):
+        (_, a), (_, b) = made(place), lesson(place)
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    made.close()
