@@ -118,15 +118,16 @@ class MambaBackbone(nn.Module):
         state.position = int(lengths.max())
         return state, self.norm_f(residual[0, offsets[1:] - 1]).to(self.dtype)
 
-    def bind_step(self, state: MambaState, task: Task = BASE) -> Step:
+    def bind_step(self, state: MambaState, task: Task = BASE, room: int | None = None) -> Step:
         """A function that takes one token in: (b, d_model) to its hidden state (b, d_model).
 
         Weights and states are looked up here, once: bind again after replacing one of them. On a CPU a step
         is one call of the native kernels. On a GPU it is a CUDA graph, in whose memory the state lives until
-        ``release`` gives the graph back for the next. It keeps no gradients; call it in inference mode.
+        ``release`` gives the graph back for the next; one for ``room`` rows serves fewer, None is as many as there
+        are. It keeps no gradients; call it in inference mode.
         """
         if state.ssm.device.type in self.graphs.devices:
-            return self.graphs.bind(self, state, task)
+            return self.graphs.bind(self, state, task, room)
         return Step(self.record_step(state, task), state, wide(self.dtype))
 
     def record_step(self, state: MambaState, task: Task = BASE) -> Callable[[Tensor], Tensor]:

@@ -77,9 +77,10 @@ def stream(
 
 
 class _Batch:
-    """The rows that are not done: their states, the logits of their next tokens, and how many each has drawn.
+    """The rows that are not done: their states, the logits of their next tokens, and what each has drawn.
 
-    A guided row has a twin, the null prompt's, behind all the rows: states, places and tasks are theirs too.
+    A guided row has a twin, the null prompt's, behind all the rows: states, places and tasks are theirs too. Logits are
+    kept by task, since vocabularies differ.
     """
 
     def __init__(
@@ -103,33 +104,33 @@ class _Batch:
         self.rows = [row for row in rows for _ in range(row.copies)]
         self.alive = list(range(len(self.rows)))
         self.taken = 0
-        self.tasks = [tasks[i] for i in pick]
+        self.tasks, self.room = [tasks[i] for i in pick], len(pick)
         self.at = torch.tensor([ends[i] for i in pick], device=hidden.device)
         self._bind()
         self.logits = self._logits(hidden)
-        self.drawn = [torch.zeros_like(logits, dtype=torch.bool) for logits in self.logits]
+        self.drawn = {task: torch.zeros_like(logits, dtype=torch.bool) for task, logits in self.logits.items()}
 
     def _bind(self) -> None:
-        self.places = {t: [i for i, task in enumerate(self.tasks) if task == t] for t in sorted(set(self.tasks))}
-        mixed = len(self.places) > 1
+        self.groups = {task: _Group.of(task, self.tasks, self.rows, self.at.device) for task in sorted(set(self.tasks))}
+        mixed = len(self.groups) > 1
         self.task: Task = torch.tensor(self.tasks, device=self.at.device) if mixed else self.tasks[0]
         self.twins = [k for k, row in enumerate(self.rows) if row.null is not None]
-        self.step = self.model.backbone.bind_step(self.state, self.task)
+        self.step = self.model.backbone.bind_step(self.state, self.task, self.room)
 
     def draw(self) -> Tensor:
         """A token for each living row."""
-        logits, penalty = self.logits, self.sampling.repetition_penalty
-        if penalty != 1.0:
-            logits = [penalised(row, drawn, penalty) for row, drawn in zip(logits, self.drawn, strict=True)]
-        if len(self.places) == 1:
-            tokens = sample(
-                logits if isinstance(logits, Tensor) else torch.stack(logits), self.sampling, self.generator
-            )
-        else:  # two vocabularies: row by row, in the rows' order
-            tokens = torch.cat([sample(row[None], self.sampling, self.generator) for row in logits])
-        if penalty != 1.0:
-            for drawn, token in zip(self.drawn, tokens, strict=True):
-                drawn[token] = True
+        penalty, found = self.sampling.repetition_penalty, {}
+        for task, logits in self.logits.items():
+            if penalty != 1.0:
+                logits = penalised(logits, self.drawn[task], penalty)
+            found[task] = sample(logits, self.sampling, self.generator)
+            if penalty != 1.0:
+                self.drawn[task].scatter_(1, found[task][:, None], True)
+        if len(found) == 1:
+            return found.popitem()[1]
+        tokens = self.at.new_empty(len(self.rows))
+        for task, group in self.groups.items():
+            tokens[group.own] = found[task]
         return tokens
 
     def advance(self, tokens: Tensor) -> None:
@@ -151,40 +152,61 @@ class _Batch:
         self.at = self.at + 1
 
     def _leave(self, keep: list[int]) -> None:
-        """Only rows ``keep``, and their twins, go on."""
+        """Only rows ``keep``, and their twins, go on, in room for the next power of two: few graphs serve all."""
         twin = {k: len(self.rows) + i for i, k in enumerate(self.twins)}
         pick = keep + [twin[k] for k in keep if k in twin]
         self.state, self.at = self.state.take(pick), self.at[pick]
+        self.room = min(self.room, 1 << (len(pick) - 1).bit_length())
         self.step.release(keep=False)
+        own = {task: [k for k, row in enumerate(self.rows) if row.task == task] for task in self.drawn}
+        kept = {task: [n for n, k in enumerate(places) if k in set(keep)] for task, places in own.items()}
+        self.drawn = {task: self.drawn[task][places] for task, places in kept.items() if places}
         self.tasks = [self.tasks[i] for i in pick]
-        self.rows, self.alive, self.drawn = ([v[k] for k in keep] for v in (self.rows, self.alive, self.drawn))
+        self.rows, self.alive = ([v[k] for k in keep] for v in (self.rows, self.alive))
         self._bind()
 
-    def _logits(self, hidden: Tensor) -> Tensor | list[Tensor]:
-        """(rows, vocabulary), guidance applied; where vocabularies differ (vocabulary,) for each row."""
-        count = len(self.rows)
-        if len(self.places) == 1:
-            found = _head(self.model, self.tasks[0])(hidden)
-            if not self.twins:
-                return found
-            asked, free = found[:count].clone(), found[count:]
-        else:
-            parts = {task: iter(_head(self.model, task)(hidden[places])) for task, places in self.places.items()}
-            every = [next(parts[task]) for task in self.tasks]
-            asked, free = every[:count], every[count:]
-        for k, null in zip(self.twins, free, strict=True):
-            asked[k] = null.lerp(asked[k], self.rows[k].guidance).clamp(-LARGEST, LARGEST)
-        return asked
+    def _logits(self, hidden: Tensor) -> dict[int, Tensor]:
+        """By task (its rows, its vocabulary), guidance applied."""
+        logits = {}
+        for task, group in self.groups.items():
+            found = _head(self.model, task)(hidden if len(self.groups) == 1 else hidden[group.places])
+            if len(group.guided):
+                found, free = found[: len(group.own)].float(), found[len(group.own) :].float()
+                asked = found[group.guided]
+                found[group.guided] = free.lerp(asked, group.scales).clamp(-LARGEST, LARGEST)
+            logits[task] = found
+        return logits
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """(rows and twins, d_model), each token at its row's place."""
         backbone = self.model.backbone
-        if len(self.places) == 1:
+        if len(self.groups) == 1:
             return _embedding(backbone, self.tasks[0], tokens, self.at)
-        found = {task: _embedding(backbone, task, tokens[p], self.at[p]) for task, p in self.places.items()}
-        order = torch.tensor([i for places in self.places.values() for i in places], device=tokens.device)
-        joined = torch.cat(list(found.values()))
+        parts = [_embedding(backbone, t, tokens[g.places], self.at[g.places]) for t, g in self.groups.items()]
+        joined, order = torch.cat(parts), torch.cat([group.places for group in self.groups.values()])
         return torch.empty_like(joined).index_copy(0, order, joined)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One task's part of a batch, in index tensors."""
+
+    places: Tensor
+    """Of its rows, then of its twins, among all."""
+    own: Tensor
+    """Of its rows."""
+    guided: Tensor
+    """Those of its rows that have a twin, counted among its rows."""
+    scales: Tensor
+    """Their guidance (guided, 1), in fp32."""
+
+    @classmethod
+    def of(cls, task: int, tasks: list[int], rows: list[Row], device: torch.device) -> _Group:
+        places = [i for i, other in enumerate(tasks) if other == task]
+        own = [i for i in places if i < len(rows)]
+        guided = [n for n, i in enumerate(own) if rows[i].null is not None]
+        scales = torch.tensor([[rows[own[n]].guidance] for n in guided], dtype=torch.float32, device=device)
+        return cls(*(torch.tensor(v, dtype=torch.long, device=device) for v in (places, own, guided)), scales)
 
 
 def _head(model: OmniMamba | MambaLM, task: int):

@@ -1,7 +1,8 @@
 """A decode step that is recorded once and replayed: on a GPU a CUDA graph, kept for the next generation.
 
-A graph serves all steps of its kind: as many rows, the same task or a mixture of them, one dtype, the very weights it
-was recorded with. Its kernels change states in memory of its own: a state that is bound moves in, and out on release.
+A graph serves all steps of its kind: room for as many rows, the same task or a mixture of them, one dtype, the very
+weights it was recorded with. Its kernels change states in memory of its own: a state that is bound moves in, and out on
+release. Rows that a state has not are zeros there, computed and never looked at.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ class Step:
         self._advance, self._dtype, self._graph = advance, dtype, graph
 
     def __call__(self, embedding: Tensor) -> Tensor:
-        hidden = self._advance(embedding.to(self._dtype, copy=True))
+        rows, room = len(embedding), len(embedding) if self._graph is None else self._graph.state.ssm.shape[1]
+        given = embedding.to(self._dtype, copy=True)
+        if room > rows:
+            given = torch.cat([given, given.new_zeros(room - rows, given.shape[1])])
+        hidden = self._advance(given)[:rows]
         self.state.position += 1
         return hidden
 
@@ -46,7 +51,8 @@ class Step:
             return
         self._advance = _over
         if keep:
-            self.state.conv, self.state.ssm = graph.state.conv.clone(), graph.state.ssm.clone()
+            own = self.state.conv, self.state.ssm  # perhaps a part of the graph's rows
+            self.state.conv, self.state.ssm = (t.clone(memory_format=torch.contiguous_format) for t in own)
         graph.home.take_back(graph)
 
 
@@ -76,30 +82,40 @@ class StepGraphs:
     def __reduce__(self):
         return StepGraphs, (self.devices,)
 
-    def bind(self, backbone: MambaBackbone, state: MambaState, task: Task = BASE) -> Step:
-        """A step from ``state``, which lives in the graph's memory until the step is released."""
-        kind = state.ssm.shape[1], "mixed" if isinstance(task, Tensor) else task, backbone.dtype, state.ssm.device
+    def bind(self, backbone: MambaBackbone, state: MambaState, task: Task = BASE, room: int | None = None) -> Step:
+        """A step from ``state``, which lives in the graph's memory until the step is released.
+
+        The graph has ``room`` rows, None as many as the state; ValueError where the state has more.
+        """
+        rows = state.ssm.shape[1]
+        room = rows if room is None else room
+        if room < rows:
+            raise ValueError(f"room must be for {rows} rows or more, got {room}")
+        kind = room, "mixed" if isinstance(task, Tensor) else task, backbone.dtype, state.ssm.device
         weights = _weights(backbone)
         self._free = [graph for graph in self._free if weights is not None and graph.weights == weights]
         graph = next((graph for graph in self._free if graph.kind == kind), None)
         if graph is None:
-            graph = self._record(backbone, state.ssm.shape[1], task, kind, weights)
+            graph = self._record(backbone, room, task, kind, weights)
         else:
             self._free.remove(graph)
-        graph.state.conv.copy_(state.conv)
-        graph.state.ssm.copy_(state.ssm)
-        state.conv, state.ssm = graph.state.conv, graph.state.ssm
+        for own, given in ((graph.state.conv, state.conv), (graph.state.ssm, state.ssm)):
+            own[:, :rows].copy_(given)
+            own[:, rows:].zero_()
+        state.conv, state.ssm = graph.state.conv[:, :rows], graph.state.ssm[:, :rows]
         if graph.task is not None:
-            graph.task.copy_(task)
+            graph.task[:rows].copy_(task)
         return Step(graph.advance, state, wide(backbone.dtype), graph)
 
     def take_back(self, graph: Graph) -> None:
         self._free = [*self._free, graph][-MOST:]
 
-    def _record(self, backbone: MambaBackbone, batch: int, task: Task, kind: Hashable, weights: Hashable) -> Graph:
+    def _record(self, backbone: MambaBackbone, room: int, task: Task, kind: Hashable, weights: Hashable) -> Graph:
         with torch.inference_mode(False), torch.no_grad():  # memory that any mode may write to
-            own = backbone.new_state(batch)
-            route = task.to(torch.int32, copy=True) if isinstance(task, Tensor) else None
+            own, route = backbone.new_state(room), None
+            if isinstance(task, Tensor):
+                route = torch.full((room,), BASE, dtype=torch.int32, device=task.device)
+                route[: len(task)] = task
         return Graph(self, kind, weights, own, route, backbone.record_step(own, task if route is None else route))
 
 

@@ -200,3 +200,42 @@ def test_memory_that_cannot_tell_of_changes_is_recorded_anew(graphed, plain, cap
             recorded.clear()
             draw(graphed, caption)
             assert recorded == [3]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one task", "mixed"])
+def test_few_graphs_serve_while_rows_end_one_by_one(graphed, plain, caption, features, text, recorded, mixed):
+    """Of 11 rows, guided ones with their twins among them: graphs for 11, 8, 4, 2 and 1, and none for the next time."""
+    with torch.inference_mode():
+        rows = [replace(row, steps=2 + i) for i, row in enumerate(drawing_rows(graphed, caption, 2.5))]
+        rows += [replace(row, steps=5 + i) for i, row in enumerate(drawing_rows(graphed, caption[:2]))]
+        if mixed:
+            answers = answer_rows(graphed, features, list(text[:, :3]), 6, stop=())
+            rows[3:] = [replace(row, steps=4 + i) for i, row in enumerate(answers)][:2]
+        rows += [replace(rows[-1], steps=9 + i) for i in range(3)]
+        expected = generate(plain, rows, GREEDY)
+        recorded.clear()
+        same(generate(graphed, rows, GREEDY), expected)
+        assert recorded == [11, 8, 4, 2, 1]
+        recorded.clear()
+        same(generate(graphed, rows[:2] + rows[3:], GREEDY), expected[:2] + expected[3:])
+        assert recorded == [9, 8][: 1 + mixed], "the smaller ones are there, but for answers alone in room for 8"
+
+
+def test_rows_that_a_step_has_not_are_zeros_and_no_room_for_too_many(graphed):
+    backbone = graphed.backbone
+    with torch.inference_mode():
+        full = backbone.bind_step(backbone.new_state(4), MMU)
+        full(torch.ones(4, backbone.config.d_model))
+        full.release()
+        state = backbone.new_state(3)
+        step = backbone.bind_step(state, MMU, room=4)
+        (graph,) = [step._graph]
+        assert state.ssm.shape[1] == 3 and not graph.state.ssm.any() and not graph.state.conv.any()
+        alone = backbone.new_state(3)
+        found = step(torch.ones(3, backbone.config.d_model))
+        expected = backbone.bind_step(alone, MMU)(torch.ones(3, backbone.config.d_model))
+        assert torch.equal(found, expected) and torch.equal(state.ssm, alone.ssm)
+        step.release()
+        assert state.ssm.shape[1] == 3 and state.ssm.is_contiguous() and torch.equal(state.ssm, alone.ssm)
+        with pytest.raises(ValueError, match="room must be for 3 rows or more, got 2"):
+            backbone.bind_step(state, MMU, room=2)
