@@ -14,7 +14,7 @@ from .foreign import is_foreign, read_any
 from .gguf import SUFFIX, save_gguf
 from .hub import locate
 from .omnimamba import OmniMamba
-from .pipeline import ImageTokenizer, check_together, has_pixels, load_pixels, seen_through
+from .pipeline import ImageTokenizer, check_together, forget_tokenizers, has_pixels, load_pixels, seen_through
 from .published import OFFICIAL_VQ, PublishedPixels, read_official_vq
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import CheckpointError, read_tokenizer, save
@@ -71,6 +71,7 @@ def convert(
             f"{source} holds a {type(model).__name__}, which has no use for an image tokenizer or encoders"
         )
     save(model, target, text)
+    forget_tokenizers(target, text, pixels)
     if pixels is not None:
         pixels.save(target)
     count = sum(parameter.numel() for parameter in model.parameters())

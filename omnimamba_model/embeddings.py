@@ -25,7 +25,7 @@ class Projector(nn.Module):
 
 
 @torch.no_grad()
-def folded(table: Table, then: nn.Module, rows: int = 4096) -> Tensor:
+def folded(table: Table, then: nn.Module, rows: int = 1024) -> Tensor:
     """``then`` of each row of a table, in the dtype of what it looks up, ``rows`` at a time."""
     parts = map(table, torch.arange(table.num_embeddings, device=table.weight.device).split(rows))
     return torch.cat([then(part.to(activation_dtype(part))).to(part.dtype) for part in parts])
@@ -104,10 +104,14 @@ class OmniBackbone(MambaBackbone):
     def fold(self) -> None:
         """Pass both tables through what follows them, once: drawing then looks up and no longer multiplies.
 
-        The tables as trained stay, for the heads and for ``save``; training after it would not reach the folded ones.
+        The tables as trained stay, for the heads and for ``save``.
         """
         self.img_embeddings.fold()
         self.caption_embed.folded = folded(self.embedding, self.caption_embed.cap_proj)
+
+    def unfold(self) -> None:
+        """Compute again, each time."""
+        self.img_embeddings.folded = self.caption_embed.folded = None
 
     def embed_understanding(self, vectors: Tensor, start: int) -> Tensor:
         """Add the understanding positions from ``start``; past the table's end its last row serves."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model*.bin", "adapter_model.bin")
+WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model*.bin", "adapter_model.bin")
 
 
 class Pretrained:
@@ -57,7 +57,7 @@ def locate(
     name_or_path: str | Path,
     revision: str | None = None,
     local_files_only: bool = False,
-    wanted: Sequence[str] = _WANTED,
+    wanted: Sequence[str] = WANTED,
 ) -> Path:
     """A local path as it is; a hub repository's name as the folder to which its ``wanted`` files were downloaded."""
     path = Path(name_or_path)
@@ -65,7 +65,7 @@ def locate(
         return path
     name = str(name_or_path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name} does not exist, and is no name of a hub repository (OWNER/NAME)")
+        raise FileNotFoundError(f"{name} does not exist: it is not a checkpoint here, nor OWNER/NAME on the hub")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -28,7 +28,7 @@ class PatchTokenizer(nn.Module):
     looks through an encoder and draws through a tokenizer).
     """
 
-    file = FILE
+    file, files = FILE, (FILE,)
 
     def __init__(self, codes: int, patch: int, size: tuple[int, int]) -> None:
         super().__init__()

@@ -15,14 +15,16 @@ from torch import Tensor
 from .config import OmniMambaConfig
 from .engine import generate
 from .files import write_whole
+from .foreign import is_foreign, read_any
 from .generation import answer_rows, draw
+from .hub import WANTED, locate
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
-from .published import PublishedPixels
+from .published import OFFICIAL_VQ, PublishedPixels, read_official_vq
 from .sampling import GREEDY, Sampling
-from .text_tokenizer import TextTokenizer, WordTokenizer, read_text_tokenizer
+from .text_tokenizer import BpeTokenizer, TextTokenizer, WordTokenizer, read_text_tokenizer
 from .vision import feature_sizes
-from .weights import TOKENIZER, CheckpointError, load, read_tokenizer
+from .weights import TOKENIZER, CheckpointError, read_tokenizer
 
 VOCAB_PADDING = 16
 """Tables are rounded up to a multiple of this many rows; the last ones have no token."""
@@ -75,22 +77,28 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        name_or_path: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         *,
         encoders: tuple[str, str] | None = None,
+        fold: bool = True,
     ) -> Pipeline:
-        """All three parts from a checkpoint folder; CheckpointError where one is missing or damaged.
+        """All three parts of a checkpoint: a folder, a hub repository, or a file with the tokenizers beside it.
 
-        ``encoders`` as in ``seen_through``, in place of those that the folder names.
+        CheckpointError where one is missing or damaged. ``encoders`` as in ``seen_through``, in place of those that the
+        checkpoint names. ``fold``: drawing looks up what image MLP and caption_embed make of every token
+        (``OmniMamba.fold``); it takes a while at full size, and answers have no use for it.
         """
-        model = load(folder, device, dtype)
+        path = locate(name_or_path, wanted=(*WANTED, OFFICIAL_VQ))
+        model, place = read_any(path, device, dtype), path.parent if path.is_file() else path
         if not isinstance(model, OmniMamba):
-            raise CheckpointError(f"{folder} holds a plain language model, which can neither draw nor see")
-        words, pixels = load_tokenizers(folder, model.config)
+            raise CheckpointError(f"{name_or_path} holds a plain language model, which can neither draw nor see")
+        words, pixels = load_tokenizers(place, model.config, additions=is_foreign(path))
         if encoders is not None:
             pixels = seen_through(pixels, encoders, model.config)
+        if fold:
+            model.fold()
         return cls(model, words, pixels.to(device))
 
     @property
@@ -135,12 +143,17 @@ class Pipeline:
         return [self.words.decode(_until(ids.tolist(), eos)) for ids in generate(self.model, rows, sampling)]
 
 
-def load_tokenizers(folder: str | Path, config: OmniMambaConfig) -> tuple[TextTokenizer, ImageTokenizer]:
-    """Both tokenizers of a checkpoint's folder; CheckpointError where one is missing, damaged, or unlike ``config``."""
+def load_tokenizers(
+    folder: str | Path, config: OmniMambaConfig, additions: bool = False
+) -> tuple[TextTokenizer, ImageTokenizer]:
+    """Both tokenizers of a checkpoint's folder; CheckpointError where one is missing, damaged, or unlike ``config``.
+
+    ``additions``: the text tokenizer is GPT-NeoX's own, which the published model adds tokens to.
+    """
     text = read_tokenizer(folder)
     if text is None:
-        raise CheckpointError(f"{folder} has no {TOKENIZER}")
-    return with_pixels(text, folder, config)
+        raise CheckpointError(f"{folder} has no {TOKENIZER}; omnimamba convert puts one beside a model")
+    return with_pixels(BpeTokenizer.published(folder).to_json() if additions else text, folder, config)
 
 
 def with_pixels(text: str, folder: str | Path, config: OmniMambaConfig) -> tuple[TextTokenizer, ImageTokenizer]:
@@ -155,13 +168,23 @@ def with_pixels(text: str, folder: str | Path, config: OmniMambaConfig) -> tuple
 
 
 def load_pixels(folder: str | Path) -> ImageTokenizer:
-    """The image tokenizer of a folder; CheckpointError where it is missing or damaged."""
-    published = (Path(folder) / PublishedPixels.file).exists()
-    return (PublishedPixels if published else PatchTokenizer).load(folder)
+    """The image tokenizer of a folder, LlamaGen's own file included; CheckpointError where it is missing or damaged."""
+    kinds = [kind for kind in (PublishedPixels, PatchTokenizer) if (Path(folder) / kind.file).exists()]
+    if not kinds and (Path(folder) / OFFICIAL_VQ).exists():
+        return PublishedPixels(read_official_vq(Path(folder) / OFFICIAL_VQ))
+    return (kinds or [PatchTokenizer])[0].load(folder)
 
 
 def has_pixels(folder: str | Path) -> bool:
-    return any((Path(folder) / kind.file).exists() for kind in (PublishedPixels, PatchTokenizer))
+    return any((Path(folder) / name).exists() for name in (PublishedPixels.file, PatchTokenizer.file, OFFICIAL_VQ))
+
+
+def forget_tokenizers(folder: str | Path, text: str | None, pixels: ImageTokenizer | None) -> None:
+    """Remove the tokenizer files of this package that a folder holds and these two would not replace."""
+    kinds = (PublishedPixels, PatchTokenizer)
+    names = {name for kind in kinds if not isinstance(pixels, kind) for name in kind.files}
+    for name in names if text is not None else names | {TOKENIZER}:
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def seen_through(pixels: ImageTokenizer | None, encoders: tuple[str, str], config: OmniMambaConfig) -> PublishedPixels:

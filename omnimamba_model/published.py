@@ -35,7 +35,7 @@ _UNUSED = ("quantize.codebook_used",)
 class PublishedPixels:
     """Both ways between pictures and numbers; the encoders are loaded when first needed."""
 
-    file = FILE
+    file, files = FILE, (FILE, VISION)
 
     def __init__(self, vq: VQ16, side: int = 256, encoders: tuple[str, str] = (DINO, SIGLIP)) -> None:
         self.vq, self.side, self.encoders = vq.eval().requires_grad_(False), side, encoders

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .options import FORMS, add_generation, count, loaded, sampling_of
+from .options import FORMS, add_generation, count, loaded, named, sampling_of
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -44,7 +44,7 @@ def _judge(arguments: argparse.Namespace) -> None:
     with loaded(arguments) as pipeline:
         scores = judge(
             arguments.benchmark, pipeline, arguments.questions, arguments.images, arguments.out,
-            annotations=arguments.annotations, checkpoint=str(arguments.checkpoint.resolve()), ending=arguments.ending,
+            annotations=arguments.annotations, checkpoint=named(arguments.checkpoint), ending=arguments.ending,
             batch=arguments.batch, sampling=sampling_of(arguments), form=arguments.format,
         )  # fmt: skip
     print(json.dumps(scores, indent=2))
@@ -56,7 +56,7 @@ def _draw_captions(arguments: argparse.Namespace) -> None:
 
     sampling, captions = sampling_of(arguments), read_captions(arguments.captions)
     with loaded(arguments) as pipeline:
-        checkpoint = str(arguments.checkpoint.resolve())
+        checkpoint = named(arguments.checkpoint)
         draw_captions(
             pipeline, captions, arguments.out, sampling, arguments.guidance, arguments.batch, checkpoint=checkpoint
         )

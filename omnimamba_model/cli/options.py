@@ -24,7 +24,9 @@ MOST = 10_000
 
 def add_place(command: argparse.ArgumentParser) -> None:
     """Which model runs, and on what."""
-    command.add_argument("--checkpoint", type=Path, required=True, help="a folder of demo, train or convert")
+    command.add_argument(
+        "--checkpoint", required=True, help="a folder of demo, train or convert, a hub repository, or OmniMamba*.pth"
+    )
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     command.add_argument(
         "--dtype", choices=LOADED, help="cast the matrices, int8 for decode; by default they stay as they are"
@@ -34,8 +36,9 @@ def add_place(command: argparse.ArgumentParser) -> None:
 
 def add_fold(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--fold", action="store_true", help="compute every token's embedding at the start: quicker for many drawings"
-    )
+        "--fold", action=argparse.BooleanOptionalAction, default=True,
+        help="compute every token's embedding once, at the start; without, at each step",
+    )  # fmt: skip
 
 
 def add_generation(command: argparse.ArgumentParser, task: str, temperature: float) -> None:
@@ -80,12 +83,16 @@ def loaded(arguments: argparse.Namespace) -> Iterator[Pipeline]:
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with use_backend(arguments.backend):
-        pipeline = Pipeline.load(arguments.checkpoint, arguments.device, dtype)
+        fold = getattr(arguments, "fold", False)  # commands that only answer have no use for it
+        pipeline = Pipeline.load(arguments.checkpoint, arguments.device, dtype, fold=fold)
         if getattr(arguments, "merge", False):
             pipeline.model.merge(TASKS.index(arguments.task))
-        if getattr(arguments, "fold", False):
-            pipeline.model.fold()
         yield pipeline
+
+
+def named(checkpoint: str) -> str:
+    """A checkpoint by a name that holds from any folder."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:

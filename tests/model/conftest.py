@@ -1,3 +1,6 @@
+import fnmatch
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +81,34 @@ def folder(tmp_path):
     PatchTokenizer(16, 2, (4, 6)).save(tmp_path)
     Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6)).save(tmp_path / "a.png")
     return tmp_path
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose repositories are folders in tmp_path/hub/OWNER; only the files that are asked for come down."""
+    library = pytest.importorskip("huggingface_hub")
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only):
+        if revision is not None or local_files_only:
+            raise FileNotFoundError(f"{name} at {revision}, {local_files_only=}")
+        source, target = tmp_path / "hub" / name, tmp_path / "cache" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, target)
+        return str(target)
+
+    monkeypatch.setattr(library, "snapshot_download", snapshot_download)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A small model as the official release stores it, and the folder that holds it alone."""
+    torch.manual_seed(0)
+    sizes = dict(image_vocab_size=40, feature_dim=12, mmu_positions=800, lora_rank=4)
+    model = OmniMamba(OmniMambaConfig(MambaConfig(d_model=32, n_layer=2, d_state=16, headdim=16), **sizes)).half()
+    names = {n: n if n.startswith("projector.") else f"llm_backbone.mamba.{n}" for n in model.state_dict()}
+    (tmp_path / "release").mkdir()
+    torch.save({names[n]: t for n, t in model.state_dict().items()}, tmp_path / "release" / "OmniMamba-1.3b.pth")
+    return model.eval(), tmp_path / "release"

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ def calls(monkeypatch):
             seen.append(([image.size for image in images], questions, sampling, form, *steps))
             return ["It is a seven."]
 
-    monkeypatch.setattr(
-        Pipeline, "load", classmethod(lambda cls, folder, *place: seen.append((folder.name, *place)) or Recorder())
-    )
+    def load(cls, folder, *place, fold=False):
+        seen.append((Path(folder).name, *place))
+        return Recorder()
+
+    monkeypatch.setattr(Pipeline, "load", classmethod(load))
     return seen
 
 
@@ -174,7 +177,7 @@ def test_errors_are_one_line_with_status_2(model, tmp_path, capsys):
     generate = ["generate", "--prompt", "a seven", "--checkpoint"]
     out = ["--out", str(tmp_path / "x.png")]
     for arguments, message in [
-        ([*generate, str(tmp_path / "none"), *out], "is not a checkpoint"),
+        ([*generate, str(tmp_path / "none"), *out], "is not a checkpoint here, nor OWNER/NAME on the hub"),
         ([*generate, str(tmp_path / "bare"), *out], "has no tokenizer.json"),
         ([*generate, "c", "--out", str(tmp_path / "no" / "x.png")], "is not a folder; make it first"),
         ([*generate, "c", "--out", str(tmp_path)], "is no regular file; name another"),

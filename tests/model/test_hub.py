@@ -1,13 +1,12 @@
 """Models by name: the hub, the official release's folder, PEFT's own folders, and the tokenizer that goes along."""
 
-import fnmatch
 import json
 import shutil
 
 import pytest
 import torch
 
-from omnimamba_model import MMU, T2I, CheckpointError, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, load, save
+from omnimamba_model import MMU, T2I, CheckpointError, MambaLM, OmniMamba, OmniMambaConfig, load, save
 from omnimamba_model.adapters import load_adapter
 from omnimamba_model.cli import main
 from omnimamba_model.image_tokenizer import PatchTokenizer
@@ -23,25 +22,6 @@ def convert(*arguments: object) -> int:
 def same(a, b) -> bool:
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub whose repositories are folders in tmp_path/hub/OWNER; only the files that are asked for come down."""
-    library = pytest.importorskip("huggingface_hub")
-
-    def snapshot_download(name, *, revision, allow_patterns, local_files_only):
-        if revision is not None or local_files_only:
-            raise FileNotFoundError(f"{name} at {revision}, {local_files_only=}")
-        source, target = tmp_path / "hub" / name, tmp_path / "cache" / name
-        target.mkdir(parents=True, exist_ok=True)
-        for file in source.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, target)
-        return str(target)
-
-    monkeypatch.setattr(library, "snapshot_download", snapshot_download)
-    return tmp_path / "hub"
 
 
 # ---- the tokenizer ----
@@ -112,18 +92,6 @@ def mamba_ssm(lm: MambaLM, folder, **ssm):
     (folder / "config.json").write_text(json.dumps(sizes | {"ssm_cfg": ssm}))
     torch.save(lm.state_dict(), folder / "pytorch_model.bin")
     return folder
-
-
-@pytest.fixture
-def official(tmp_path):
-    """A small model as the official release stores it, and the folder that holds it alone."""
-    torch.manual_seed(0)
-    sizes = dict(image_vocab_size=40, feature_dim=12, mmu_positions=800, lora_rank=4)
-    model = OmniMamba(OmniMambaConfig(MambaConfig(d_model=32, n_layer=2, d_state=16, headdim=16), **sizes)).half()
-    names = {n: n if n.startswith("projector.") else f"llm_backbone.mamba.{n}" for n in model.state_dict()}
-    (tmp_path / "release").mkdir()
-    torch.save({names[n]: t for n, t in model.state_dict().items()}, tmp_path / "release" / "OmniMamba-1.3b.pth")
-    return model.eval(), tmp_path / "release"
 
 
 def test_a_config_beside_the_official_file(official, tmp_path):

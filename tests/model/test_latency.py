@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
-from omnimamba_model import cast_matrices, cli, draw, save
+from omnimamba_model import cast_matrices, cli, draw, load, save
 from omnimamba_model.config import MMU, T2I
 from omnimamba_model.embeddings import folded
 from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.training import Phase, Trainer
 
 
 @torch.no_grad()
@@ -62,14 +63,44 @@ def test_a_merged_adapter_answers_the_same(model, features, text, dtype):
 
 def test_both_by_command(folder, tmp_path, monkeypatch):
     loaded = []
-    load = Pipeline.load
-    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *place: loaded.append(load(*place)) or loaded[-1]))
+    begin = Pipeline.load
+    monkeypatch.setattr(Pipeline, "load", classmethod(lambda cls, *a, **o: loaded.append(begin(*a, **o)) or loaded[-1]))
     generate = ["generate", "--checkpoint", str(folder), "--prompt", "word3", "--temperature", "0", "--out"]
-    assert cli.main([*generate, str(tmp_path / "plain.png")]) == 0
-    assert cli.main([*generate, str(tmp_path / "quick.png"), "--fold", "--merge"]) == 0
+    assert cli.main([*generate, str(tmp_path / "plain.png"), "--no-fold"]) == 0
+    assert cli.main([*generate, str(tmp_path / "quick.png"), "--merge"]) == 0
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "quick.png").read_bytes()
     plain, quick = (pipeline.model for pipeline in loaded)
     assert plain.merged is None and plain.backbone.caption_embed.folded is None
     assert quick.merged == T2I and quick.backbone.caption_embed.folded is not None
     ask = ["ask", "--checkpoint", str(folder), "--image", str(folder / "a.png"), "--question", "word5", "--merge"]
     assert cli.main(ask) == 0 and loaded[-1].model.merged == MMU
+    assert loaded[-1].model.backbone.caption_embed.folded is None, "an answer looks nothing up"
+
+
+def test_tables_are_folded_at_load_and_what_is_saved_is_not(folder, caption, image, tmp_path):
+    made, plain = Pipeline.load(folder).model, Pipeline.load(folder, fold=False).model
+    tables = made.backbone.img_embeddings.folded, made.backbone.caption_embed.folded
+    assert all(table is not None for table in tables) and plain.backbone.img_embeddings.folded is None
+    made.save_pretrained(tmp_path / "again")
+    again, first = load(tmp_path / "again").state_dict(), load(folder).state_dict()
+    assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("change", ["trained", "other weights"])
+def test_folded_tables_do_not_outlive_their_weights(model, caption, image, change):
+    model.fold()
+    stale = draw(model, caption)
+    if change == "trained":
+        trainer = Trainer(
+            model, Phase("", "t2i", ("t2i",), 3, 0.1), {"t2i": lambda _: ("t2i", {"caption": caption, "image": image})}
+        )
+        for _ in range(3):
+            trainer.step()
+        trainer.finish()
+        expected = copy.deepcopy(model)
+    else:
+        torch.manual_seed(5)
+        expected = type(model)(model.config).eval()
+        model.load_state_dict(expected.state_dict())
+    assert model.backbone.img_embeddings.folded is model.backbone.caption_embed.folded is None
+    assert torch.equal(draw(model, caption), draw(expected, caption)) and not torch.equal(draw(model, caption), stale)

@@ -1,0 +1,90 @@
+"""Whole checkpoints wherever they lie: commands by a hub's name, the official file as it is published, old folders."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from omnimamba_model import CheckpointError, Sampling
+from omnimamba_model.cli import main
+from omnimamba_model.pipeline import Pipeline
+from omnimamba_model.published import PublishedPixels
+from omnimamba_model.vq16 import VQ16, VQConfig
+from omnimamba_model.weights import read_tokenizer
+
+
+def test_every_command_takes_a_hub_name(folder, hub, tmp_path, capsys):
+    (hub / "owner" / "whole").mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "image_tokenizer.safetensors"):
+        shutil.copy(folder / file, hub / "owner" / "whole")
+    line = {"question_id": 3, "image": "a.png", "text": "word1 word2", "label": "yes"}
+    (tmp_path / "pope.json").write_text(json.dumps(line))
+    ask, pope = (
+        ["ask", "--image", folder / "a.png", "--question", "word5", "--tokens", "4"],
+        ["evaluate", "pope", tmp_path / "pope.json", "--ending", ""],
+    )
+    for name in (folder, "owner/whole"):
+        out = tmp_path / ("hub" if name == "owner/whole" else "here")
+        out.mkdir(exist_ok=True)
+        for command in (
+            ["generate", "--prompt", "word3", "--out", out / "drawn.png"],
+            ask,
+            [*pope, "--images", folder, "--out", out / "scores"],
+        ):
+            assert main([*map(str, command), "--checkpoint", str(name)]) == 0
+    assert (tmp_path / "hub" / "drawn.png").read_bytes() == (tmp_path / "here" / "drawn.png").read_bytes()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) > 3 and said[: len(said) // 2] == said[len(said) // 2 :]
+    # scores that were begun with one checkpoint are not gone on with by another
+    again = [*pope, "--images", folder, "--out", tmp_path / "hub" / "scores", "--checkpoint"]
+    assert main([*map(str, again), "owner/whole"]) == 0 and main([*map(str, again), str(folder)]) == 2
+
+
+def small_vq() -> PublishedPixels:
+    """As many codes as the official fixture's model has; 256 tokens of a picture of 256 x 256."""
+    return PublishedPixels(VQ16(VQConfig(codebook_size=40, codebook_dim=4, channels=8, groups=4, z_channels=8)))
+
+
+def test_the_official_file_draws_with_its_tokenizers_beside_it(official, hub, monkeypatch):
+    """LlamaGen's file and GPT-NeoX's tokenizer as they are published; from a folder, the file itself and the hub."""
+    tokenizers = pytest.importorskip("tokenizers")
+    _, release = official
+    pixels = small_vq()
+    vocab = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 50277)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w3"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    with pytest.raises(CheckpointError, match="has no tokenizer.json; omnimamba convert puts one"):
+        Pipeline.load(release)
+    tokenizer.save(str(release / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="image_tokenizer.safetensors does not exist"):
+        Pipeline.load(release)
+    torch.save({"model": pixels.vq.state_dict()}, release / "vq_ds16_t2i.pt")
+    shutil.copytree(release, hub / "owner" / "release")
+    monkeypatch.setattr("omnimamba_model.published.VQConfig", lambda: pixels.vq.config)
+    drawn = []
+    for place in (release / "OmniMamba-1.3b.pth", "owner/release"):
+        pipeline = Pipeline.load(place)
+        (image,) = pipeline.draw(["w7"], Sampling(seed=0))
+        drawn.append(image.tobytes())
+        assert image.size == (256, 256) and pipeline.words.encode("w7") == [7]
+        assert pipeline.words.is_special(50282) and pipeline.model.backbone.caption_embed.folded is not None
+    assert drawn[0] == drawn[1]
+
+
+def test_a_converted_folder_keeps_nothing_of_another_model(folder, official, tmp_path):
+    _, release = official
+    out = tmp_path / "out"
+
+    def convert(source):
+        assert main(["convert", str(source), str(out)]) == 0
+        return sorted(path.name for path in out.iterdir() if path.name not in ("config.json", "model.safetensors"))
+
+    assert convert(folder) == ["image_tokenizer.safetensors", "tokenizer.json"]
+    (out / "mine.txt").write_text("stays")
+    assert convert(release) == ["mine.txt"]  # which has neither tokenizer
+    small_vq().save(out)
+    assert convert(folder) == ["image_tokenizer.safetensors", "mine.txt", "tokenizer.json"]
+    before = read_tokenizer(out)
+    assert len(convert(out)) == 3 and read_tokenizer(out) == before  # in place, all of its own
+    assert len(Pipeline.load(out).draw(["word3"], Sampling(seed=0))) == 1
