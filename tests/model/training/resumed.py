@@ -1,7 +1,9 @@
-"""Started by torchrun: takes a run up at its last step, and notes each process's peak of memory while it does.
+"""Started by torchrun: takes a run up at its last step, and notes each process's peak of memory while it does; then
+damages the last step and tries again.
 
 OUT/memory-RANK.json    bytes of memory of its own (no file's) at most while it resumed, beyond those before; of all
                         moments; of those that it is left with
+OUT/error-RANK          what the second try said
 """
 
 import json
@@ -13,10 +15,9 @@ from pathlib import Path
 import torch
 
 from omnimamba_model.training import checkpoints, parallel, run, settings
-from omnimamba_model.training.loop import Trainer
 
 torch.set_num_threads(1)
-resume, step = checkpoints.resume, Trainer.step
+resume = checkpoints.resume
 
 
 def anonymous() -> int:
@@ -48,8 +49,13 @@ def measured(trainer, out):
 checkpoints.resume = measured
 with parallel.joined("cpu") as ranks:
     run.joined = lambda device: nullcontext(ranks)
+    wanted = settings.read(sys.argv[1])
+    run.run(wanted, lambda line: None, progress=False)
+    if ranks.first:
+        (checkpoints.kept(Path(wanted.out))[-1][1] / checkpoints.EXTRA).write_bytes(b"x")
+    ranks.wait()
     try:
-        run.run(settings.read(sys.argv[1]), lambda line: None, progress=False)
-    except ValueError as error:  # on every process, none waiting for another
-        Path(sys.argv[2], f"error-{ranks.rank}").write_text(str(error))
+        run.run(wanted, lambda line: None, progress=False)
+    except checkpoints.CheckpointError as error:  # on every process, none waiting for another
+        Path(wanted.out, f"error-{ranks.rank}").write_text(str(error))
 parallel.leave()

@@ -82,6 +82,29 @@ def test_the_same_bits_through_a_kill_and_no_process_or_file_stays(values, data,
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16", "recompute": True}, {"precision": "bf16", "recompute": True, "accumulate": 2}],
+    ids=["one batch a step", "two batches a step"],
+)
+def test_sixteen_bits_layers_computed_again_and_accumulation_go_together(values, tmp_path, changes):
+    """The bits of one process; with accumulation its sums in another order, so that the last bits differ."""
+    values |= {"steps": 3, "fresh": values["fresh"] | {"lora_dropout": 0.3}, **changes}
+    run(read_settings(tmp_path / "one.yaml", values | {"out": str(tmp_path / "one")}), print)
+    plain = values | {"recompute": False, "precision": "fp32", "out": str(tmp_path / "wide")}
+    run(read_settings(tmp_path / "wide.yaml", plain), print)
+    run(read_settings(tmp_path / "two.yaml", values | {"side_by_side": True}), print)
+    one, two, wide = (losses(out) for out in (tmp_path / "one", values["out"], tmp_path / "wide"))
+    assert one != wide, "16 bits are used"
+    if "accumulate" not in changes:
+        assert two == one
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    for a, b, exact in zip(one, two, wide, strict=True):
+        for name in ("loss t2i", "loss mmu"):
+            assert abs(a[name] - b[name]) <= 2 * max(abs(a[name] - exact[name]), 1e-4)
+        assert a["tokens"] == b["tokens"]
+
+
 def test_what_goes_wrong_over_there_is_raised_here(values, data, tmp_path):
     for i in range(7):
         (data / f"{i}.png").unlink()
