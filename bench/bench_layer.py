@@ -26,7 +26,8 @@ from .measure import Contender, Work, worst_error
 
 WIDTH = 768
 LENGTHS = [2**k for k in range(9, 21)]
-QUICK = (1024, 2048, 4096)
+QUICK = {False: (1024, 2048, 4096), True: (1024, 2048)}
+"""Of the forward and of training."""
 FORWARD, TRAINING = "layer forward", "layer forward + backward"
 OURS, PEER = "Mamba-2", "attention"
 BUDGET = {False: 60.0, True: 4.0}
@@ -174,12 +175,18 @@ def work(name: str, length: int, training: bool) -> Work:
     return Work("sgemm", flops=flops * (3 if training else 1))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("length", [n if n in QUICK else pytest.param(n, marks=full) for n in LENGTHS])
+@pytest.mark.parametrize(
+    ("length", "training"),
+    [
+        pytest.param(n, training, id=f"{n}-{name}", marks=() if n in QUICK[training] else full)
+        for n in LENGTHS
+        for training, name in ((False, "forward"), (True, "training"))
+    ],
+)
 def test_layer(bench, benchmark, length, training):
     group = TRAINING if training else FORWARD
     contenders, notes, budget = [], {}, BUDGET[bench.quick]
-    first = min(QUICK) if bench.quick else LENGTHS[0]
+    first = min(QUICK[training]) if bench.quick else LENGTHS[0]
     for name in (OURS, PEER):
         guess = predicted(bench, name, length, group) if length > first else 0.0
         reason = refused(name, length, training, guess, budget)

@@ -18,6 +18,7 @@ from pathlib import Path
 from omnimamba_kernels.backends import NAMES
 
 from . import instructions, results
+from .measure import ENOUGH
 from .results import Row
 from .tables import table
 
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"slower, {title}:\n{table(['operation', 'case', 'by', 'time, of before', 'noise'], lines)}")
     print(
         f"{len(found)} rows in both, {len(ours)} of ours slower beyond their noise, {len(flagged) - len(ours)} of "
-        f"peers, {unknown} without a measured noise"
+        f"peers; {unknown} could not be judged: one of the runs kept fewer than {ENOUGH} rounds of them"
     )
     return int(bool(ours))
 

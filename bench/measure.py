@@ -38,6 +38,8 @@ _LOOP_FOR = 20e-3
 """Calls shorter than this many seconds are repeated within a round."""
 
 _LONG = 3.0
+_SHORT = 0.3
+"""Seconds of a round below which there are ENOUGH always: fewer show no noise, and bench.compare could not judge."""
 _STOPPED = "an error stopped it"
 WRONG = "failed its check"
 _REFUSAL = "cannot run: "
@@ -177,9 +179,10 @@ class Bench:
     def _rounds_for(self, taken: float, judged: bool = False) -> int:
         """As many as the budget pays for, three at least; two of what takes over 7 s, one of what takes over 15 s.
 
-        Once the run is short of time two, and one of what takes over 3 s. Always enough of what is judged.
+        Once the run is short of time two, and one of what takes over 3 s. Always enough of what is judged and of what
+        is short.
         """
-        enough = ENOUGH if judged and not self.quick else 1
+        enough = ENOUGH if taken < _SHORT or (judged and not self.quick) else 1
         if time.perf_counter() > self.until:
             return max(enough, 2 if taken < _LONG else 1)
         fewest = max(enough, self.fewest if taken < 7 else 2 if taken < 15 else 1)

@@ -87,7 +87,9 @@ def test_rounds_follow_what_a_contender_takes_and_the_time_that_is_left():
     bench = Bench(limit=60.0)
     assert [bench._rounds_for(taken) for taken in (0.01, 0.5, 6.0, 8.0, 20.0)] == [15, 4, 3, 2, 1]
     bench.until = time.perf_counter() - 1
-    assert [bench._rounds_for(taken) for taken in (0.01, 2.9, 3.1)] == [2, 2, 1]
+    assert [bench._rounds_for(taken) for taken in (0.01, 0.29, 0.31, 2.9, 3.1)] == [3, 3, 2, 2, 1]
+    quick = Bench(quick=True)
+    assert [quick._rounds_for(taken) for taken in (0.01, 0.29, 0.31)] == [5, 3, 2]
 
 
 @pytest.mark.parametrize(
