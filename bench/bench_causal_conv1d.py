@@ -108,14 +108,18 @@ def test_backward(bench, benchmark, shape, dtype):
     bench.against_dram(benchmark, rows, work)
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(64, marks=full)])
-def test_update(bench, benchmark, batch):
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, torch.float32), *(pytest.param(64, dtype, marks=full) for dtype in (torch.float32, torch.bfloat16))],
+)
+def test_update(bench, benchmark, batch, dtype):
     """One step of 24 layers in turn, each with its own state, as a model decodes."""
     d, layers = 1792, 24
-    values = problem(1, batch, d)
+    values = problem(1, batch, d, dtype)
     x, weight, bias = values["x"][0].T.contiguous(), values["weight"], values["bias"]
     states = [
-        torch.randn(batch, d, inputs.WIDTH - 1, generator=torch.Generator().manual_seed(i)) for i in range(layers)
+        torch.randn(batch, d, inputs.WIDTH - 1, generator=torch.Generator().manual_seed(i)).to(dtype)
+        for i in range(layers)
     ]
     exact = causal_conv1d_update(
         x.double(), states[0].double(), weight.double(), bias.double(), activation="silu", backend="reference"
@@ -128,7 +132,7 @@ def test_update(bench, benchmark, batch):
             name,
             lambda: make()(x, next(turn), weight, bias),
             lambda: worst_error((make()(x, states[0].clone(), weight, bias),), (exact,)),
-            BOUND[torch.float32],
+            BOUND[dtype],
         )
 
     own = [
@@ -141,7 +145,8 @@ def test_update(bench, benchmark, batch):
         update = peers.fallback("causal_conv1d_update")
         return lambda x, *a: update(x[..., None], *a, activation="silu")[..., 0]
 
-    moved = 4 * batch * d * (2 + 2 * (inputs.WIDTH - 1))
+    moved = x.element_size() * batch * d * (2 + 2 * (inputs.WIDTH - 1))
     work = Work("copy", bytes=moved, footprint=layers * moved)
-    contenders = [contender(*f) for f in [*own, (peers.label(), transformers)]]
-    bench.compare(benchmark, UPDATE, f"{batch} x {d}", contenders, work, peaks=True)
+    plainly = (plain.EAGER, lambda: torch.no_grad()(plain.conv_update))
+    contenders = [contender(*f) for f in [*own, (peers.label(), transformers), plainly]]
+    bench.compare(benchmark, UPDATE, f"{batch} x {d}{inputs.suffix(dtype)}", contenders, work, peaks=True)

@@ -19,6 +19,7 @@ full = pytest.mark.full
 CASES = [
     (SHAPES[0], torch.float32),
     pytest.param(SHAPES[1], torch.float32, marks=full),
+    pytest.param((4, 1024, 1536), torch.float32, marks=full),
     *(pytest.param(SHAPES[0], dtype, marks=full) for dtype in (torch.bfloat16, torch.float16)),
 ]
 

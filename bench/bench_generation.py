@@ -17,8 +17,8 @@ import gc
 import pytest
 
 from . import machine, memory
-from .generators import TOKENS, case, contender, dtype_of, generating, model, work
-from .integrated import POSITIONS
+from .generators import TOKENS, case, contender, dtype_of, generating, model, pass_flops, work
+from .integrated import POSITIONS, positions
 from .published import CACHED as PEER
 from .published import FIGURE_1, MEMORY_AT, MEMORY_CASE, MEMORY_GROUP, OURS, SPEED_CASE, UNCACHED, WHOLE, whole_case
 from .results import Row
@@ -53,6 +53,8 @@ def test_whole(bench, benchmark, total):
     first = work(OURS, dtype(OURS), total / 2, total)
     if total <= LONGEST_UNCACHED:
         contenders.append(generating(bench, UNCACHED, total))
+    else:
+        bench.absent(WHOLE, whole_case(total), UNCACHED, too_long(bench, total))
     judged = whole_case(total) == SPEED_CASE
     rows = bench.compare(benchmark, WHOLE, whole_case(total), contenders, first, tokens=total, judged=judged)
     contenders.clear()
@@ -61,6 +63,15 @@ def test_whole(bench, benchmark, total):
         row.note = f"{dtype(row.who)} weights; {POSITIONS} steps measured, summed by Gauss and Legendre's rule"
         if not bench.quick and (row.who != UNCACHED or not row.seconds):
             bench.peaks(benchmark, [row], "generation", context=total - 1, steps=2, dtype=dtype(row.who))
+
+
+def too_long(bench, total: int) -> str:
+    """Why no Transformer without a cache is timed here: what it would take if it were as fast as the matrix rate."""
+    passes = [(n, pass_flops(at + 1) / bench.rates.sample("sgemm")) for at, n in positions(total)]
+    measured, whole = sum(taken for _, taken in passes), sum(n * taken for n, taken in passes)
+    return (
+        f"the {POSITIONS} steps of a round would take {measured:.0f} s at least, all of them {whole / 86400:.1f} days"
+    )
 
 
 @full

@@ -20,7 +20,7 @@ from omnimamba_kernels import use_backend
 from omnimamba_model import BASE, MambaBackbone, MambaConfig
 
 from . import inputs, machine
-from .baselines.attention import HEADDIM, Attention
+from .baselines.attention import HEADDIM, Attention, attended, rotary
 from .integrated import positions, sampled
 from .measure import Contender, Work, worst_error
 
@@ -37,7 +37,8 @@ IN_PIECES = {OURS: 131072, PEER: 65536}
 PIECE = {OURS: 16384, PEER: 768}
 TRAINING_BYTES = {OURS: 70_000, PEER: 40_000}
 """Held for a token by a forward that is to be differentiated, and by its backward: about."""
-SLICE = 256
+SLICE, LAST = 256, 16
+"""Positions at the beginning that a check compares; at the end, of what attention returned while it was timed."""
 full = pytest.mark.full
 
 
@@ -69,7 +70,7 @@ def contender(name: str, u: torch.Tensor, training: bool, expected: float) -> Co
     """Checked on the first positions: the output there, or the gradient of what the output there sums to.
 
     Ours runs over the whole length for that, in training over 16K tokens; attention above 8K over the first 4K: to save
-    minutes.
+    minutes. What attention returns while it is timed is looked at afterwards, at the end of the whole length.
     """
     layer = layers()[name]
     checked = u[:, :4096] if name == PEER and u.shape[1] > 8192 else u[:, :16384] if training else u
@@ -94,7 +95,20 @@ def contender(name: str, u: torch.Tensor, training: bool, expected: float) -> Co
 
     mine = work(name, u.shape[1], training)
     bound = inputs.BOUND[torch.float32]
-    return Contender(name, run, check, bound, work=mine, expected=expected, peer=name == PEER)
+    after = functools.partial(end_error, u, training) if name == PEER else None
+    return Contender(name, run, check, bound, work=mine, expected=expected, peer=name == PEER, after=after)
+
+
+def end_error(u: torch.Tensor, training: bool, found: torch.Tensor | tuple[torch.Tensor, ...]) -> float:
+    """Attention over all of u at its last positions, against the definition in fp64. Of training the input's gradient:
+    a position's reaches no output but its own and later ones."""
+    layer, most = copy.deepcopy(layers()[PEER]).double(), min(LAST, u.shape[1])
+    before, end = u[:, :-most].double(), u[:, -most:].double().requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        true = layer.plain(torch.cat([before, end], dim=1), most)
+        if training:
+            (true,) = torch.autograd.grad(true.square().sum(), end)
+    return worst_error(((found[0] if training else found)[:, -most:],), (true,))
 
 
 def segment(u: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], fresh: bool) -> torch.Tensor:
@@ -140,8 +154,27 @@ def in_pieces(name: str, length: int, expected: float) -> Contender:
         step = torch.no_grad()(lambda at: layers()[PEER].block(u, at, *caches))
     steps = [(weight / size, functools.partial(step, at)) for at, weight in positions(length)]
     bound, mine = inputs.BOUND[torch.float32], work(name, length, False)
-    taken = expected * 3 * size / length
-    return sampled(name, steps, lambda: pieces_error(name), bound, work=mine, expected=taken, peer=name == PEER)
+    taken, after = expected * 3 * size / length, None
+    if name == PEER:
+        after = functools.partial(block_error, u, positions(length)[-1][0], *caches)
+    check = functools.partial(pieces_error, name)
+    return sampled(name, steps, check, bound, work=mine, expected=taken, peer=name == PEER, after=after)
+
+
+@torch.no_grad()
+def block_error(u: torch.Tensor, at: int, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> float:
+    """The last position of attention's block ``u`` at ``at``, after all keys and values before it, against the
+    definition in fp64, head by head."""
+    layer, end = copy.deepcopy(layers()[PEER]).double(), at + u.shape[1]
+    q, k, v = layer.project(u.double(), rotary(torch.arange(at, end)))
+    own = [
+        attended(
+            q[:, [h], -1:], *(torch.cat([old[:, [h], :at].double(), new[:, [h]]], 2) for old, new in both), end - 1
+        )
+        for h in range(layer.heads)
+        for both in [((keys, k), (values, v))]
+    ]
+    return worst_error((found[:, -1:],), (layer.join(torch.cat(own, 1)),))
 
 
 def predicted(bench, name: str, length: int, group: str) -> float | None:

@@ -31,8 +31,10 @@ IN_130M, OUT_130M = (768, 3352), (1536, 768)
 full = pytest.mark.full
 
 
-def case(rows: int, dtype: torch.dtype, adapter: bool, size: tuple[int, int] = (IN, OUT)) -> str:
-    return f"{rows} x {size[0]} to {size[1]}, {NAMES[dtype]} weights" + (", LoRA" if adapter else "")
+def case(rows: int, dtype: torch.dtype, adapter: bool, size: tuple[int, int] = (IN, OUT), narrow: bool = False) -> str:
+    """``narrow``: the activations too are of ``dtype``."""
+    kinds = "weights and activations" if narrow else "weights"
+    return f"{rows} x {size[0]} to {size[1]}, {NAMES[dtype]} {kinds}" + (", LoRA" if adapter else "")
 
 
 def problem(
@@ -63,15 +65,28 @@ CASES = [
             (512, torch.float32, False),
             (512, torch.float32, True),
             (512, torch.bfloat16, False),
+            (2048, torch.bfloat16, False),
         ]
     ),
 ]
+NARROW = [(512, torch.bfloat16), (2048, torch.bfloat16)]
+"""Rows of 16 bits times weights of as many, as in training under autocast."""
 
 
 @pytest.mark.parametrize(("rows", "dtype", "adapter", "size"), CASES)
 def test_forward(bench, benchmark, rows, dtype, adapter, size):
-    values, named = problem(rows, dtype, adapter, size), case(rows, dtype, adapter, size)
-    x, weight = values.pop("x"), values.pop("weight")
+    forward(bench, benchmark, rows, dtype, adapter, size)
+
+
+@full
+@pytest.mark.parametrize(("rows", "dtype"), NARROW)
+def test_forward_of_16_bits(bench, benchmark, rows, dtype):
+    forward(bench, benchmark, rows, dtype, False, (IN, OUT), narrow=True)
+
+
+def forward(bench, benchmark, rows, dtype, adapter, size, narrow=False):
+    values, named = problem(rows, dtype, adapter, size), case(rows, dtype, adapter, size, narrow)
+    x, weight = values.pop("x").to(dtype if narrow else torch.float32), values.pop("weight")
     few, weights = rows <= FEW, cold(rows, weight)
     known = {name: None if v is None else v.double() for name, v in values.items()}
     exact = lora_linear(x.double(), weight.double(), **known, backend="reference")
@@ -82,7 +97,7 @@ def test_forward(bench, benchmark, rows, dtype, adapter, size):
         return Contender(name, run, lambda: relative_error(call(x, weight, **values), exact), bound)
 
     contenders = [
-        contender(name, lambda *a, name=name, **v: lora_linear(*a, **v, backend=name), inputs.BOUND[torch.float32])
+        contender(name, lambda *a, name=name, **v: lora_linear(*a, **v, backend=name), inputs.BOUND[x.dtype])
         for name in inputs.own_backends()
     ]
     flops = 2.0 * rows * size[0] * size[1]

@@ -1,9 +1,12 @@
-"""A whole mixer between its projections: a sequence at once, and one decode step."""
+"""A whole mixer between its projections: a sequence at once, its backward, and one decode step. The peer is what
+transformers' mixer does there, by its own functions."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -11,97 +14,140 @@ import torch
 
 from omnimamba_kernels import mamba_mixer_step, mamba_split_conv1d_scan_combined
 
-from . import inputs
+from . import inputs, peers
 from .measure import Contender, Work, worst_error
+from .rates import product
 
 SPLIT, TRAINING, STEP = "mamba_mixer sequence", "mamba_mixer sequence + backward", "mamba_mixer step"
 LAYERS = 24
 SLICE = 256
-BOUND = inputs.BOUND[torch.float32]
+full = pytest.mark.full
 
 
 def width(h: int) -> int:
     return 2 * h * inputs.HEADDIM + 2 * inputs.STATE + h
 
 
-@pytest.mark.parametrize(("l", "h"), [(1024, 24), pytest.param(4096, 24, marks=pytest.mark.full)])
-def test_sequence(bench, benchmark, l, h):
-    """Checked on its first positions, which the rest cannot change."""
-    row = torch.randn(1, l, width(h), generator=torch.Generator().manual_seed(l))
-    weights = inputs.mixer(h)
+SEQUENCES = [
+    (1, 1024, 24, torch.float32),
+    *(
+        pytest.param(*case, marks=full)
+        for case in (
+            (1, 4096, 24, torch.float32),
+            (4, 1024, 24, torch.float32),
+            (1, 1024, 24, torch.bfloat16),
+            (1, 1024, 24, torch.float16),
+        )
+    ),
+]
+NOTE = "FLOPs of the scan alone"
 
-    def call(row, weights, backend):
-        with torch.no_grad():
-            return mamba_split_conv1d_scan_combined(row, **weights, chunk_size=inputs.CHUNK, backend=backend)
 
-    exact = call(row[:, :SLICE].double(), inputs.double(weights), "reference")
+def case(b: int, l: int, h: int, dtype: torch.dtype) -> str:
+    return f"{b} x {l}, {h} heads{inputs.suffix(dtype)}"
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tensors(values: dict) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def functions(weights: dict, own: list[str]) -> dict[str, Callable[[], Callable[..., torch.Tensor]]]:
+    """What makes each contender's function of the row and the weights."""
+    options = {name: value for name, value in weights.items() if name not in tensors(weights)}
+    ours = partial(mamba_split_conv1d_scan_combined, chunk_size=inputs.CHUNK, **options)
+    found = {name: lambda name=name: partial(ours, backend=name) for name in own}
+    return found | {peers.label(): functools.cache(lambda: peers.mixer(inputs.HEADDIM, options["ngroups"]))}
+
+
+@pytest.mark.parametrize(("b", "l", "h", "dtype"), SEQUENCES)
+def test_sequence(bench, benchmark, b, l, h, dtype):
+    """Checked on its first positions, which the rest cannot change. The reference runs in the first case only."""
+    row, weights = drawn(b, l, width(h), dtype=dtype, seed=l), inputs.mixer(h)
+    run = torch.no_grad()(lambda make, row, weights: make()(row, **tensors(weights)))
+    own = inputs.own_backends() if (b, l, h, dtype) == SEQUENCES[0] else inputs.own_backends()[:1]
+    made = functions(weights, own)
+    exact = run(functions(weights, ["reference"])["reference"], row[:, :SLICE].double(), inputs.double(weights))
     contenders = [
         Contender(
             name,
-            lambda name=name: call(row, weights, name),
-            lambda name=name: worst_error((call(row, weights, name)[:, :SLICE],), (exact,)),
-            BOUND,
+            lambda make=make: run(make, row, weights),
+            lambda make=make: worst_error((run(make, row, weights)[:, :SLICE],), (exact,)),
+            inputs.BOUND[dtype],
         )
-        for name in inputs.own_backends()
+        for name, make in made.items()
     ]
-    work = Work("sgemm", bytes=4.0 * l * (width(h) + h * inputs.HEADDIM), flops=inputs.scan_flops(1, l, h))
-    bench.compare(benchmark, SPLIT, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone", peaks=True)
+    moved = row.element_size() * b * l * (width(h) + h * inputs.HEADDIM)
+    work = Work(product(dtype), bytes=float(moved), flops=inputs.scan_flops(b, l, h))
+    bench.compare(benchmark, SPLIT, case(b, l, h, dtype), contenders, work, note=NOTE, peaks=True)
 
 
-@pytest.mark.parametrize(("l", "h"), [pytest.param(1024, 24, marks=pytest.mark.full)])
-def test_training(bench, benchmark, l, h):
+@full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training(bench, benchmark, dtype, b=1, l=1024, h=24):
     """Gradients of the row and of every weight. Checked with an output gradient that is zero after the first positions,
     so that they alone, in fp64, have the same gradients."""
-    row = torch.randn(1, l, width(h), generator=torch.Generator().manual_seed(l))
-    weights = inputs.mixer(h)
-    options = {k: v for k, v in weights.items() if not isinstance(v, torch.Tensor)}
-    values = {"zxbcdt": row, **{k: v for k, v in weights.items() if k not in options}}
-    upstream = torch.randn(1, l, h * inputs.HEADDIM, generator=torch.Generator().manual_seed(0))
-
-    def run(values, upstream, backend):
-        call = partial(mamba_split_conv1d_scan_combined, chunk_size=inputs.CHUNK, backend=backend, **options)
-        return inputs.gradients(call, inputs.with_gradients(values), upstream)
-
+    weights, upstream = inputs.mixer(h), drawn(b, l, h * inputs.HEADDIM, dtype=dtype)
+    values = {"zxbcdt": drawn(b, l, width(h), dtype=dtype, seed=l), **tensors(weights)}
     few = upstream.clone()
     few[:, SLICE:] = 0
-    exact = run(inputs.double({**values, "zxbcdt": row[:, :SLICE]}), upstream[:, :SLICE].double(), "reference")
 
-    def error(name):
-        y, gradient, *rest = run(values, few, name)
+    def run(make, values, upstream):
+        return inputs.gradients(make(), inputs.with_gradients(values), upstream)
+
+    start = inputs.double({**values, "zxbcdt": values["zxbcdt"][:, :SLICE]})
+    exact = run(functions(weights, ["reference"])["reference"], start, upstream[:, :SLICE].double())
+
+    def error(make):
+        y, gradient, *rest = run(make, values, few)
         return worst_error((y[:, :SLICE], gradient[:, :SLICE], *rest), exact)
 
+    own = inputs.own_backends() if dtype == torch.float32 else inputs.own_backends()[:1]
     contenders = [
-        Contender(name, lambda name=name: run(values, upstream, name), lambda name=name: error(name), BOUND)
-        for name in inputs.own_backends()
+        Contender(
+            name, lambda make=make: run(make, values, upstream), lambda make=make: error(make), inputs.BOUND[dtype]
+        )
+        for name, make in functions(weights, own).items()
     ]
-    work = Work("sgemm", flops=3 * inputs.scan_flops(1, l, h))
-    bench.compare(
-        benchmark, TRAINING, f"1 x {l}, {h} heads", contenders, work, note="FLOPs of the scan alone", peaks=True
-    )
+    work = Work(product(dtype), flops=3 * inputs.scan_flops(b, l, h))
+    bench.compare(benchmark, TRAINING, case(b, l, h, dtype), contenders, work, note=NOTE, peaks=True)
 
 
-@pytest.mark.parametrize(("b", "h"), [(1, 24), pytest.param(16, 64, marks=pytest.mark.full)])
-def test_step(bench, benchmark, b, h):
-    """24 pairs of states in turn, as the layers of a model have them."""
-    make = torch.Generator().manual_seed(b)
-    weights = inputs.mixer(h)
-    row = torch.randn(b, width(h), generator=make)
+@pytest.mark.parametrize(
+    ("b", "h", "dtype"),
+    [(1, 24, torch.float32), *(pytest.param(16, 64, dtype, marks=full) for dtype in (torch.float32, torch.bfloat16))],
+)
+def test_step(bench, benchmark, b, h, dtype):
+    """24 pairs of states in turn, as the layers of a model have them; the scan's in fp32 whatever the row is."""
+    weights, row = inputs.mixer(h), drawn(b, width(h), dtype=dtype, seed=b)
     states = (
-        torch.randn(b, h * inputs.HEADDIM + 2 * inputs.STATE, inputs.WIDTH - 1, generator=make),
-        torch.randn(b, h, inputs.HEADDIM, inputs.STATE, generator=make),
+        drawn(b, h * inputs.HEADDIM + 2 * inputs.STATE, inputs.WIDTH - 1, dtype=dtype, seed=1),
+        drawn(b, h, inputs.HEADDIM, inputs.STATE, seed=2),
     )
     known = tuple(state.double() for state in states)
     exact = mamba_mixer_step(row.double(), *known, **inputs.double(weights), backend="reference")
 
-    def contender(name):
+    @functools.cache
+    def transformers():
+        step = peers.mixer_step(inputs.HEADDIM, weights["ngroups"])
+        return lambda *arguments: step(*arguments, **tensors(weights))
+
+    def contender(name, make):
         turn = itertools.cycle([copy.deepcopy(states) for _ in range(LAYERS)])
 
         def check():
             mine = copy.deepcopy(states)
-            return worst_error((mamba_mixer_step(row, *mine, **weights, backend=name), *mine), (exact, *known))
+            return worst_error((make()(row, *mine), *mine), (exact, *known))
 
-        return Contender(name, lambda: mamba_mixer_step(row, *next(turn), **weights, backend=name), check, BOUND)
+        return Contender(name, lambda: make()(row, *next(turn)), check, inputs.BOUND[dtype])
 
+    ours = {
+        name: lambda name=name: partial(mamba_mixer_step, **weights, backend=name) for name in inputs.own_backends()
+    }
+    contenders = [contender(name, make) for name, make in {**ours, peers.label(): transformers}.items()]
     moved = 2 * sum(state.nbytes for state in states)
     work = Work("copy", bytes=moved, footprint=LAYERS * moved)
-    bench.compare(benchmark, STEP, f"{b} x {h} heads", [contender(n) for n in inputs.own_backends()], work, peaks=True)
+    bench.compare(benchmark, STEP, f"{b} x {h} heads{inputs.suffix(dtype)}", contenders, work, peaks=True)

@@ -168,7 +168,11 @@ def _small(rows: list[Row]) -> list[Claim]:
 
 
 def _model(rows: list[Row]) -> list[Claim]:
+    stopped = [r for r in rows if r.group == "130M decode" and "reordered" in r.who and r.reason]
     rows = _enough(rows)
+    what = "130M, decode with int8 weights, against llama.cpp Q8_0, reordered or not, the faster"
+    int8 = _least(what, 1.4, _llama(rows, "130M decode", "int8"), "x")
+    int8.measured += "".join(f"; reordered: not timed, {row.reason}" for row in stopped)
     prefill = [r.times_ours for r in _pick(rows, "130M prefill", "2048", "transformers")]
     decode = [r.times_ours for r in _pick(rows, "130M decode", "bf16", "transformers")]
     floor = [r.floor_share for r in _pick(rows, "130M decode", "bf16", ours=True)]
@@ -178,12 +182,7 @@ def _model(rows: list[Row]) -> list[Claim]:
         _least("130M, decode with bf16 weights, share of the DRAM read rate", 0.65, floor, ""),
         _least("130M, prefill of 2048, against llama.cpp F32", 1.15, _llama(rows, "130M prefill", "2048"), "x"),
         _least("130M, decode with bf16 weights, against llama.cpp BF16", 1.3, _llama(rows, "130M decode", "bf16"), "x"),
-        _least(
-            "130M, decode with int8 weights, against llama.cpp Q8_0, reordered or not, the faster",
-            1.4,
-            _llama(rows, "130M decode", "int8"),
-            "x",
-        ),
+        int8,
     ]
 
 

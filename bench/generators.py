@@ -22,9 +22,16 @@ from .rates import product, seconds
 TOKENS, FEW = 8, 4
 """Decode steps in one timed call; at each position of a whole generation, but one of those of LONG tokens."""
 LONG = 32768
-PROMPT = 24
+PROMPT, MORE = 24, 8
+"""Tokens that a Transformer's step with a cache is checked on from the first one on; steps after a prompt."""
+LONG_PROMPT = 512
+"""Tokens that the others are checked on: several chunks of a scan, or a whole matrix of scores."""
 PROBES = {PEER: (256, 4096), UNCACHED: (256, 1024, 4096)}
 """Contexts at which the Transformer's steps are tried in both dtypes."""
+
+
+TOKEN = torch.tensor([7])
+"""What every timed step takes in."""
 
 
 def case(context: int) -> str:
@@ -46,17 +53,16 @@ def model(who: str, dtype: str) -> torch.nn.Module:
 @torch.inference_mode()
 def decoder(who: str, dtype: str, context: int) -> Callable[[], torch.Tensor]:
     """A function that takes one more token in at position ``context`` and returns its logits (1, vocabulary)."""
-    network, token = model(who, dtype), torch.tensor([7])
+    network = model(who, dtype)
     if who == UNCACHED:
         return lambda: network.last(ids(context + 1))
     if who == PEER:
-        cache = filled(network.new_cache(1, context + 1))
-        return lambda: network.step(token, cache, context)
+        return functools.partial(network.step, TOKEN, filled(network.new_cache(1, context + 1)), context)
     state = network.backbone.new_state(1)
     state.ssm.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     state.position = context
     step = network.backbone.bind_step(state)
-    return torch.inference_mode()(lambda: network.head(step(network.backbone.embedding(token))))
+    return torch.inference_mode()(lambda: network.head(step(network.backbone.embedding(TOKEN))))
 
 
 def filled(cache: torch.Tensor) -> torch.Tensor:
@@ -71,25 +77,29 @@ def filled(cache: torch.Tensor) -> torch.Tensor:
 @functools.cache
 @torch.inference_mode()
 def step_error(who: str, dtype: str) -> float:
-    """The last step of a short prompt against its definition with the same weights.
+    """The last step of a prompt against its definition with the same weights in fp32.
 
-    With a cache or a state: token by token against the whole of it at once in fp32. Without: against fp64 with the
-    whole matrix of scores."""
-    network, prompt = model(who, dtype), ids(PROMPT)
+    With a cache: token by token against the whole of it at once; while it is timed it is looked at where it then is
+    (``cached_error``). With a state: the last MORE after a prefill. Without either: the whole matrix of scores."""
+    network, prompt = model(who, dtype), ids(PROMPT if who == PEER else LONG_PROMPT)
     if who == UNCACHED:
-        exact = copy.deepcopy(network).double()
-        for block in exact.blocks:
-            block.attention.forward = block.attention.plain
-        return relative_error(network.last(prompt), exact.last(prompt))
-    with use_backend("reference"):
-        exact = copy.deepcopy(network).float()(prompt)[:, -1]
+        return relative_error(network.last(prompt), network.plain_last(prompt))
     if who == PEER:
         cache = network.new_cache(1, PROMPT)
         steps = [network.step(token, cache, i) for i, token in enumerate(prompt[0][:, None])]
-        return relative_error(steps[-1], exact)
-    step = network.backbone.bind_step(network.backbone.new_state(1))
-    steps = [network.head(step(network.backbone.embedding(token))) for token in prompt[0][:, None]]
+        return relative_error(steps[-1], network.plain_last(prompt))
+    with use_backend("reference"):
+        exact = copy.deepcopy(network).float()(prompt)[:, -1]
+    state = network.backbone.new_state(1)
+    network.backbone.prefill(network.backbone.embedding(prompt[:, :-MORE]), state)
+    step = network.backbone.bind_step(state)
+    steps = [network.head(step(network.backbone.embedding(token))) for token in prompt[0][-MORE:, None]]
     return relative_error(steps[-1], exact)
+
+
+def cached_error(dtype: str, cache: torch.Tensor, at: int, found: torch.Tensor) -> float:
+    """The logits after TOKEN at ``at``, against the definition on the same cache."""
+    return relative_error(found, model(PEER, dtype).plain_step(TOKEN, cache, at))
 
 
 @functools.cache
@@ -124,10 +134,13 @@ def bound(who: str, dtype: str) -> float:
 
 def contender(who: str, context: int) -> Contender:
     dtype = dtype_of(who, context)
-    decode = decoder(who, dtype, context)
+    decode, after = decoder(who, dtype, context), None
+    if who == PEER:
+        cache, at = decode.args[1:]
+        after = lambda found: cached_error(dtype, cache, at, found[-1])  # noqa: E731
     run = lambda: [decode() for _ in range(TOKENS)]  # noqa: E731
     check = functools.partial(step_error, who, dtype)
-    return Contender(who, run, check, bound(who, dtype), work=work(who, dtype, context, TOKENS))
+    return Contender(who, run, check, bound(who, dtype), work=work(who, dtype, context, TOKENS), after=after)
 
 
 def work(who: str, dtype: str, context: float, tokens: int) -> Work:
@@ -158,16 +171,17 @@ def weight_bytes(network: torch.nn.Module) -> int:
 def generating(bench, who: str, total: int) -> Sampled:
     """The generation of ``total`` tokens; one cache of all positions serves every sampled step."""
     dtype = dtype_of(who, total / 2)
-    network, token = model(who, dtype), torch.tensor([7])
+    network = model(who, dtype)
     cache = filled(network.new_cache(1, total)) if who == PEER else None
     steps, each, expected = [], FEW if total < LONG else 1, 0.0
     for at, stands_for in positions(total):
-        step = decoder(who, dtype, at) if who != PEER else functools.partial(network.step, token, cache, at)
+        step = decoder(who, dtype, at) if who != PEER else functools.partial(network.step, TOKEN, cache, at)
         steps.append((stands_for, step))
     if who == UNCACHED:
         each, speed = 1, 0.6 * bench.rates.sample("sgemm")
         expected = sum(pass_flops(at + 1) for at, _ in positions(total)) / speed
     check = functools.partial(step_error, who, dtype)
     mine = work(who, dtype, total / 2, total)
+    after = functools.partial(cached_error, dtype, cache, at) if who == PEER else None
     return sampled(who, steps, check, bound(who, dtype), work=mine, each=each, expected=expected,
-                   once=who == UNCACHED)  # fmt: skip
+                   once=who == UNCACHED, after=after)  # fmt: skip

@@ -37,8 +37,11 @@ class Sampled(Contender):
         self.times.append(sum(weight * seconds(lambda s=s: self._some(s)) / self.each for weight, s in self.steps))
 
     def _some(self, step: Callable[[], Any]) -> None:
+        """What is kept is of the last step."""
+        self.found = None
         for _ in range(self.each):
-            step()
+            found = step()
+        self.keep(found)
 
 
 def sampled(

@@ -47,8 +47,9 @@ def need() -> None:
 class LlamaCpp:
     """One sequence of one model, on as many threads as torch; at most ``longest`` tokens are taken at a time.
 
-    ``reorder``: weights may be laid out anew for the processor's own instructions, as llama.cpp does by itself. Version
-    0.3.36 lays out Q8_0 alone for AMX, and there died of SIGILL on a machine that names AMX.
+    ``reorder``: weights may be laid out anew for the processor's own instructions, as llama.cpp does by itself. Of the
+    types that are timed, version 0.3.36 lays out Q8_0 alone, for AMX. There it dies of SIGILL where a GCC compiled it
+    whose ``_tile_loadconfig`` hands over 8 of a configuration's 64 bytes (12.2 does): bench/llama_cpp_amx.h.
     RuntimeError that says "cannot run" and why: no package, a crash, ``timeout`` seconds without an answer.
     """
 

@@ -87,6 +87,10 @@ class Contender:
     """Whether one round does, whatever rests on it: it takes minutes, and no noise comes near what is promised."""
     peer: bool = False
     """Whether it is somebody else's: that may fail in any way, and its words are its row's reason."""
+    after: Callable[[Any], float] | None = None
+    """The error of what its last timed call returned, which ``bound`` holds for too."""
+    found: Any = None
+    """What that was, until it has been looked at."""
 
     def attempt(self, what: Callable[[], float | None]) -> float | None:
         """``what()``, or None where the contender has refused or does so now; any other error of ours is one."""
@@ -101,8 +105,13 @@ class Contender:
         self.times.append(seconds(self.repeat) / self.calls)
 
     def repeat(self) -> None:
+        self.found = None
         for _ in range(self.calls):
-            self.run()
+            found = self.run()
+        self.keep(found)
+
+    def keep(self, found: Any) -> None:
+        self.found = found if self.after else None
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -166,11 +175,11 @@ class Bench:
         subject = next((c for c in passed if not c.peer), passed[0])
         peers = [c for c in passed if c is not subject]
         probes = self._rounds(benchmark, subject, peers, wanted, work, judged)
+        right = {c.name: _confirm(c, rows[c.name]) for c in passed}
         for contender in passed:
-            if contender.refused:
-                rows[contender.name].reason = contender.refused
-            else:
-                _fill(rows[contender.name], contender, subject, probes, work, tokens)
+            if right[contender.name]:
+                first = subject if right[subject.name] else None
+                _fill(rows[contender.name], contender, first, probes, work, tokens)
                 if peaks and rows[contender.name].seconds < _LONG:
                     rows[contender.name].peak_bytes = contender.attempt(lambda c=contender: memory.added(c.run)) or None
         _publish(benchmark, list(rows.values()))
@@ -288,14 +297,30 @@ def _admit(contender: Contender, row: Row) -> bool:
     if contender.refused:
         row.reason, row.error_bound = contender.refused, None
         return False
-    if not row.error <= contender.bound:
-        row.reason = f"{WRONG}: relative error {row.error:.1e}, at most {contender.bound:.0e} accepted"
+    if not _right(row):
         return False
     contender.checked = time.perf_counter() - start
     if contender.peer and contender.checked > _PATIENCE and not contender.expected:
         row.reason = contender.refused = f"its check alone took {contender.checked:.0f} s"
         return False
     return True
+
+
+def _confirm(contender: Contender, row: Row) -> bool:
+    """Whether nothing stopped it while it was timed, and what it then returned is right too."""
+    if contender.after and contender.times:
+        error = contender.attempt(lambda: contender.after(contender.found))
+        row.error, contender.found = row.error if error is None else max(error, row.error), None
+    row.reason = contender.refused
+    return not contender.refused and _right(row)
+
+
+def _right(row: Row) -> bool:
+    """Whether its error is within the bound; says so where it is not."""
+    if row.error <= row.error_bound:
+        return True
+    row.reason = f"{WRONG}: relative error {row.error:.1e}, at most {row.error_bound:.0e} accepted"
+    return False
 
 
 def _settle(contender: Contender) -> float:
@@ -327,7 +352,7 @@ def spread(values: list[float]) -> float | None:
 
 
 def _fill(
-    row: Row, contender: Contender, subject: Contender, probes: list[list[float]], work: Work, tokens: int
+    row: Row, contender: Contender, subject: Contender | None, probes: list[list[float]], work: Work, tokens: int
 ) -> None:
     work, row.reason = contender.work or work, None
     mine, rate = quiet_rounds(probes, len(contender.times), ENOUGH), contender.around
@@ -338,6 +363,6 @@ def _fill(
     row.floor, row.rate = work.against, statistics.median(rate[i] for i in mine)
     row.floor_share = statistics.median(work.floor(rate[i]) / contender.times[i] for i in mine)
     row.spread = spread([contender.times[i] / work.floor(rate[i]) for i in mine])
-    if not subject.peer:  # else none of ours has a time
+    if subject and not subject.peer:  # else none of ours has a time
         row.times_ours = statistics.median(contender.times[i] / subject.times[i] for i in mine)
     row.tokens_s = tokens / row.seconds if tokens else None

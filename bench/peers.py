@@ -59,6 +59,55 @@ def gated_norm(width: int, group: int, eps: float) -> Callable[[Tensor, Tensor, 
     return call
 
 
+def mixer(headdim: int, ngroups: int, eps: float = 1e-6) -> Callable[..., Tensor]:
+    """What transformers' Mamba2Mixer does with a sequence between its projections, by its own functions; its arguments
+    are named as those of ``mamba_split_conv1d_scan_combined``."""
+    convolve, scan, normed = fallback("causal_conv1d_fn"), fallback("mamba2_chunk_scan"), _norms(eps)
+
+    def call(zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+             rmsnorm_weight: Tensor) -> Tensor:  # fmt: skip
+        z, row, dt = zxbcdt.split([len(rmsnorm_weight), len(conv1d_weight), len(A)], dim=-1)
+        narrow = [w.to(row.dtype) for w in (conv1d_weight, conv1d_bias)]
+        x, B, C = _parts(convolve(row.transpose(1, 2), *narrow, activation="silu").transpose(1, 2), headdim, ngroups, A)
+        y = scan(x, dt, A, B, C, chunk_size=256, D=D, dt_bias=dt_bias, dt_softplus=True)
+        return normed(y.flatten(2), z, rmsnorm_weight, ngroups).to(zxbcdt.dtype)
+
+    return call
+
+
+def mixer_step(headdim: int, ngroups: int, eps: float = 1e-6) -> Callable[..., Tensor]:
+    """The same with one position, the states in place; named as ``mamba_mixer_step``."""
+    convolve, update = fallback("causal_conv1d_update"), fallback("mamba2_selective_state_update")
+    normed = _norms(eps)
+
+    @torch.no_grad()
+    def call(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor,
+             dt_bias: Tensor, A: Tensor, D: Tensor, rmsnorm_weight: Tensor) -> Tensor:  # fmt: skip
+        z, row, dt = zxbcdt.split([len(rmsnorm_weight), len(conv1d_weight), len(A)], dim=-1)
+        narrow = [w.to(row.dtype) for w in (conv1d_weight, conv1d_bias)]
+        row = convolve(row[..., None], conv_state, *narrow, activation="silu")[..., 0]
+        x, B, C = _parts(row, headdim, ngroups, A)
+        wide = [t[..., None].expand(*t.shape, headdim) for t in (dt, D, dt_bias)]
+        A = A[:, None, None].expand(-1, headdim, B.shape[-1])
+        y = update(ssm_state, x, wide[0], A, B, C, D=wide[1], dt_bias=wide[2], dt_softplus=True)
+        return normed(y.flatten(1), z, rmsnorm_weight, ngroups).to(zxbcdt.dtype)
+
+    return call
+
+
+def _parts(row: Tensor, headdim: int, ngroups: int, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x by heads, B and C by groups."""
+    dim = len(A) * headdim
+    x, B, C = row.split([dim, *2 * [(row.shape[-1] - dim) // 2]], dim=-1)
+    return x.unflatten(-1, (-1, headdim)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
+
+
+def _norms(eps: float) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """transformers' gated norm of y, z and weight in so many groups."""
+    kept = cache(lambda width, groups: gated_norm(width, width // groups, eps))
+    return lambda y, z, weight, groups: kept(len(weight), groups)(y, z, weight)
+
+
 def label() -> str:
     """transformers with its version."""
     return TRANSFORMERS if isinstance(mamba2(), str) else f"{TRANSFORMERS} {metadata.version(TRANSFORMERS)}"

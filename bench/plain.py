@@ -20,6 +20,13 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(wide[..., : x.shape[-1]])
 
 
+def conv_update(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (b, d) after the state (b, d, w - 1), which changes in place."""
+    window = torch.cat([state, x[..., None]], dim=-1)
+    state.copy_(window[..., 1:])
+    return F.silu((window * weight).sum(-1) + bias)
+
+
 def gated_norm(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     y = x.float() * F.silu(z.float())
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS) * weight).to(x.dtype)

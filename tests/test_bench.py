@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ if not (ROOT / "bench").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from bench import ablation, claims, compare, machine, measure, report, results  # noqa: E402
+from bench.baselines import attention  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.measure import Bench, Contender, Work  # noqa: E402
@@ -98,6 +100,19 @@ def test_a_wrong_result_gets_a_reason_and_no_time(error):
     )
     assert wrong.seconds is None and wrong.reason.startswith("failed its check") and not log
     assert right.seconds > 0 and right.reason is None
+
+
+@pytest.mark.parametrize("error", [2e-3, float("nan")])
+def test_what_is_wrong_while_it_is_timed_has_no_time_either(error):
+    """And nothing is so many times as fast as ours where ours was wrong."""
+    for wrong in (0, 1):
+        found = [contender("ours"), contender("peer")]
+        found[wrong].run, looked = itertools.count().__next__, []
+        found[wrong].after = lambda last, looked=looked: looked.append(last) or error
+        rows = Bench(quick=True, rates=FixedRates()).compare(Pedantic(), "g", "c", found, Work("sgemm", flops=1.0))
+        assert rows[wrong].seconds is None and rows[wrong].reason.startswith(measure.WRONG)
+        assert rows[1 - wrong].seconds > 0 and rows[1 - wrong].times_ours == (1.0 if wrong else None)
+        assert looked == [found[wrong].run() - 1] and found[wrong].found is None
 
 
 def test_a_backend_that_cannot_run_gets_its_reason_and_other_errors_are_raised():
@@ -301,11 +316,14 @@ def test_quick_leaves_long_cases_out_and_keeps_every_file():
     assert not [line for line in cases if "65536" in line or "4096, 64" in line]
 
 
-def test_attention_equals_its_definition():
+def test_attention_equals_its_definition(monkeypatch):
     torch.manual_seed(0)
     layer = Attention(128).double()
     u = torch.randn(2, 37, 128, dtype=torch.float64)
     assert torch.allclose(layer(u), layer.plain(u), atol=1e-12)
+    monkeypatch.setattr(attention, "QUERIES", 5)
+    assert torch.allclose(layer(u), layer.plain(u), atol=1e-12)
+    assert torch.allclose(layer(u)[:, -7:], layer.plain(u, 7), atol=1e-12)
 
 
 @torch.inference_mode()
@@ -316,6 +334,10 @@ def test_the_cached_transformer_equals_the_whole_pass():
     cache = model.new_cache(2, 9)
     steps = [model.step(ids[:, i], cache, i) for i in range(9)]
     assert torch.allclose(torch.stack(steps, 1), model(ids), atol=1e-10)
+    cache, before = cache.float(), cache.clone().float()  # of fp32 as its norms' eps
+    assert torch.allclose(model.float().plain_last(ids), model(ids)[:, -1], atol=1e-5)
+    assert torch.allclose(model.plain_step(ids[:, 4], cache, 4), model.step(ids[:, 4], before.clone(), 4), atol=1e-5)
+    assert torch.equal(cache, before)
 
 
 def timed(seconds: float, spread: float | None = 0.02, **more) -> Row:

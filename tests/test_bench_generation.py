@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,42 @@ def test_the_papers_figures_stand_beside_ours():
     drawn = Row("OmniMamba", published.at_once_case("1.3B"), "OmniMamba", 64.0)
     shown = tables.paper({"rows": [*rows(5.0, 120.0, (30, 100, 60)), drawn]})
     assert "Images a second, 16 at once, 1.3B: 0.25 here; the paper's: OmniMamba 5.68" in shown
+
+
+@pytest.fixture
+def small(monkeypatch) -> Transformer:
+    """Every model of the generators' is this Transformer."""
+    torch.manual_seed(0)
+    network = Transformer(width=128, layers=2, hidden=64, vocab=50288).eval()
+    monkeypatch.setattr(generators, "model", lambda who, dtype: network)
+    monkeypatch.setattr(generators, "dtype_of", lambda who, context: "float32")
+    return network
+
+
+@torch.inference_mode()
+def test_a_step_with_a_cache_is_looked_at_where_it_was_timed(small, monkeypatch):
+    bench = SimpleNamespace(rates=SimpleNamespace(sample=lambda kind: 1e9))
+    timed = [generators.contender(generators.PEER, 90), generators.generating(bench, generators.PEER, 100)]
+    for one in timed:
+        one.take()
+        assert one.after(one.found) < 1e-5
+    whole = torch.nn.functional.scaled_dot_product_attention
+    fewer = lambda q, k, v: whole(q, k[:, :, 1:], v[:, :, 1:])  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fewer)
+    for one in timed:
+        one.take()
+        assert one.after(one.found) > one.bound
+
+
+@torch.inference_mode()
+def test_without_a_cache_hundreds_of_tokens_are_checked(small, monkeypatch):
+    generators.step_error.cache_clear()
+    assert generators.step_error(generators.UNCACHED, "float32") < 1e-5
+    generators.step_error.cache_clear()
+    asked = []
+    monkeypatch.setattr(small, "last", lambda ids: asked.append(ids.shape[1]) or small.plain_last(ids[:, 1:]))
+    assert generators.step_error(generators.UNCACHED, "float32") > 1e-3 and asked == [512]
+    generators.step_error.cache_clear()
 
 
 def test_a_cache_is_filled_to_its_end():

@@ -13,9 +13,10 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import llama_cpp, measure  # noqa: E402
+from bench import claims, llama_cpp, measure  # noqa: E402
 from bench.llama_cpp import LlamaCpp  # noqa: E402
 from bench.measure import Bench, Contender, Work  # noqa: E402
+from bench.results import Row  # noqa: E402
 
 ENGINE = """
 import os, signal, struct, sys, time
@@ -94,6 +95,19 @@ def test_a_hang_ends(engine):
     with pytest.raises(RuntimeError, match="no answer within 0.3 s"):
         engine.take([14])
     assert engine._child is None
+
+
+@pytest.mark.parametrize("reason", [None, "llama.cpp: died of SIGILL"])
+def test_the_claim_says_what_of_it_was_not_timed(reason):
+    timed = dict(times_ours=2.1, rounds=3, seconds=1.0)
+    rows = [
+        Row("130M decode", "int8 weights", "llama-cpp-python 1, Q8_0", **timed),
+        Row("130M decode", "int8 weights", "llama-cpp-python 1, Q8_0, reordered",
+            **({"reason": reason} if reason else timed | {"times_ours": 1.3})),
+    ]  # fmt: skip
+    (claim,) = [c for c in claims._model(rows) if "Q8_0" in c.what]
+    assert claim.measured == ("2.1x; reordered: not timed, llama.cpp: died of SIGILL" if reason else "1.3x")
+    assert claim.passed is bool(reason)
 
 
 def test_without_the_package_the_reason_is_given(monkeypatch):

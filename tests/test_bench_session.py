@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "bench").is_dir():
@@ -136,6 +137,32 @@ def test_a_layer_in_pieces_is_the_layer(name, monkeypatch):
     else:
         monkeypatch.setattr(bench_layer, "segment", lambda u, s, fresh: bench_layer.layers()[name](u, bench_layer.BASE))
     assert bench_layer.pieces_error(name, 64) > 1e-3
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_is_looked_at_where_it_was_timed(training):
+    """At the end of the whole length: a layer that forgets its first key, or sees one too few, is found out."""
+    layer, u = bench_layer.layers()[bench_layer.PEER], torch.randn(1, 300, bench_layer.WIDTH)
+    timed = bench_layer.contender(bench_layer.PEER, u, training, 0.0)
+    assert timed.after(timed.run()) < 1e-5
+
+    def forgets(u):
+        k_first = torch.cat([torch.zeros_like(u[:, :1]), u[:, 1:]], dim=1)
+        return type(layer).forward(layer, k_first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "forward", forgets)
+        assert timed.after(timed.run()) > timed.bound
+
+
+def test_a_block_of_attention_is_looked_at_where_it_was_timed(monkeypatch):
+    monkeypatch.setitem(bench_layer.PIECE, bench_layer.PEER, 8)
+    timed = bench_layer.in_pieces(bench_layer.PEER, 400, 0.0)
+    timed.take()
+    assert timed.after(timed.found) < 1e-5
+    keys = timed.after.args[2]
+    keys[:, :, 5] = 9.0
+    assert timed.after(timed.found) > timed.bound
 
 
 def test_layers_go_from_512_to_a_million_tokens():

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEADDIM = 64
+QUERIES = 512
+"""Rows of the matrix of scores that are held at once where it is written out."""
 
 
 def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,6 +23,13 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (t.to(x.dtype) for t in turn)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+    """softmax(q k^T / sqrt(HEADDIM)) v for queries at positions ``first`` on, each of which sees no later key."""
+    queries = torch.arange(first, first + q.shape[2], device=q.device)
+    later = torch.arange(k.shape[2], device=q.device) > queries[:, None]
+    return (q @ k.transpose(-1, -2) / HEADDIM**0.5).masked_fill(later, -torch.inf).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -56,10 +65,11 @@ class Attention(nn.Module):
         keys[:, :, at:end], values[:, :, at:end] = k, v
         return self.join(F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end]))
 
-    def plain(self, u: Tensor) -> Tensor:
-        """The same by the definition, with the whole matrix of scores: what ``forward`` is checked against."""
+    def plain(self, u: Tensor, last: int | None = None) -> Tensor:
+        """The same by the definition, every score written out: what ``forward`` is checked against. ``last``: the
+        outputs of so many positions at the end alone."""
         l = u.shape[1]
         q, k, v = self.project(u, rotary(torch.arange(l, device=u.device)))
-        later = torch.ones(l, l, dtype=torch.bool, device=u.device).triu(1)
-        scores = (q @ k.transpose(-1, -2) / HEADDIM**0.5).masked_fill(later, -torch.inf)
-        return self.join(scores.softmax(-1) @ v)
+        blocks = [(at, min(at + QUERIES, l)) for at in range(0 if last is None else l - last, l, QUERIES)]
+        y = [attended(q[:, :, at:end], k[:, :, :end], v[:, :, :end], at) for at, end in blocks]
+        return self.join(torch.cat(y, dim=2))

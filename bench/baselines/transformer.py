@@ -5,11 +5,13 @@ RMSNorm, rotary positions, torch's scaled_dot_product_attention, a GELU feed-for
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import HEADDIM, Attention, rotary
+from .attention import HEADDIM, Attention, attended, rotary
 
 
 class Block(nn.Module):
@@ -32,6 +34,18 @@ class Block(nn.Module):
         keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
         y = F.scaled_dot_product_attention(q, keys[:, :, : position + 1], values[:, :, : position + 1])
         u = u + self.attention.join(y)
+        return u + self.feed(u)
+
+    def plain(self, u: Tensor) -> Tensor:
+        """``forward`` with every score written out."""
+        u = u + self.attention.plain(self.norm1(u))
+        return u + self.feed(u)
+
+    def plain_step(self, u: Tensor, keys: Tensor, values: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """``step`` with every score written out, after keys and values of all that came before."""
+        q, k, v = self.attention.project(self.norm1(u), turn)
+        k, v = (torch.cat([before.to(u.dtype), own], dim=2) for before, own in ((keys, k), (values, v)))
+        u = u + self.attention.join(attended(q, k, v, keys.shape[2]))
         return u + self.feed(u)
 
 
@@ -80,3 +94,22 @@ class Transformer(nn.Module):
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
             u = block.step(u, keys, values, position, turn)
         return self.head(u)[:, 0]
+
+    @torch.inference_mode()
+    def plain_last(self, ids: Tensor) -> Tensor:
+        """What ``last`` is checked against: the definition in fp32 on the same weights."""
+        whole = copy.deepcopy(self).float()
+        u = whole.table(ids)
+        for block in whole.blocks:
+            u = block.plain(u)
+        return whole.head(u[:, -1])
+
+    @torch.inference_mode()
+    def plain_step(self, ids: Tensor, cache: Tensor, position: int) -> Tensor:
+        """What ``step`` is checked against: the definition in fp32 on the same weights and cache, which stays as it
+        is."""
+        whole, turn = copy.deepcopy(self).float(), rotary(torch.full((1,), position, device=ids.device))
+        u = whole.table(ids[:, None])
+        for block, (keys, values) in zip(whole.blocks, cache, strict=True):
+            u = block.plain_step(u, keys[:, :, :position], values[:, :, :position], turn)
+        return whole.head(u)[:, 0]
