@@ -17,7 +17,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import ablation, claims, compare, machine, measure, report, results  # noqa: E402
+from bench import ablation, claims, machine, measure, report, results  # noqa: E402
 from bench.baselines import attention  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
@@ -338,48 +338,6 @@ def test_the_cached_transformer_equals_the_whole_pass():
     assert torch.allclose(model.float().plain_last(ids), model(ids)[:, -1], atol=1e-5)
     assert torch.allclose(model.plain_step(ids[:, 4], cache, 4), model.step(ids[:, 4], before.clone(), 4), atol=1e-5)
     assert torch.equal(cache, before)
-
-
-def timed(seconds: float, spread: float | None = 0.02, **more) -> Row:
-    return Row("op", "case", "native", seconds=seconds, spread=spread, **more)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "flagged"),
-    [
-        (timed(1.0), timed(1.05), False),  # within three spreads of both, 8.5 %
-        (timed(1.0), timed(1.12), True),
-        (timed(1.0), timed(0.5), False),
-        (timed(1.0, 0.0), timed(1.04, 0.0), False),  # below what counts at all
-        (timed(1.0, 0.10), timed(1.3, 0.10), False),  # a noisy row
-        (timed(1.0, None), timed(9.0), False),
-        (timed(1.0, floor="copy", floor_share=0.8), timed(2.0, floor="copy", floor_share=0.8), False),  # slower machine
-        (timed(1.0, floor="copy", floor_share=0.8), timed(1.0, floor="copy", floor_share=0.6), True),
-    ],
-)
-def test_compare_flags_what_noise_does_not_explain(before, after, flagged, tmp_path, capsys):
-    paths = []
-    for name, row in (("a", before), ("b", after)):
-        paths.append(tmp_path / f"{name}.json")
-        results.save(paths[-1], {"machine": {"device": "x"}, "rows": results.as_json([row])})
-    assert compare.main([str(p) for p in paths]) == int(flagged)
-    printed = capsys.readouterr().out
-    assert "1 rows in both" in printed
-    assert (
-        f"{int(None in (before.spread, after.spread))} could not be judged: one of the runs kept fewer than 3"
-        in printed
-    )
-
-
-def test_a_peers_drift_is_told_but_is_no_regression(tmp_path, capsys):
-    paths = []
-    for name, slow in (("a", 1.0), ("b", 2.0)):
-        rows = [timed(1.0), Row("op", "case", "torch", seconds=slow, spread=0.02, times_ours=slow)]
-        paths.append(str(tmp_path / f"{name}.json"))
-        results.save(Path(paths[-1]), {"machine": {"device": "x"}, "rows": results.as_json(rows)})
-    assert compare.main(paths) == 0
-    printed = capsys.readouterr().out
-    assert "peers', no regression" in printed and "0 of ours slower beyond their noise, 1 of peers" in printed
 
 
 def test_spread_is_half_the_quartiles_distance():
