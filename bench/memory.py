@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from omnimamba_kernels import large_pages
+
 from .machine import ROOT
 
 
@@ -123,6 +125,7 @@ TASKS = {
 def _trim() -> None:
     """Hands freed memory back, so that what building left behind is not counted. Does nothing without glibc."""
     gc.collect()
+    large_pages.release()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

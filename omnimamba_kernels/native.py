@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .large_pages import empty
+
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
 _vnni: ContextVar[bool] = ContextVar("omnimamba_vnni", default=True)
@@ -80,7 +82,7 @@ def cannot_store(*tensors: Tensor | None) -> str | None:
 
 def floats(*shape: int) -> Tensor:
     """Uninitialised float32 memory for a kernel, whatever the default dtype and device."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return empty(shape, torch.float32)
 
 
 @contextmanager

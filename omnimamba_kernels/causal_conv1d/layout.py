@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..large_pages import empty
+
 
 def channel_last(x: Tensor) -> bool:
     """Whether x's channels are one element apart."""
@@ -28,6 +30,8 @@ def empty_like(x: Tensor, length: int | None = None) -> Tensor:
     b, d, l = x.shape
     l = l if length is None else length
     strides = (l * d, 1, d) if channel_last(x) else (d * l, l, 1)
+    if x.device.type == "cpu":
+        return empty((b, d, l), x.dtype).as_strided_((b, d, l), strides)
     return torch.empty_strided((b, d, l), strides, dtype=x.dtype, device=x.device)
 
 

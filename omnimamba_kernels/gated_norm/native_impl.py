@@ -25,7 +25,7 @@ def forward(
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
     rows = rows_of(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = native.empty(x.shape, x.dtype)
     native.call(
         "gated_norm_forward",
         x=rows,
@@ -47,7 +47,7 @@ def add_forward(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float)
         return forward(residual, weight, None, None, eps=eps, group_size=residual.shape[-1], norm_before_gate=True)[0][
             0
         ]
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    y = native.empty(residual.shape, residual.dtype)
     native.call(
         "gated_norm_forward",
         x=residual,
@@ -72,8 +72,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, z = saved
     d = x.shape[-1]
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dz = None if z is None else torch.empty_like(dx)
+    dx = native.empty(x.shape, x.dtype)
+    dz = None if z is None else native.empty(x.shape, x.dtype)
     dweight, dbias = (x.new_empty(d, dtype=torch.float32) for _ in range(2))
     rows = rows_of(x)
     arguments = dict(

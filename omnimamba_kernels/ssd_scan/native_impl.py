@@ -42,7 +42,7 @@ def forward(
     b, l, h, p = x.shape
     n = B.shape[3]
     fields = _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit)
-    y = x.new_empty(b, l, h, p, dtype=fields["x"].dtype)
+    y = native.empty(x.shape, fields["x"].dtype)
     final = native.floats(b, h, p, n)
     varlen = None if cu_seqlens is None else _empty_sequences(cu_seqlens, initial_states, h, p, n)
     fields |= dict(y=y, final_states=final, varlen_states=varlen)
@@ -83,13 +83,13 @@ def backward(
     types = storage, torch.float32, torch.float32
     dy, dfinal, dvarlen = (None if t is None else _rows(t, dtype) for t, dtype in zip(grads, types, strict=True))
     made = {
-        "dx": x.new_empty(x.shape, dtype=storage),
+        "dx": native.empty(x.shape, storage),
         "ddt": native.floats(*dt.shape),
         "dA": native.floats(h).zero_(),
-        "dB": B.new_empty(B.shape, dtype=storage),
-        "dC": C.new_empty(C.shape, dtype=storage),
+        "dB": native.empty(B.shape, storage),
+        "dC": native.empty(C.shape, storage),
         "dD": native.floats(h, p).zero_(),
-        "dz": None if z is None else z.new_empty(z.shape, dtype=storage),
+        "dz": None if z is None else native.empty(z.shape, storage),
         "ddt_bias": native.floats(h).zero_(),
         "dinitial_states": None if initial_states is None else native.floats(b, h, p, B.shape[3]).zero_(),
     }

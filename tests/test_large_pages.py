@@ -1,0 +1,111 @@
+"""Memory of large results: large pages, used again when no tensor lies in it and never before, bounded."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnimamba_kernels import causal_conv1d_fn, large_pages, native
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps memory itself on Linux only")
+COUNT = 4 * large_pages.LARGE // 4
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    gc.collect()
+    large_pages.release()
+    yield
+    large_pages.release()
+
+
+def in_large_pages(address: int) -> int:
+    """Bytes in large pages of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "AnonHugePages:":
+            return int(rest[0]) * 1024
+    return 0
+
+
+@pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="the system has no large pages")
+def test_large_results_lie_in_large_pages():
+    t = large_pages.empty((COUNT,), torch.float32).fill_(1.0)
+    assert in_large_pages(t.data_ptr() + t.nbytes // 2) >= t.nbytes // 2  # all, but where memory is in pieces
+
+
+def test_the_last_part_of_a_page_takes_no_large_one():
+    t = large_pages.empty((COUNT + 100,), torch.float32).fill_(1.0)
+    assert in_large_pages(t.data_ptr() + t.nbytes - 1) == 0
+
+
+def test_small_results_are_the_c_librarys():
+    t = large_pages.empty((large_pages.LARGE // 4 - 1,), torch.float32)
+    t.resize_(COUNT)  # memory of this module could not grow
+    del t
+    assert not large_pages._idle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_shape_and_dtype_are_as_asked(dtype):
+    t = large_pages.empty((2, 3, large_pages.LARGE), dtype)
+    assert (t.shape, t.dtype, t.is_contiguous(), t._is_view()) == ((2, 3, large_pages.LARGE), dtype, True, False)
+    t[-1, -1, -1] = 3  # the last element is there
+    with torch.device("meta"):
+        assert large_pages.empty((COUNT,), dtype if dtype.itemsize == 4 else torch.float32).device.type == "cpu"
+
+
+def test_memory_is_lent_again_only_when_no_tensor_lies_in_it():
+    first = large_pages.empty((COUNT,), torch.float32)
+    address, part = first.data_ptr(), first[5:7]
+    part.fill_(7.0)
+    del first
+    second = large_pages.empty((COUNT,), torch.float32).fill_(1.0)
+    assert second.data_ptr() != address and part.tolist() == [7.0, 7.0]
+    del part
+    third = large_pages.empty((COUNT,), torch.float32)
+    assert third.data_ptr() == address
+    half = large_pages.empty((COUNT,), torch.float32)
+    assert len({t.data_ptr() for t in (second, third, half)}) == 3
+
+
+def test_memory_much_too_large_is_not_lent():
+    wide = large_pages.empty((3 * COUNT,), torch.float32)
+    address = wide.data_ptr()
+    del wide
+    assert large_pages.empty((COUNT,), torch.float32).data_ptr() != address
+    assert large_pages.empty((2 * COUNT,), torch.float32).data_ptr() == address
+
+
+def test_what_is_kept_is_bounded():
+    enough = large_pages.KEPT // (4 * COUNT) + 3
+    tensors = [large_pages.empty((COUNT,), torch.float32) for _ in range(enough)]
+    last = tensors[-1].data_ptr()
+    while tensors:
+        del tensors[0]
+        assert sum(map(len, large_pages._idle)) <= large_pages.KEPT
+    assert large_pages.empty((COUNT,), torch.float32).data_ptr() == last or len(large_pages._idle) > 1
+    large_pages.release()
+    assert not large_pages._idle
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="nothing was compiled")
+def test_results_of_a_kernel_are_apart_and_may_be_changed_in_place():
+    x = torch.randn(1, COUNT // 64, 64).transpose(1, 2).requires_grad_()
+    weight = torch.randn(64, 2)
+    first = causal_conv1d_fn(x, weight, activation="silu", backend="native")
+    second = causal_conv1d_fn(x, weight, activation="silu", backend="native")
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    kept = first.detach()[0, :, -1].clone()
+    second.mul_(0.0)
+    (gradient,) = torch.autograd.grad(first.sum() + second.sum(), x)
+    assert torch.equal(first[0, :, -1], kept) and gradient.isfinite().all()
