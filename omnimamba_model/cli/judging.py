@@ -33,7 +33,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     distance = kinds.add_parser("fid", help="the distance between two folders of pictures")
     distance.add_argument("real", type=Path)
     distance.add_argument("drawn", type=Path)
-    distance.add_argument("--features", type=Path, help="what torch.export saved, its batch dynamic, for Inception v3")
+    eyes = distance.add_mutually_exclusive_group()
+    eyes.add_argument("--features", type=Path, help="what torch.export saved, its batch dynamic, for Inception v3")
+    eyes.add_argument("--inception", type=Path, help="its weights, pt_inception-2015-12-05-6726825d.pth: no download")
     distance.add_argument("--device", default="cpu")
     distance.set_defaults(run=_fid)
 
@@ -70,4 +72,5 @@ def _fid(arguments: argparse.Namespace) -> None:
 
     device = usable(arguments.device)
     features = read_features(arguments.features).to(device) if arguments.features else None
-    print(f"FID {fid(arguments.real, arguments.drawn, features, device=device):.4f}")
+    given = dict(device=device, inception=arguments.inception)
+    print(f"FID {fid(arguments.real, arguments.drawn, features, **given):.4f}")

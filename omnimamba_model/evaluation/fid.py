@@ -20,19 +20,29 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def fid(
-    real: Path, drawn: Path, features: nn.Module | None = None, batch: int = 32, device: str | torch.device = "cpu"
+    real: Path,
+    drawn: Path,
+    features: nn.Module | None = None,
+    batch: int = 32,
+    device: str | torch.device = "cpu",
+    inception: Path | None = None,
 ) -> float:
     """The distance, 0 for equal sets.
 
-    ``features`` maps bytes (b, 3, 299, 299) to vectors (b, n); None is Inception v3 as the measure is published, whose
-    weights torch-fidelity fetches once. Pictures are cropped to a square about their middle and resized bicubically.
-    ImportError without torchmetrics; ValueError where a folder has fewer than two pictures.
+    ``features`` maps bytes (b, 3, 299, 299) to vectors (b, n); None is Inception v3 as the measure is published, with
+    the weights of the file ``inception`` (pt_inception-2015-12-05-6726825d.pth), which torch-fidelity fetches once
+    where none is named. Pictures are cropped to a square about their middle and resized bicubically. ImportError
+    without torchmetrics; ValueError where a folder has fewer than two pictures, or ``inception`` is no file.
     """
     folders = [(pictures(real), True), (pictures(drawn), False)]
+    if inception is not None and not inception.is_file():
+        raise ValueError(f"{inception} must be a file with Inception's weights")
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        metric = FrechetInceptionDistance(2048 if features is None else features)
+        given = 2048 if features is None else features
+        weights = None if inception is None else str(inception)
+        metric = FrechetInceptionDistance(given, feature_extractor_weights_path=weights)
     except ModuleNotFoundError as error:
         raise ImportError(f"FID needs torchmetrics, pip install 'omnimamba[evaluate]': {error}") from error
     metric.set_dtype(torch.float64).to(device)

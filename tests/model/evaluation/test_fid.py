@@ -120,3 +120,44 @@ def test_an_exported_extractor_does_for_the_command(tmp_path, capsys):
     torch.export.save(exported, tmp_path / "means.pt2")
     assert cli.main(["evaluate", "fid", str(a), str(b), "--features", str(tmp_path / "means.pt2")]) == 0
     assert float(capsys.readouterr().out.split()[1]) == pytest.approx(fid(a, b, Means()), abs=1e-3)
+
+
+class Inception(nn.Module):
+    """What torchmetrics builds around torch-fidelity's network, small: 2048 features of a picture's coarse colours."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path, antialias):
+        super().__init__()
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+        self.map = nn.Linear(12, 2048, bias=False)
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 299, 299)
+        return self.map(nn.functional.adaptive_avg_pool2d(images.to(self.map.weight.dtype), 2).flatten(1))
+
+
+def test_inceptions_weights_are_read_from_a_file(tmp_path, capsys, monkeypatch):
+    """Through torchmetrics' own argument, by the command; the distance is the formula's over those 2048 features."""
+    from omnimamba_model import cli
+    from omnimamba_model.evaluation.fid import _batches, pictures
+
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", True)
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Inception)
+    a, b = folder(tmp_path / "a", 0), folder(tmp_path / "b", 1, shift=30)
+    command = ["evaluate", "fid", str(a), str(b), "--inception", str(tmp_path / "inception.pth")]
+    assert cli.main(command) == 2 and "must be a file with Inception's weights" in capsys.readouterr().err
+    weight = torch.randn(2048, 12, generator=torch.Generator().manual_seed(0)) / 50
+    torch.save({"map.weight": weight}, tmp_path / "inception.pth")
+    assert cli.main(command) == 0
+    found = float(capsys.readouterr().out.split()[1])
+
+    def features(path):
+        coarse = nn.functional.adaptive_avg_pool2d(next(_batches(pictures(path), 6)).double(), 2).flatten(1)
+        return (coarse @ weight.double().T).numpy()
+
+    x, y = features(a), features(b)
+    x, y = x - x.mean(0), y - y.mean(0)
+    means = features(a).mean(0) - features(b).mean(0)
+    # tr sqrt(Cx Cy) is the nuclear norm of X Y^T / (n - 1)
+    cross = np.linalg.svd(x @ y.T, compute_uv=False).sum() / 5
+    assert found == pytest.approx((means**2).sum() + ((x**2).sum() + (y**2).sum()) / 5 - 2 * cross, rel=1e-3)
