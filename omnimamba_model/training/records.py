@@ -106,32 +106,36 @@ class Shard:
         self.path = path
 
     @cached_property
-    def samples(self) -> list[dict[str, tuple[int, int]]]:
-        """For each sample its members' offset and size by ending."""
+    def places(self) -> tuple[Places, Places]:
+        """Where each sample's object lies, and where its picture; a length below 0 where it has none."""
         found: dict[str, dict[str, tuple[int, int]]] = {}
         with tarfile.open(self.path, "r:") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # which tarfile keeps
+                folder, _, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
                 if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, ending = name.partition(".")
                     found.setdefault(f"{folder}/{stem}", {})[ending.lower()] = member.offset_data, member.size
             end = tar.offset  # tarfile stops without a word where a later header is damaged or missing
         with open(self.path, "rb") as file:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"{self.path} is damaged or cut off after {len(found)} samples")
-        return list(found.values())
+        kinds = (("json",), PICTURES)
+        return tuple(
+            Places(next((members[e] for e in endings if e in members), (0, -1)) for members in found.values())
+            for endings in kinds
+        )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.places[0])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        members, where = self.samples[i], f"{self.path}, sample {i}"
-        if "json" not in members:
+        (record, picture), where = (places[i] for places in self.places), f"{self.path}, sample {i}"
+        if record[1] < 0:
             raise BadRecord(f"{where}: has no .json")
-        record = as_object(read_slice(self.path, *members["json"]), where)
-        picture = next((members[ending] for ending in PICTURES if ending in members), None)
-        return record if picture is None else record | {PICTURE: read_slice(self.path, *picture)}
+        made = as_object(read_slice(self.path, *record), where)
+        return made if picture[1] < 0 else made | {PICTURE: read_slice(self.path, *picture)}
 
 
 class Joined:

@@ -212,3 +212,17 @@ def test_a_long_list_is_never_held(tmp_path, monkeypatch):
     assert peaks[0] < 4 * json_list.PIECE and peaks[1] - peaks[0] < 40 * 9_000
     path.write_text('[{"a": "' + "x" * (5 * json_list.PIECE) + '"}, {"a": 2}]')
     assert open_records([path])[0][1] == {"a": 2}
+
+
+def test_a_long_shard_keeps_places_alone(tmp_path):
+    """A directory for each sample between, pictures of several kinds: 32 bytes a sample are left."""
+    path, count = tmp_path / "a.tar", 3000
+    pairs = {f"{i}/x.json": json.dumps({"i": i}).encode() for i in range(count)}
+    shard(path, pairs | {f"{i}/x.{('bmp', 'PNG')[i % 2]}": bytes([i % 256]) for i in range(count)} | {"0/x.jpg": b"j"})
+    tracemalloc.start()
+    records, bad = open_records([path])
+    left = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert not bad and [records[i]["i"] for i in range(count)] == list(range(count))
+    assert [records[i][PICTURE] for i in (0, 1, 2, 2999)] == [b"j", b"\x01", b"\x02", bytes([2999 % 256])]
+    assert left < 80 * count
