@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -68,6 +69,27 @@ def test_decay_shrinks_matrices_only(model, lessons):
         sizes.append((matrix.norm().item(), vector.norm().item()))
     assert sizes[2][0] < 0.9 * sizes[1][0]
     assert sizes[2][1] > 0.99 * sizes[1][1]
+
+
+@pytest.mark.parametrize("clip", [1e9, 0.05])
+def test_gradients_together_are_cut_to_a_norm(model, lessons, monkeypatch, clip):
+    """Each by the same factor, and only where their norm is larger; what is told is the norm before."""
+    whole, seen = Trainer(copy.deepcopy(model), phase(clip=1e9), lessons, seed=1), {}
+    whole.learn()
+    before = {name: p.grad for name, p in whole.model.named_parameters() if p.grad is not None}
+    norm = sum(gradient.double().square().sum() for gradient in before.values()).sqrt().item()
+    trainer = Trainer(model, phase(clip=clip), lessons, seed=1)
+    step = trainer.optimizer.step
+
+    def noting():
+        seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        step()
+
+    monkeypatch.setattr(trainer.optimizer, "step", noting)
+    trainer.step()
+    assert norm > 0.1 and trainer.norm == pytest.approx(norm, rel=1e-4) and seen.keys() == before.keys()
+    for name, gradient in before.items():
+        torch.testing.assert_close(seen[name], gradient * min(1.0, clip / norm), rtol=1e-4, atol=1e-9)
 
 
 def test_dropout_is_a_function_of_seed_step_and_lesson(config, lessons):
