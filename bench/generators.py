@@ -68,7 +68,7 @@ def decoder(who: str, dtype: str, context: int) -> Callable[[], torch.Tensor]:
 def filled(cache: torch.Tensor) -> torch.Tensor:
     """The cache full of noise, which repeats: to draw gigabytes takes minutes."""
     flat = cache.view(-1)
-    noise = torch.randn(min(2**20, len(flat)), generator=torch.Generator().manual_seed(0)).to(cache.dtype)
+    noise = torch.randn(min(2**20, len(flat)), generator=torch.Generator().manual_seed(0)).to(cache)
     for piece in flat.split(len(noise)):
         piece.copy_(noise[: len(piece)])
     return cache

@@ -10,14 +10,14 @@ from typing import Any
 
 from omnimamba_kernels.causal_conv1d import cases as conv_cases
 
-from .gpu_problems import models
+from .gpu_problems import models, prefill
 from .published import AT_ONCE
 
 Rows = list[dict[str, Any]]
 Verdict = tuple[str, bool | None]
 COPY, NOT_SLOWER, LORA_LONGER, FIRST_CALL = 0.85, 1.0, 1.08, 3.0
 TOKENS, FLAT, PICTURES, GIGABYTES = 1100.0, 1.05, 40.0, 4.6
-MODELS = (models.DECODE, models.IMAGES, models.LAYER, models.TRAINING)
+MODELS = (models.DECODE, models.IMAGES, models.LAYER, models.TRAINING, prefill.PREFILL)
 BASE = "torch, the base alone"
 STEP, LORA = "1.3B, b 64, state float32", "8192-2048-8512-tasks2-r8"
 """Cases of the decode step and of the LoRA linear layer."""

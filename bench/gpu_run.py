@@ -18,6 +18,7 @@ ORDER = (
     "ssd_scan",
     "models",
     "generation",
+    "prefill",
     "gated_norm",
     "causal_conv1d",
     "state_update",

@@ -10,7 +10,7 @@ from .rates import PRODUCTS
 from .results import Row, ratio_text
 
 Content = dict[str, Any]
-MODEL_GROUPS = ("generation", "whole generation", "130M", "decode", "images")
+MODEL_GROUPS = ("generation", "whole generation", "130M", "decode", "prefill", "images")
 
 
 def duration(seconds: float) -> str:

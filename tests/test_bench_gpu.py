@@ -136,8 +136,8 @@ def test_time_is_dealt_out_by_weight_and_what_is_left(monkeypatch):
     run.until = time.monotonic() + 110.0
     for op in gpu_run.ORDER:
         run.measure(op)
-    assert sum(gpu_run.HEAVY.get(op, 1.0) for op in gpu_run.ORDER) == 11
-    assert given[0] == pytest.approx(110 * 2 / 11, rel=0.05) and given[-1] == pytest.approx(110, rel=0.05)
+    assert sum(gpu_run.HEAVY.get(op, 1.0) for op in gpu_run.ORDER) == 12
+    assert given[0] == pytest.approx(110 * 2 / 12, rel=0.05) and given[-1] == pytest.approx(110, rel=0.05)
 
 
 def test_a_part_that_failed_or_had_no_time_makes_a_partial_run_and_leaves_its_last_words(monkeypatch):

@@ -17,10 +17,10 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_board, gpu_check, gpu_claims, gpu_clock, gpu_ops  # noqa: E402
+from bench import gpu_board, gpu_check, gpu_claims, gpu_clock, gpu_ops, measure, peers  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
-from bench.gpu_problems import Problem, models  # noqa: E402
+from bench.gpu_problems import Problem, models, prefill  # noqa: E402
 from bench.gpu_problems.common import Parts  # noqa: E402
 from bench.gpu_run import as_row  # noqa: E402
 from bench.tables import of_the_chip  # noqa: E402
@@ -43,7 +43,9 @@ def test_models_pass_their_checks_or_say_why_they_cannot_run(problems):
             timed |= {(row["group"], row["who"])} if "seconds" in row else set()
     assert {problem.group for problem in problems if problem.graph} == {models.DECODE}
     assert [problem.group for problem in problems if problem.energy] == [models.DECODE]
-    wanted = {(group, OURS) for group in gpu_claims.MODELS} | {("layer forward", "attention, flash")}
+    wanted = {(group, OURS) for group in gpu_claims.MODELS if group != prefill.PREFILL} | {
+        ("layer forward", "attention, flash")
+    }
     assert wanted | {("decode", who) for who in (models.INT8, models.CACHED, models.UNCACHED)} <= timed
 
 
@@ -57,6 +59,48 @@ def test_a_wrong_model_fails_its_check(problems):
         wrong = (*right[:i], torch.zeros_like(part), *right[i + 1 :])
         assert (training.error(wrong) <= training.bound) == (part.ndim == 1)
     assert not images.error(torch.zeros(16, 8)) <= images.bound
+
+
+THEIRS = pytest.mark.skipif(isinstance(peers.mamba2(), str), reason="transformers 5.23 is not installed")
+
+
+@THEIRS
+def test_a_prompt_is_taken_in_by_every_model_on_the_same_weights(problems):
+    """transformers' is one of them, in decoding too; one whose weights are others fails its check."""
+    clock, timed = Clock(CPU, 0.0), set()
+    for problem in [*prefill.problems(CPU), problems[0]]:
+        rows = gpu_ops.measure(problem, clock, {"copy": 1e9, "matmul": 1e9}, float("inf"))
+        timed |= {(row["group"], row["who"]) for row in rows if "seconds" in row}
+        assert all(row["floor"] > 0 and row["tokens_s"] > 0 for row in rows), rows
+    assert {(group, who) for group in (prefill.PREFILL, models.DECODE) for who in (OURS, peers.label())} <= timed
+    assert (prefill.PREFILL, prefill.TRANSFORMER) in timed
+
+
+@THEIRS
+@pytest.mark.parametrize("who", [OURS, peers.label(), models.CACHED, models.UNCACHED, models.INT8])
+def test_a_step_that_is_wrong_where_it_is_timed_fails(problems, who, monkeypatch):
+    """Ours forgets its prompt, transformers' too; a Transformer its first key or token."""
+    decode, error = problems[0], problems[0].errors.get(who, problems[0].error)
+    assert error(decode.contenders[who]()()) <= decode.bound
+    whole = torch.nn.functional.scaled_dot_product_attention
+    if who in (models.CACHED, models.UNCACHED):
+        fewer = lambda q, k, v, **more: whole(q, k[:, :, 1:], v[:, :, 1:], **more)  # noqa: E731
+        if who == models.UNCACHED:
+            fewer = lambda q, k, v, **more: whole(q, torch.roll(k, 1, 2), v, **more)  # noqa: E731
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fewer)
+    else:
+        monkeypatch.setattr(models, "PROMPT", 1)
+    wrong = decode.contenders[who]()()
+    monkeypatch.undo()
+    assert error(wrong) > decode.bound
+
+
+def test_the_numbers_of_int8_weights_are_the_ones_that_are_checked():
+    ids = models.prompt(CPU, 5)
+    whole, narrow = (models.exact_logits(CPU, ids, int8=int8) for int8 in (False, True))
+    assert 1e-4 < measure.relative_error(narrow, whole) < 0.2
+    rounded = models.exact_logits(CPU, ids, rounded=True)
+    assert torch.equal(rounded, whole)  # on a CPU all are fp32
 
 
 def test_attentions_check_makes_its_mask_where_its_input_is():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import conv, generation, lora, mixer, models, norm, scan, update
+from . import conv, generation, lora, mixer, models, norm, prefill, scan, update
 from .common import Parts, Problem
 
 __all__ = ["OPERATIONS", "Problem"]
@@ -19,5 +19,6 @@ OPERATIONS: dict[str, Callable[[torch.device], Parts]] = {
     "lora_linear": lora.problems,
     "mamba_mixer": mixer.problems,
     "models": models.problems,
+    "prefill": prefill.problems,
     "generation": generation.problems,
 }

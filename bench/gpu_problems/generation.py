@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from .. import inputs
+from ..generators import filled
 from ..integrated import POSITIONS, positions
 from ..measure import relative_error
 from ..published import FIGURE_1, MEMORY_AT, MEMORY_CASE, MEMORY_GROUP, WHOLE, named, whole_case
@@ -43,12 +44,14 @@ def _generation(
     if everyone or total <= models.LONGEST_UNCACHED:
         contenders[who.uncached] = lambda: _uncached(device, steps)
     needed = {kind: _summed(device, kind, steps) for kind in (models.OURS, models.CACHED, models.UNCACHED)}
-    theirs = functools.cache(lambda: models.transformer_error(device))
     last = steps[-1][0]
+    errors = {
+        who.cached: functools.partial(models.cached_error, device, total, last),
+        who.uncached: functools.partial(models.uncached_error, device, last),
+    }
     return Problem(
         group, case, *needed[models.OURS], contenders,
-        lambda found: relative_error(found, models.exact_step(device, last)), 2 * inputs.BOUND[dtype_of(device)],
-        {who.cached: lambda found: theirs(), who.uncached: lambda found: theirs()},
+        lambda found: relative_error(found, models.exact_step(device)), 2 * inputs.BOUND[dtype_of(device)], errors,
         {who.cached: needed[models.CACHED], who.uncached: needed[models.UNCACHED]},
         tokens=sum(count for _, count in steps), note=NOTE if len(steps) > 1 else "",
         ours=(who.ours,),
@@ -75,7 +78,7 @@ def _theirs(device: torch.device, steps: list[tuple[int, float]]) -> Steps:
 def _cached(device: torch.device, total: int, steps: list[tuple[int, float]]) -> Steps:
     """One cache of all positions serves every step."""
     model = models.transformer(device)
-    cache = model.new_cache(1, total)
+    cache = filled(model.new_cache(1, total))
     parts = [(count, models.cached_step(device, model, cache, at)) for at, count in steps]
     return Steps(parts, replayed=True)
 

@@ -1,8 +1,10 @@
 """Whole models on one device: decoding at batch 1, sixteen images at once, a layer against attention.
 
 On a GPU the 1.3B shape in bfloat16 at the lengths of the paper's Figure 1, on a CPU a tiny one. Peers: a Transformer of
-as many parameters, with a static key-value cache and, as in the paper, with none; mamba_ssm's model on our weights;
-torch's attention by flash and by cuDNN. Each contender builds its own model, so that its memory is its own.
+as many parameters, with a static key-value cache and, as in the paper, with none; mamba_ssm's and transformers' models
+on our weights; torch's attention by flash and by cuDNN. Each contender builds its own model, so that its memory is its
+own. What a timed step returns is what is checked, where it was timed: ours after a prompt, a Transformer's with its
+whole cache or sequence.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omnimamba_kernels import use_backend
+from omnimamba_kernels import dequantize_int8, use_backend
 from omnimamba_model import BASE, MambaConfig, MambaLM, OmniMamba, OmniMambaConfig, cast_matrices, draw
 
-from .. import counts, inputs
+from .. import counts, inputs, peers
 from ..baselines.attention import Attention
 from ..baselines.transformer import Transformer
 from ..counts import Decoder
+from ..generators import filled
 from ..measure import relative_error, worst_error
 from ..published import AT_ONCE, gpu_images_case
 from .common import Call, Parts, Problem, backends, dtype_of, sizes
@@ -35,8 +38,8 @@ LONGEST_UNCACHED = 16384
 OURS, INT8, CACHED, UNCACHED = "ours", "ours, int8 weights", "Transformer, KV cache", "Transformer, no cache"
 TINY = MambaConfig(d_model=64, n_layer=2, vocab_size=128, d_state=16, headdim=32)
 SMALL = MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)
-PROMPT, SLICE = 24, 128
-"""Tokens that a Transformer's step is checked on; positions of a layer's output that are checked."""
+PROMPT, SLICE = 256, 128
+"""Tokens that a Mamba-2's timed step comes after; positions of a layer's output that are checked."""
 
 
 def problems(device: torch.device) -> Parts:
@@ -58,10 +61,14 @@ def size(device: torch.device) -> str:
     return "1.3B" if device.type == "cuda" else "tiny"
 
 
+def language_config(device: torch.device) -> MambaConfig:
+    return MambaConfig() if device.type == "cuda" else TINY
+
+
 def language(device: torch.device, int8: bool = False) -> MambaLM:
     torch.manual_seed(0)
     with device:
-        model = MambaLM(MambaConfig() if device.type == "cuda" else TINY)
+        model = MambaLM(language_config(device))
     return cast_matrices(model, torch.int8 if int8 else dtype_of(device)).eval()
 
 
@@ -77,23 +84,41 @@ def _token(device: torch.device) -> Tensor:
     return torch.full((1,), 7, device=device)
 
 
+def prompt(device: torch.device, count: int) -> Tensor:
+    """Tokens (1, count), drawn anew for each count."""
+    return torch.randint(1, 128, (1, count), generator=torch.Generator().manual_seed(count)).to(device)
+
+
 @torch.inference_mode()
 def step_of_ours(device: torch.device, model: MambaLM, context: int) -> Call:
-    """One step from a state of zeros at ``context``: what a state holds does not change the time."""
-    state = model.backbone.new_state(1)
+    """One step after PROMPT tokens, as if they were ``context``: what a state holds does not change the time."""
+    state, token = model.backbone.new_state(1), _token(device)
+    model.backbone.prefill(model.backbone.embedding(prompt(device, PROMPT)), state)
     state.position = context
-    step, token = model.backbone.bind_step(state), _token(device)
+    step = model.backbone.bind_step(state)
     return torch.inference_mode()(lambda: model.head(step(model.backbone.embedding(token))))
 
 
+def exact_step(device: torch.device, int8: bool = False, rounded: bool = False) -> Tensor:
+    """The logits of the same step by the definition: the whole sequence on the reference."""
+    return exact_logits(device, torch.cat([prompt(device, PROMPT), _token(device)[None]], dim=1), int8, rounded)
+
+
 @torch.inference_mode()
-def exact_step(device: torch.device, context: int, int8: bool = False) -> Tensor:
-    """The same as a sequence of one token, on the reference."""
-    model = language(device, int8)
-    state = model.backbone.new_state(1)
-    state.position = context
+def exact_logits(device: torch.device, ids: Tensor, int8: bool = False, rounded: bool = False) -> Tensor:
+    """After ids (1, l), in fp32 on the reference, with the numbers that the weights stand for.
+
+    ``rounded``: vectors and convolutions too are of the weights' type, as in a model that is cast as a whole.
+    """
+    model = language(device)
+    if rounded:
+        model = model.to(dtype_of(device))
+    model = model.float()
+    for narrow, whole in zip(language(device, int8=True).modules() if int8 else (), model.modules(), strict=int8):
+        if getattr(narrow, "weight_scale", None) is not None:
+            whole.weight.data = dequantize_int8(narrow.weight, narrow.weight_scale).float()
     with use_backend("reference"):
-        return model.head(model.backbone.prefill(model.backbone.embedding(_token(device)[None]), state))
+        return model(ids)[:, -1]
 
 
 def mamba_ssm(device: torch.device) -> nn.Module:
@@ -114,12 +139,42 @@ def mamba_ssm(device: torch.device) -> nn.Module:
 
 
 def step_of_theirs(device: torch.device, model: nn.Module, context: int) -> Call:
-    """Its step from states of zeros."""
+    """Its step after PROMPT tokens, as if they were ``context``."""
     from mamba_ssm.utils.generation import InferenceParams
 
-    held = InferenceParams(max_seqlen=context + 1024, max_batch_size=1, seqlen_offset=context)
-    token = _token(device)[None]
+    held = InferenceParams(max_seqlen=context + 1024, max_batch_size=1)
+    with torch.inference_mode():
+        model(prompt(device, PROMPT), inference_params=held, num_last_tokens=1)
+    held.seqlen_offset, token = context, _token(device)[None]
     step = lambda: model(token, inference_params=held, num_last_tokens=1).logits[:, 0]  # noqa: E731
+    return torch.inference_mode()(step)
+
+
+def mamba2(device: torch.device) -> nn.Module:
+    """transformers' model on our weights, cast as a whole; RuntimeError with the reason where it is not installed."""
+    peers.fallback("mamba2_chunk_scan")
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    ours = language(device)
+    sizes = ours.config
+    config = Mamba2Config(
+        num_heads=sizes.nheads, head_dim=sizes.headdim, vocab_size=sizes.vocab_size, hidden_size=sizes.d_model,
+        state_size=sizes.d_state, num_hidden_layers=sizes.n_layer, n_groups=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(config)
+    weights = {name.replace("embedding.", "embeddings."): tensor for name, tensor in ours.state_dict().items()}
+    table = {"lm_head.weight": weights["backbone.embeddings.weight"]}
+    model.load_state_dict(weights | table, assign=True)
+    model.tie_weights()
+    return model.to(dtype_of(device)).eval()
+
+
+@torch.inference_mode()
+def step_of_transformers(device: torch.device, model: nn.Module) -> Call:
+    """Its step after PROMPT tokens."""
+    cache, token = model(prompt(device, PROMPT), use_cache=True, logits_to_keep=1).cache_params, _token(device)[None]
+    step = lambda: model(token, cache_params=cache, use_cache=True).logits[:, -1]  # noqa: E731
     return torch.inference_mode()(step)
 
 
@@ -129,7 +184,7 @@ def _ours(device: torch.device, context: int, int8: bool = False) -> Call:
 
 def _cached(device: torch.device, context: int) -> Call:
     model = transformer(device)
-    return cached_step(device, model, model.new_cache(1, context + 1), context)
+    return cached_step(device, model, filled(model.new_cache(1, context + 1)), context)
 
 
 def _uncached(device: torch.device, context: int) -> Call:
@@ -142,7 +197,7 @@ def cached_step(device: torch.device, model: Transformer, cache: Tensor, context
 
 
 def uncached_step(device: torch.device, model: Transformer, context: int) -> Call:
-    ids = _token(device).expand(1, context + 1)
+    ids = prompt(device, context + 1)
     return lambda: model.last(ids)
 
 
@@ -151,7 +206,7 @@ def needs(device: torch.device, context: float) -> dict[str, tuple[float, float]
     and its cache, or without one the whole sequence again."""
     size = torch.empty((), dtype=dtype_of(device)).element_size()
     large = device.type == "cuda"
-    ours, theirs = (MambaConfig(), Decoder(2048, 24, 8192)) if large else (TINY, Decoder(64, 2, 128, 128))
+    ours, theirs = language_config(device), Decoder(2048, 24, 8192) if large else Decoder(64, 2, 128, 128)
     total = lambda parts: (sum(p.bytes for p in parts), sum(p.flops for p in parts))  # noqa: E731
     return {
         OURS: total(counts.mamba_step(ours, 1, size)),
@@ -161,14 +216,15 @@ def needs(device: torch.device, context: float) -> dict[str, tuple[float, float]
     }
 
 
-@torch.inference_mode()
-def transformer_error(device: torch.device) -> float:
-    """A short prompt token by token with a cache, against all of it at once in fp32."""
+def cached_error(device: torch.device, total: int, context: int, found: Tensor) -> float:
+    """Logits of a step with a cache of ``total`` positions, against the definition on the same numbers."""
     model = transformer(device)
-    ids = torch.arange(PROMPT, device=device)[None]
-    cache = model.new_cache(1, PROMPT)
-    steps = [model.step(ids[:, i], cache, i) for i in range(PROMPT)]
-    return relative_error(steps[-1], copy.deepcopy(model).float().last(ids))
+    cache = filled(model.new_cache(1, total))
+    return relative_error(found, model.plain_step(_token(device), cache, context))
+
+
+def uncached_error(device: torch.device, context: int, found: Tensor) -> float:
+    return relative_error(found, transformer(device).plain_last(prompt(device, context + 1)))
 
 
 def _decode(device: torch.device, context: int) -> Problem:
@@ -178,17 +234,22 @@ def _decode(device: torch.device, context: int) -> Problem:
     first = context == sizes(device, CONTEXTS, (64,))[0]
     if first:  # ours takes as long at any
         contenders[INT8] = functools.partial(_ours, device, context, int8=True)
+        contenders[peers.label()] = lambda: step_of_transformers(device, mamba2(device))
     if device.type == "cuda":
         contenders["mamba_ssm"] = lambda: step_of_theirs(device, mamba_ssm(device), context)
     contenders[CACHED] = functools.partial(_cached, device, context)
     if context <= LONGEST_UNCACHED:
         contenders[UNCACHED] = functools.partial(_uncached, device, context)
-    theirs = lambda found: transformer_error(device)  # noqa: E731
-    narrow = lambda found: relative_error(found, exact_step(device, context, int8=True))  # noqa: E731
+    errors = {
+        INT8: lambda found: relative_error(found, exact_step(device, int8=True)),
+        peers.label(): lambda found: relative_error(found, exact_step(device, rounded=True)),
+        CACHED: functools.partial(cached_error, device, context + 1, context),
+        UNCACHED: functools.partial(uncached_error, device, context),
+    }
     return Problem(
         DECODE, case(device, context_case(context)), *needed.pop(OURS), contenders,
-        lambda found: relative_error(found, exact_step(device, context)), 2 * inputs.BOUND[dtype_of(device)],
-        {INT8: narrow, CACHED: theirs, UNCACHED: theirs}, needed, graph=True, energy=first, tokens=1,
+        lambda found: relative_error(found, exact_step(device)), 2 * inputs.BOUND[dtype_of(device)],
+        errors, needed, graph=True, energy=first, tokens=1,
         ours=(own, INT8),
     )  # fmt: skip
 
