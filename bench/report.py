@@ -34,7 +34,7 @@ GPU_READING = (
     "Times are medians of calls timed by the device's own events, each after everything was pushed out of its cache; "
     "as a graph: the same calls replayed as a CUDA graph. The floor is the longer of bytes over a copy's speed and "
     "FLOPs over the rate of torch's bf16 matmul, both measured in the same process. Clocks are medians while the calls "
-    "ran, with what held them back; joules, of a few rows, are a call's or its "
+    "ran, with what held them back; joules, of an operation's first case and of a model's, are a call's or its "
     "graph's in a second back to back, by the driver. (~: three steps measured, and summed.)"
 )
 

@@ -259,6 +259,11 @@ def test_torch_is_a_peer_eager_and_compiled(op, monkeypatch):
     assert op == "ssd_scan" or any(who.split(",")[0] == plain.EAGER for who in timed)
 
 
+@pytest.mark.parametrize("op", [op for op in gpu_run.ORDER if op != "generation"])
+def test_energy_is_read_of_one_case_at_least(op):
+    assert any(problem.energy for problem in OPERATIONS[op](CPU))
+
+
 def test_peft_is_a_peer_of_one_adapter(monkeypatch):
     pytest.importorskip("peft")
     rows = []

@@ -72,7 +72,7 @@ def _case(device: torch.device, number: int, case: cases.Case) -> Iterator[Probl
     if values["task"] is not None:
         functions |= _named(written_out(device, product_by_product, not number), "product by product")
     functions[BASE] = base
-    yield _forward(case, values, functions)
+    yield dataclasses.replace(_forward(case, values, functions), energy=not number)
     if case.tasks and (device.type == "cpu" or x.shape[0] >= FEWEST):
         yield _backward(case, values, functions)
 

@@ -73,6 +73,7 @@ def _case(device: torch.device, number: int, case: cases.Case) -> Iterator[Probl
         return worst_error(found, exact[1:])
 
     rows = nbytes(values["x"])
-    yield Problem("gated_norm forward", case.name, 3 * rows, 0.0, forward(functions, values), error, bound)
+    yield Problem("gated_norm forward", case.name, 3 * rows, 0.0, forward(functions, values), error, bound,
+                  energy=not number)  # fmt: skip
     yield Problem("gated_norm backward", case.name, 5 * rows, 0.0, backward(functions, values, upstream),
                   gradient_error, bound)  # fmt: skip

@@ -19,13 +19,13 @@ from . import models
 from .common import Call, Parts, Problem, backends, dtype_of, sizes
 
 PREFILL, TRANSFORMER = "prefill", "Transformer"
-LENGTHS = (2048, 16384)
+LENGTHS, SMALL = (2048, 16384), (100,)
 LONGEST_FALLBACK = 2048
 """Tokens up to which transformers' plain torch is timed: it holds every pair of positions of a chunk for all states."""
 
 
 def problems(device: torch.device) -> Parts:
-    return Parts(partial(_prefill, device, length) for length in sizes(device, LENGTHS, (100,)))
+    return Parts(partial(_prefill, device, length) for length in sizes(device, LENGTHS, SMALL))
 
 
 @torch.inference_mode()
@@ -78,5 +78,5 @@ def _prefill(device: torch.device, length: int) -> Problem:
     return Problem(
         PREFILL, models.case(device, f"{length} tokens"), *total(needed), contenders,
         lambda found: relative_error(found, exact()), 2 * inputs.BOUND[dtype_of(device)], errors,
-        {TRANSFORMER: total(theirs)}, energy=length == LENGTHS[0], tokens=length, ours=(own,),
+        {TRANSFORMER: total(theirs)}, energy=length == sizes(device, LENGTHS, SMALL)[0], tokens=length, ours=(own,),
     )  # fmt: skip

@@ -60,4 +60,5 @@ def _problem(device: torch.device, case: cases.Case, state_dtype: torch.dtype) -
     moved += 0 if case.tied else nbytes(*(values[k] for k in ("dt", "A", "D", "dt_bias")))
     name = f"{case.name}, state {str(state_dtype).removeprefix('torch.')}"
     return Problem("state_update", name, moved, 0.0, in_place(calls, state),
-                   lambda y: worst_error((y,), (exact,)), inputs.BOUND[dtype_of(device)])  # fmt: skip
+                   lambda y: worst_error((y,), (exact,)), inputs.BOUND[dtype_of(device)],
+                  energy=state_dtype is not torch.float32)  # fmt: skip
