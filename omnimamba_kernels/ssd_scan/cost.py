@@ -1,7 +1,7 @@
 """What the scan's Triton kernels load, store and multiply, against what nobody can do without.
 
 Of sequences whose states never fade to nothing: walks that stop where nothing is left do less. With ``seq_idx`` of one
-sequence a batch row, without padding; packed by ``cu_seqlens`` as these have it, in the forward alone.
+sequence a batch row, without padding; packed by ``cu_seqlens`` as these have it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _ranges(walk: tiles.Walk, b: int, l: int, cu_seqlens: Tensor | None, varlen_
         return _Ranges((walk.piece,) * (b * walk.pieces), b * l, earlier * b, walk.segments * b)
     offsets = cu_seqlens.tolist()
     count = len(offsets) - 1
-    tries = count.bit_length() + 1  # of a bisection
+    tries = _tries(count + 1)
     ends = [((k * walk.piece, (k + 1) * walk.piece), 0) for k in range(walk.pieces)]
     if varlen_states:
         ends += [((0, end if end > start else 0), 2) for start, end in itertools.pairwise(offsets)]
@@ -141,9 +141,44 @@ def walk_exponentials(x: Tensor, B: Tensor, z: Tensor | None, seq_idx: Tensor | 
     return programs * (walk.chunks * each + seeds * tile.n_blocks)
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """What the backward meets in each chunk, all batch rows together: ``kept`` positions that count, and of packed
+    sequences whose states have gradients ``ends``, of which ``full`` are not empty. A bisection of their ends reads
+    ``tries`` offsets."""
+
+    kept: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+    full: tuple[int, ...] = ()
+    tries: int = 0
+    size: int = 0  # bytes of an offset
+
+    @property
+    def positions(self) -> int:
+        return sum(self.kept)
+
+    def offsets(self, readers: int) -> int:
+        """Bytes of offsets that as many readers of each chunk load, to find its ends and where each begins."""
+        return readers * 2 * self.size * (self.tries * len(self.ends) + sum(self.ends))
+
+
+def _packing(b: int, l: int, cu_seqlens: Tensor | None, varlen_states: bool) -> _Packing:
+    starts = range(0, l, CHUNK)
+    if cu_seqlens is None:
+        return _Packing(tuple(b * min(CHUNK, l - start) for start in starts))
+    offsets = [min(offset, l) for offset in cu_seqlens.tolist()]
+    kept = tuple(max(0, min(start + CHUNK, offsets[-1]) - start) for start in starts)
+    if not varlen_states:
+        return _Packing(kept, size=_size(cu_seqlens))
+    pairs = list(itertools.pairwise(offsets))
+    ends = [[begin < end for begin, end in pairs if start < end <= start + CHUNK] for start in starts]
+    return _Packing(kept, tuple(map(len, ends)), tuple(map(sum, ends)), _tries(len(pairs)), _size(cu_seqlens))
+
+
 def backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
-    initial_states: Tensor | None, seq_idx: Tensor | None, *, target: Target, **_: object,
+    initial_states: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None = None, *, target: Target,
+    varlen_states: bool = False, **_: object,
 ) -> dict[str, Cost]:  # fmt: skip
     """Gradients of everything, from those of y (in x's type) and of the final states."""
     (b, l, h, p), n = x.shape, B.shape[3]
@@ -151,28 +186,32 @@ def backward(
     narrow = tiles.narrow_backward(z, x, B, C)
     each = b * h * chunks  # heads' chunks
     number = _size(A) + _size(dt_bias)
-    ids = 0 if seq_idx is None else seq_idx.element_size()
     vector = CHUNK * FLOAT
     skip = 0 if D is None else D.numel() // h
     sums = each * (2 + skip) * FLOAT
+    packing = _packing(b, l, cu_seqlens, varlen_states)
 
     walk = tiles.back_walk(target, x, n, narrow)
     tile, terms = walk.tile, tiles.TERMS if narrow else 1
+    pieces = _later_pieces(walk, b, l, cu_seqlens)
+    later, finals = _seeds(walk, b, pieces)
     tasks = b * h * tile.p_blocks * tile.n_blocks
-    loaded = b * h * (walk.segments * p * n * FLOAT
-                      + l * (tile.p_blocks * n * _size(C) + tile.n_blocks * p * (_size(x) + _size(z))))  # fmt: skip
+    loaded = h * (finals * p * n * FLOAT + packing.positions * (tile.p_blocks * n * _size(C)
+                  + tile.n_blocks * p * (_size(x) + _size(z))))  # fmt: skip
     loaded += tasks * chunks * (3 * vector + CHUNK)
-    later = walk.per_segment * walk.segments * (walk.segments - 1) // 2  # pieces that segments begin with
-    loaded += later * (b * h * p * n * FLOAT + tasks * DOUBLE)
+    loaded += later * (h * p * n * FLOAT + tasks // b * DOUBLE)
+    loaded += packing.offsets(tasks) + sum(packing.ends) * h * p * n * FLOAT
+    if varlen_states and initial_states is not None and cu_seqlens.shape[0] > 1:
+        loaded += tasks * packing.size + h * p * n * FLOAT  # a first sequence that is empty
     flops = tasks * chunks * CHUNK * _product(tile, "BLOCK_P", "BLOCK_N") * terms
     deep = tiles.tile("back_chunks", target, x, n, narrow)
     return {
-        "ssd_starts": _starts(x, dt, C, z, number, ids, walk, terms),
+        "ssd_starts": _starts(x, dt, C, z, number, seq_idx, walk, terms, packing, pieces, cu_seqlens),
         "ssd_back_walk": Cost(loaded, each * p * n * FLOAT + nbytes(initial_states), flops),
-        "ssd_back_chunks": _inputs(x, B, C, D, z, target, deep) + _inside(x, B, C, z, skip, target, deep)
-        + _states(x, B, C, z, target, deep),
+        "ssd_back_chunks": _inputs(x, B, C, D, z, target, deep, packing)
+        + _inside(x, B, C, z, skip, target, deep, packing) + _states(x, B, C, z, target, deep, packing),
         "ssd_back_close": Cost(
-            nbytes(dt) + each * ((7 + deep.n_blocks) * vector + CHUNK + number)
+            packing.positions * h * _size(dt) + each * ((7 + deep.n_blocks) * vector + CHUNK + number)
             + 4 * _parts(x, B, target, deep) * B.numel() * FLOAT,
             nbytes(dt, B, C) + 2 * each * FLOAT,
         ),
@@ -180,68 +219,125 @@ def backward(
     }  # fmt: skip
 
 
+def _later_pieces(walk: tiles.Walk, b: int, l: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, bool, int]]:
+    """Of each piece whose start is asked for: from where to where it is walked, whether what comes after it reaches
+    nothing before it, and how many packed sequences end where it does."""
+    found = []
+    for which in range(walk.pieces):
+        start = (walk.per_segment + which) * walk.piece
+        end, wiped, ending = min(start + walk.piece, l), False, 0
+        if cu_seqlens is not None:
+            offsets = [min(offset, l) for offset in cu_seqlens.tolist()]
+            count = bisect.bisect_right(offsets, start - 1)
+            begin = offsets[count] if count < len(offsets) else start
+            wiped = count < len(offsets) and begin < end
+            end = min(begin, end)
+            ending = sum(start < offset <= end for offset in offsets[1:])
+        found.append((start, max(start, end), wiped, ending))
+    return found
+
+
+def _seeds(walk: tiles.Walk, b: int, pieces: list[tuple[int, int, bool, int]]) -> tuple[int, int]:
+    """Of all rows: how many pieces the segments begin with, and how often the final states' gradient reaches one."""
+    later = finals = 0
+    for segment in range(walk.segments):
+        wiped = [piece[2] for piece in pieces[segment * walk.per_segment :]]
+        later += wiped.index(True) + 1 if True in wiped else len(wiped)
+        finals += True not in wiped
+    return b * later, b * finals
+
+
 def _starts(
-    x: Tensor, dt: Tensor, C: Tensor, z: Tensor | None, number: int, ids: int, walk: tiles.Walk, terms: int
-) -> Cost:
+    x: Tensor, dt: Tensor, C: Tensor, z: Tensor | None, number: int, seq_idx: Tensor | None, walk: tiles.Walk,
+    terms: int, packing: _Packing, pieces: list[tuple[int, int, bool, int]], cu_seqlens: Tensor | None,
+) -> Cost:  # fmt: skip
     """The steps, dt once for each tile of the state of each piece, and there dy (and z) and C."""
     (b, l, h, p), n = x.shape, C.shape[3]
-    tile = walk.ends
+    tile, ids = walk.ends, _size(seq_idx)
     head_blocks = blocks(h, tiles.block(h, tile.use["BLOCK_H"], 1))
-    steps = Cost(nbytes(dt) + b * walk.chunks * h * number + b * head_blocks * (2 * l - 1) * ids,
-                 b * walk.chunks * CHUNK * (3 * h * FLOAT + 1))  # fmt: skip
-    first, group = walk.per_segment, CHUNK * tile.use["GROUP"]
-    lengths = [max(0, min(walk.piece, l - (first + k) * walk.piece)) for k in range(walk.pieces)]
+    tries = 0 if cu_seqlens is None else _tries(cu_seqlens.shape[0])
+    loaded = packing.positions * h * _size(dt) + b * walk.chunks * h * number + b * head_blocks * (2 * l - 1) * ids
+    if cu_seqlens is not None:
+        loaded += head_blocks * (walk.chunks * CHUNK * tries + l) * packing.size
+    steps = Cost(loaded, b * walk.chunks * CHUNK * (3 * h * FLOAT + 1))
+    group, lengths = tile.use["GROUP"], [end - start for start, end, *_ in pieces]
     heads, tiles_a_head, positions = b * h, tile.p_blocks * tile.n_blocks, sum(lengths)
     loaded = heads * tiles_a_head * (walk.pieces * number + positions * (_size(dt) + 2 * ids))
     loaded += heads * positions * (tile.p_blocks * n * _size(C) + tile.n_blocks * p * (_size(x) + _size(z)))
-    walked = sum(blocks(length, group) * group for length in lengths)
-    flops = heads * tiles_a_head * walked * _product(tile, "BLOCK_P", "BLOCK_N") * terms
+    walked = sum(blocks(length, CHUNK * group) * group for length in lengths)  # chunks
+    if cu_seqlens is not None:
+        loaded += heads * tiles_a_head * walk.pieces * (tries + 1) * packing.size
+    if packing.tries:
+        ends = sum(ending for *_, ending in pieces)
+        loaded += heads * tiles_a_head * 2 * packing.size * (packing.tries * walked + ends)
+        loaded += heads * ends * p * n * FLOAT
+    flops = heads * tiles_a_head * walked * CHUNK * _product(tile, "BLOCK_P", "BLOCK_N") * terms
     return steps + Cost(loaded, heads * walk.pieces * (p * n * FLOAT + DOUBLE), flops)
 
 
-def _inputs(x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, target: Target, tile: Tile) -> Cost:
+def _inputs(
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, target: Target, tile: Tile, packing: _Packing
+) -> Cost:
     """The chunks' first role: dx and dz."""
     (b, l, h, p), (_, _, g, n) = x.shape, B.shape
     chunks, deep_blocks = blocks(l, CHUNK), blocks(n, tile.constants["DEEP_N"])
     each, programs = b * h * chunks, b * g * chunks * _parts(x, B, target, tile)
-    once = l * n * (_size(B) + _size(C)) + (l * n * _size(B) if deep_blocks == 1 else 0)
-    loaded = programs // chunks * once + programs * CHUNK
-    loaded += each * (3 * CHUNK * FLOAT + p * _size(D) + p * n * FLOAT) + nbytes(x, x, z)
+    columns, full = h * packing.positions * p, h * sum(packing.full)
+    once = n * (_size(B) + _size(C)) + (n * _size(B) if deep_blocks == 1 else 0)
+    loaded = programs // (b * chunks) * packing.positions * once + programs * CHUNK
+    loaded += each * (3 * CHUNK * FLOAT + p * _size(D) + p * n * FLOAT) + columns * (2 * _size(x) + _size(z))
     if deep_blocks > 1:
-        loaded += b * h * tile.p_blocks * l * n * _size(B)
+        again = packing.positions + sum(k * f for k, f in zip(packing.kept, packing.full, strict=False))
+        loaded += h * tile.p_blocks * again * n * _size(B)
     if z is not None:
-        loaded += nbytes(z, z, x)  # the gate again, y before it, dy again
+        loaded += columns * (2 * _size(z) + _size(x))  # the gate again, y before it, dy again
+    loaded += full * p * n * FLOAT + _offsets_a_chunk(packing, programs, h * tile.p_blocks)
     flops = programs * CHUNK * deep_blocks * _product(tile, "DEEP_N") * CHUNK
     terms = tiles.TERMS if tile.constants["NARROW"] else 1
     inside, through = _product(tile, "BLOCK_P") * CHUNK, deep_blocks * _product(tile, "BLOCK_P", "DEEP_N") * terms
-    flops += each * tile.p_blocks * CHUNK * (inside + through)
+    flops += tile.p_blocks * CHUNK * (each * inside + (each + full) * through)
     return Cost(loaded, nbytes(x, z) + each * 2 * CHUNK * FLOAT, flops)
 
 
-def _inside(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, skip: int, target: Target, tile: Tile) -> Cost:
+def _inside(
+    x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, skip: int, target: Target, tile: Tile, packing: _Packing
+) -> Cost:
     """The second: dB and dC within the chunk, the sums of T, and dD's."""
-    (b, l, h, _), (_, _, g, n) = x.shape, B.shape
+    (b, l, h, p), (_, _, g, n) = x.shape, B.shape
     chunks = blocks(l, CHUNK)
     each, programs = b * h * chunks, b * g * chunks * _parts(x, B, target, tile)
-    loaded = programs // chunks * 2 * l * n * (_size(B) + _size(C)) + programs * CHUNK
-    loaded += each * 3 * CHUNK * FLOAT + nbytes(x, x, z)
+    loaded = programs // (b * chunks) * 2 * packing.positions * n * (_size(B) + _size(C)) + programs * CHUNK
+    loaded += each * 3 * CHUNK * FLOAT + h * packing.positions * p * (2 * _size(x) + _size(z))
     stored = each * (2 * CHUNK + skip) * FLOAT + programs // chunks * 2 * l * n * FLOAT
     flops = programs * CHUNK * tile.n_blocks * 3 * _product(tile, "BLOCK_N") * CHUNK
     flops += each * CHUNK * tile.p_blocks * _product(tile, "BLOCK_P") * CHUNK
     return Cost(loaded, stored, flops)
 
 
-def _states(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, target: Target, tile: Tile) -> Cost:
+def _states(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, target: Target, tile: Tile, packing: _Packing) -> Cost:
     """The others, one a block of states: dB and dC through the states."""
     (b, l, h, p), (_, _, g, n) = x.shape, B.shape
     chunks = blocks(l, CHUNK)
     each, programs = b * h * chunks, b * g * chunks * _parts(x, B, target, tile)
+    positions, full = h * packing.positions, h * sum(packing.full)
     loaded = programs * tile.n_blocks * CHUNK + each * tile.n_blocks * 3 * CHUNK * FLOAT
-    loaded += each * 2 * p * n * FLOAT + tile.n_blocks * nbytes(x, x, z) + b * h * l * n * _size(C)
+    loaded += each * 2 * p * n * FLOAT + tile.n_blocks * positions * p * (2 * _size(x) + _size(z))
+    loaded += positions * n * _size(C) + full * p * n * FLOAT
+    loaded += tile.n_blocks * _offsets_a_chunk(packing, programs, h * tile.p_blocks)
     stored = each * tile.n_blocks * CHUNK * FLOAT + programs // chunks * 2 * l * n * FLOAT
     terms = 1 + (tiles.TERMS if tile.constants["NARROW"] else 1)
-    flops = each * tile.n_blocks * tile.p_blocks * CHUNK * terms * _product(tile, "BLOCK_P", "BLOCK_N")
+    flops = tile.n_blocks * tile.p_blocks * CHUNK * (each * terms + full) * _product(tile, "BLOCK_P", "BLOCK_N")
     return Cost(loaded, stored, flops)
+
+
+def _offsets_a_chunk(packing: _Packing, programs: int, readers: int) -> int:
+    """Bytes of offsets: each program finds its chunk's ends, each head's block of channels where each begins."""
+    return 2 * packing.size * (packing.tries * programs + readers * sum(packing.ends))
+
+
+def _tries(count: int) -> int:
+    """How many of ``count`` offsets a bisection reads."""
+    return max(0, count - 1).bit_length() + 1
 
 
 def _parts(x: Tensor, B: Tensor, target: Target, tile: Tile) -> int:

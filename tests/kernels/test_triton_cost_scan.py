@@ -57,9 +57,16 @@ def test_packed_scan(ends, states):
     case = Case("packed", 1, 200, 2, 37, n=35, skip=1, gate=True, initial_states=True, sequences="cu_seqlens")
     tensors = case.tensors(torch.float16) | {"cu_seqlens": torch.tensor(ends)}
     tensors["A"] = tensors["A"] * 1e-3
+    options = case.options | {"return_varlen_states": states}
     with use_backend("triton"), counted() as found:
-        mamba_chunk_scan_combined(**tensors, **case.options | {"return_varlen_states": states})
+        mamba_chunk_scan_combined(**tensors, **options)
     assert found == cost.forward(**tensors, target=INTERPRETER, varlen_states=states)
+    leaves = {k: t.requires_grad_() if t is not None and t.is_floating_point() else t for k, t in tensors.items()}
+    with use_backend("triton"):
+        outputs = mamba_chunk_scan_combined(**leaves, **options)
+        with counted() as backward:
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    assert backward == cost.backward(**tensors, target=INTERPRETER, varlen_states=states)
 
 
 @interpreted
