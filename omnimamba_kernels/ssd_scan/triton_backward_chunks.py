@@ -21,6 +21,8 @@ the grid, so that what two of them read comes from memory once; what is summed o
     inside  C B^T once; for each head dy x^T and the sums of T; dG is summed over heads
     states  BLOCK_N of the n states: for each head R and W; dB and dC through the states are summed over heads
 Nothing is hoisted out of loops (disable_licm): addresses and split operands that live on would overflow the registers.
+Loops over blocks are unrolled up to 64 channels and 128 states, where the loop over heads is pipelined: more would take
+minutes to compile. What reaches the chunk's end and what reaches packed sequences' ends goes through the same code.
 Traffic, bytes a position and head, 16-bit x, p 64, n 128: x and dy 256, S and dS' 1024 and dx 128 from and to
 memory; x and dy 768 and dS' 512 once more from the cache; steps and terms 60.
 """
@@ -50,8 +52,9 @@ def _scores(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """rows columns^T over all N states."""
+    UNROLL: tl.constexpr = N_BLOCKS if NARROW and N <= 128 else 1
     G = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1, disable_licm=True):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=UNROLL, disable_licm=True):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         a = load_tile(rows, row, rows_l, state, N, BLOCK_N, valid, NARROW)
         b = load_tile(columns, row, columns_l, state, N, BLOCK_N, valid, NARROW)
@@ -66,7 +69,8 @@ def _spread(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores dG columns, over all N states."""
-    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1, disable_licm=True):
+    UNROLL: tl.constexpr = N_BLOCKS if NARROW and N <= 128 else 1
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=UNROLL, disable_licm=True):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = load_tile(columns, i, columns_l, state, N, BLOCK_N, valid, NARROW)
         found = product(dG, tile, tl.zeros((CHUNK, BLOCK_N), tl.float32), PRECISION)
@@ -130,6 +134,7 @@ def _states(
     i = tl.arange(0, CHUNK)
     valid = tl.load(used + i) > 0
     state = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    UNROLL: tl.constexpr = P_BLOCKS if NARROW and P <= 64 else 1
     dC_sum = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     dB_sum = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     first, last = 0, 0
@@ -141,7 +146,7 @@ def _states(
         carry = tl.exp2(high + low)
         dyS = tl.zeros((CHUNK, BLOCK_N), tl.float32)
         inward = tl.zeros((CHUNK,), tl.float32)
-        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1, disable_licm=True):
+        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=UNROLL, disable_licm=True):
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             S = load_state(states + (state_at + head) * (P * N), column, state, P, N, BLOCK_P, BLOCK_N)
             dy_head = dy + head * dy_h if HAS_DY else dy
@@ -149,18 +154,16 @@ def _states(
             dy_tile = load_gradient(dy_head, z_head, i, dy_l, z_l, column, P, BLOCK_P, valid, NARROW, HAS_DY, HAS_Z)
             dyS = product_exact_derived(dy_tile, S, dyS, NARROW, PRECISION)
             x_tile = load_tile(x + head * x_h, i, x_l, column, P, BLOCK_P, valid, NARROW)
-            dS = load_state(dstates + (state_at + head) * (P * N), column, state, P, N, BLOCK_P, BLOCK_N)
-            inward += tl.where(i == CHUNK - 1, carry * tl.sum(S * dS), 0.0)
-            weighted = weigh(x_tile, dt * tail_of(high, low, CHUNK, CHUNK))
-            dB_sum = product(weighted, dS.to(x_tile.dtype), dB_sum, PRECISION)
-            if HAS_VARLEN:
-                for j in range(first, last):
-                    end = offset_at(offsets, j + 1, l)
-                    if end > offset_at(offsets, j, l):
-                        dV = load_state(dvarlen + (j * heads + head) * (P * N), column, state, P, N, BLOCK_P, BLOCK_N)
-                        inward += tl.where(i == end - start - 1, carry * tl.sum(S * dV), 0.0)
-                        weighted = weigh(x_tile, dt * tail_of(high, low, end - start, CHUNK))
-                        dB_sum = product(weighted, dV.to(x_tile.dtype), dB_sum, PRECISION)
+            for j in range(first - 1, last):
+                dS, end, follows = gradient_after(
+                    dstates + (state_at + head) * (P * N), dvarlen, offsets, j, first, head, start, heads, l,
+                    CHUNK, P * N, HAS_VARLEN,
+                )  # fmt: skip
+                if follows:
+                    dS_tile = load_state(dS, column, state, P, N, BLOCK_P, BLOCK_N)
+                    inward += tl.where(i == end - 1, carry * tl.sum(S * dS_tile), 0.0)
+                    weighted = weigh(x_tile, dt * tail_of(high, low, end, CHUNK))
+                    dB_sum = product(weighted, dS_tile.to(x_tile.dtype), dB_sum, PRECISION)
         dyS *= carry[:, None]
         dC_sum += dyS
         C_tile = load_tile(C, i, C_l, state, N, BLOCK_N, valid, NARROW)
@@ -170,6 +173,24 @@ def _states(
     inside = stored[:, None] & (state < N)[None, :]
     tl.store(dC + tile, dC_sum, mask=inside)
     tl.store(dB + tile, dB_sum, mask=inside)
+
+
+@triton.jit
+def gradient_after(
+    dS, dvarlen, offsets, j, first, head, start, heads, l,
+    CHUNK: tl.constexpr, STATE: tl.constexpr, HAS_VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Where a state's gradient lies, after how many of the chunk's positions it is the state, and whether it counts: dS
+    for the chunk's end (j = first - 1), then those of packed sequences, if they are not empty."""
+    end, follows = CHUNK, True
+    if HAS_VARLEN:
+        follows = j < first
+        if not follows:
+            stop = offset_at(offsets, j + 1, l)
+            follows = stop > offset_at(offsets, j, l)
+            end = (stop - start).to(tl.int32)
+            dS = dvarlen + (j * heads + head) * STATE
+    return dS, end, follows
 
 
 @triton.jit
@@ -200,8 +221,9 @@ def _through_state(
     """Adds what comes back through the state after position end - 1, whose gradient lies at dS, to dx, U and ``ahead``,
     the sum of dt U over each position and those before it."""
     i = tl.arange(0, CHUNK)
+    UNROLL: tl.constexpr = N_BLOCKS if NARROW and N <= 128 else 1
     u = tl.zeros((CHUNK, BLOCK_P), tl.float32)
-    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=N_BLOCKS if NARROW else 1, disable_licm=True):
+    for k in tl.range(0, N_BLOCKS, num_stages=1, loop_unroll_factor=UNROLL, disable_licm=True):
         state = k * BLOCK_N + tl.arange(0, BLOCK_N)
         dS_tile = load_state(dS, column, state, P, N, BLOCK_P, BLOCK_N)
         if N_BLOCKS == 1:
@@ -229,6 +251,7 @@ def _inputs(
     valid = tl.load(used + i) > 0
     mask = i[:, None] <= i[None, :]
     G = _scores(B, C, i, B_l, C_l, valid, CHUNK, N, BLOCK_N, N_BLOCKS, NARROW, PRECISION)
+    UNROLL: tl.constexpr = P_BLOCKS if NARROW and P <= 64 else 1
     B_tile = None
     if N_BLOCKS == 1:
         B_tile = load_tile(B, i, B_l, tl.arange(0, BLOCK_N), N, BLOCK_N, valid, NARROW)
@@ -242,7 +265,7 @@ def _inputs(
         M = (tl.where(mask, G * L, 0.0) * dt[:, None]).to(C.dtype.element_ty if NARROW else tl.float32)
         U = tl.zeros((CHUNK,), tl.float32)
         ahead = tl.zeros((CHUNK,), tl.float32)
-        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=P_BLOCKS if NARROW else 1, disable_licm=True):
+        for k in tl.range(0, P_BLOCKS, num_stages=1, loop_unroll_factor=UNROLL, disable_licm=True):
             column = k * BLOCK_P + tl.arange(0, BLOCK_P)
             dy_head = dy + head * dy_h if HAS_DY else dy
             z_head = z + head * z_h if HAS_Z else z
@@ -253,19 +276,16 @@ def _inputs(
                 at = D + head * P + column if SKIP == 2 else D + head + column * 0
                 dx_sum += tl.load(at, mask=column < P, other=0.0).to(tl.float32)[None, :] * dy_tile
             dx_sum = product(M, dy_tile, dx_sum, PRECISION)
-            dx_sum, U, ahead = _through_state(
-                dx_sum, U, ahead, x_tile, B, B_tile, dstates + (state_at + head) * (P * N), dt, high, low, CHUNK, valid,
-                column, B_l, CHUNK, P, N, BLOCK_P, BLOCK_N, N_BLOCKS, NARROW, PRECISION,
-            )  # fmt: skip
-            if HAS_VARLEN:
-                for j in range(first, last):
-                    end = offset_at(offsets, j + 1, l)
-                    if end > offset_at(offsets, j, l):
-                        dV = dvarlen + (j * heads + head) * (P * N)
-                        dx_sum, U, ahead = _through_state(
-                            dx_sum, U, ahead, x_tile, B, B_tile, dV, dt, high, low, end - start, valid,
-                            column, B_l, CHUNK, P, N, BLOCK_P, BLOCK_N, N_BLOCKS, NARROW, PRECISION,
-                        )  # fmt: skip
+            for j in range(first - 1, last):
+                dS, end, follows = gradient_after(
+                    dstates + (state_at + head) * (P * N), dvarlen, offsets, j, first, head, start, heads, l,
+                    CHUNK, P * N, HAS_VARLEN,
+                )  # fmt: skip
+                if follows:
+                    dx_sum, U, ahead = _through_state(
+                        dx_sum, U, ahead, x_tile, B, B_tile, dS, dt, high, low, end, valid,
+                        column, B_l, CHUNK, P, N, BLOCK_P, BLOCK_N, N_BLOCKS, NARROW, PRECISION,
+                    )  # fmt: skip
             tile = i[:, None] * (heads * P) + head * P + column[None, :]
             inside = stored[:, None] & (column < P)[None, :]
             tl.store(dx + tile, dx_sum.to(dx.dtype.element_ty), mask=inside)
@@ -304,6 +324,7 @@ def ssd_back_chunks(
     per_group = heads // groups
     first_head = g * per_group + part * part_heads
     last_head = tl.minimum(first_head + part_heads, (g + 1) * per_group)
+    part_size += b * 0  # 64 bits wide
     step_at, state_at = b * heads * chunk_count + chunk, (b * chunk_count + chunk) * heads
     start = chunk * CHUNK
     position = b * l + start
