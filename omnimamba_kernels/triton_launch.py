@@ -30,6 +30,9 @@ _KINDS = {
 }  # fmt: skip
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
+LONGEST = 2**29
+"""Positions of a dimension that kernels count, in 32 bits."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -127,6 +130,8 @@ def cannot_store(*tensors: Tensor | None) -> str | None:
             return "Triton kernels read memory as it is, and one tensor is a negated view; .resolve_neg() makes a copy"
         if not runs_on(t.device):
             return f"Triton kernels do not run on device {t.device}"
+        if max(t.shape, default=0) > LONGEST:
+            return f"Triton kernels count at most {LONGEST} positions of a dimension, one tensor is {tuple(t.shape)}"
     return _too_old(target_of(tensors[0])) if tensors else None
 
 

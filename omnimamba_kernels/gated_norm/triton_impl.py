@@ -201,12 +201,12 @@ def _total(sums, dweight, dbias, parts, d, HAS_BIAS: tl.constexpr, ROWS: tl.cons
     blocks = tl.cdiv(d, COLUMNS)
     which, col = tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     known = col < d
-    sums += which * d + col[None, :]
+    sums += which.to(tl.int64) * d + col[None, :]
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, parts, ROWS):
         part = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (part < parts) & known[None, :]
-        found += tl.load(sums + part * (2 * d if HAS_BIAS else d), mask=inside, other=0.0)
+        found += tl.load(sums + part * d * (2 if HAS_BIAS else 1), mask=inside, other=0.0)
     total = tl.sum(found, 0)
     tl.store(dweight + col, total.to(dweight.dtype.element_ty), mask=known & (which == 0))
     if HAS_BIAS:

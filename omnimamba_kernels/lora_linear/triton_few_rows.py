@@ -34,7 +34,7 @@ def few_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BLOCK_M).to(tl.int64)
-    col = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     r = tl.arange(0, BLOCK_R).to(tl.int64)
     row_in, col_in = row[:, None] < M, col[None, :] < N

@@ -30,8 +30,8 @@ def narrow_kernel(
 ):  # fmt: skip
     """parts[s] (M, ranks) = a[:, chunk s] b[chunk s]. Dropout is on a, which is x or, TRANSPOSED, x^T."""
     split = tl.program_id(1).to(tl.int64)
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    r = (tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     row_in, r_in = row[:, None] < M, r[None, :] < ranks
     b_row = b + (r // rank * b_task + r % rank * b_rank)[None, :]
@@ -64,7 +64,7 @@ def low_backward_kernel(
 ):  # fmt: skip
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = (tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_in, r_in = row[:, None] < M, r[None, :] < ranks
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if NEEDS_B:

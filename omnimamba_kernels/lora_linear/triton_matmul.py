@@ -23,7 +23,7 @@ from .triton_parts import kept, multiply
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """This program's place among the tiles."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid, in_group = tl.program_id(0), GROUP_M * tiles_n
+    pid, in_group = tl.program_id(0).to(tl.int64), GROUP_M * tiles_n
     first = pid // in_group * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
     return first + pid % in_group % height, pid % in_group // height
@@ -67,8 +67,8 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     row_in, col_in = row[:, None] < M, col[None, :] < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

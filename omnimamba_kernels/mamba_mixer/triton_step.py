@@ -126,11 +126,11 @@ def step_kernel(
     STATE_LEN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    size = heads // groups * p  # channels of a group
+    size = tl.cast(heads // groups, tl.int64) * p  # channels of a group
     members = tl.cdiv(size, BLOCK_C)
     pid = tl.program_id(0)
-    member, group, b = pid % members, pid // members % groups, (pid // members // groups).to(tl.int64)
-    dim, states = heads * p, groups * n
+    member, group, b = pid % members, pid // members % groups, pid // members // groups
+    dim, states = size * groups, tl.cast(groups, tl.int64) * n
     c = (member * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     j = tl.arange(0, BLOCK_N).to(tl.int64)
     inside, in_n = c < size, j < n
@@ -153,8 +153,8 @@ def step_kernel(
     both = inside[:, None] & in_n[None, :]
     S_at = ssm_state + slot * state_b + (head * state_h + i * state_p)[:, None] + j[None, :] * state_n
     S = tl.load(S_at, mask=both, other=0.0).to(tl.float32)
-    z = row + tl.cast(2 * extra, tl.int64) * row_c
-    xBC = z + tl.cast(dim, tl.int64) * row_c
+    z = row + 2 * tl.cast(extra, tl.int64) * row_c
+    xBC = z + dim * row_c
     conv_state += slot * conv_b
     window = conv_state + (STATE_LEN - (WIDTH - 1)) * tl.cast(conv_l, tl.int64)
     B_channel = dim + group * n + j
@@ -190,11 +190,11 @@ def step_kernel(
     tl.debug_barrier()  # the atomic publishes what this thread has seen; the barrier shows it the other threads' stores
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") % members == members - 1:
         tl.debug_barrier()
-        tl.atomic_add(ticket, -members, sem="relaxed", scope="gpu")
+        tl.atomic_add(ticket, (-members).to(tl.int32), sem="relaxed", scope="gpu")
         _move_on(xBC, conv_state, B_channel, in_n, row_c, conv_c, conv_l, STATE_LEN, BLOCK_L)
         _move_on(xBC, conv_state, C_channel, in_n, row_c, conv_c, conv_l, STATE_LEN, BLOCK_L)
         if HAS_NORM:
-            first = tl.cast(group * size, tl.int64)
+            first = group * size
             _normalised(
                 u + b * dim + first, squares + pid - member, z + first * row_c, norm_weight + first * norm_c,
                 out + first, size, members, eps, row_c, norm_c, NORM_BEFORE_GATE, BLOCK_S, BLOCK,

@@ -115,23 +115,49 @@ def _attempt(job: Job) -> Resources | str:
 def compile_one(job: Job) -> Resources:
     """Compiles a kernel from its source, whatever Triton's own cache holds: the assembler's words are needed."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    function, target = job.function(), TARGETS[job.arch]
-    kinds, constants = dict(job.kinds), dict(job.constants)
-    signature = {name: kinds[name].split()[0] if name in kinds else "constexpr" for name in function.arg_names}
-    index = {name: (i,) for i, name in enumerate(function.arg_names)}
-    aligned = {index[name]: [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.endswith(" 16")}
-    source = ASTSource(function, signature, {index[name]: value for name, value in constants.items()}, aligned)
-    chip = GPUTarget("cuda", int(job.arch[3:]), 32) if job.arch.startswith("sm_") else GPUTarget("hip", job.arch, 64)
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = folder
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            compiled = triton.compile(source, target=chip, options=dict(job.options))
-    return read(compiled, log.getvalue(), target)
+            compiled = triton.compile(_source(job), target=_chip(job), options=dict(job.options))
+    return read(compiled, log.getvalue(), TARGETS[job.arch])
+
+
+def first_form(job: Job) -> str:
+    """The kernel as the compiler's passes get it, its functions inlined, in the compiler's words."""
+    from triton._C.libtriton import ir, passes
+    from triton.compiler.compiler import make_backend
+
+    chip = _chip(job)
+    backend = make_backend(chip)
+    options, context = backend.parse_options(dict(job.options)), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = _source(job).make_ir(chip, options, codegen, modules, context)
+    manager = ir.pass_manager(context)
+    for add in ("add_inliner", "add_canonicalizer", "add_cse", "add_symbol_dce"):
+        getattr(passes.common, add)(manager)
+    manager.run(module, "first_form")
+    return module.str_nodebug()
+
+
+def _source(job: Job) -> Any:
+    from triton.compiler import ASTSource
+
+    function, kinds, constants = job.function(), dict(job.kinds), dict(job.constants)
+    signature = {name: kinds[name].split()[0] if name in kinds else "constexpr" for name in function.arg_names}
+    index = {name: (i,) for i, name in enumerate(function.arg_names)}
+    aligned = {index[name]: [["tt.divisibility", 16]] for name, kind in kinds.items() if kind.endswith(" 16")}
+    return ASTSource(function, signature, {index[name]: value for name, value in constants.items()}, aligned)
+
+
+def _chip(job: Job) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(job.arch[3:]), 32) if job.arch.startswith("sm_") else GPUTarget("hip", job.arch, 64)
 
 
 @cache

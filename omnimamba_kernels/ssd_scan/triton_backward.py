@@ -38,7 +38,7 @@ def _step_gradient(
     dt_b, dt_l, dt_h,
     CHUNK: tl.constexpr, TERMS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    b, head, chunk = at // (heads * chunk_count), at // chunk_count % heads, at % chunk_count
+    b, head, chunk = at // chunk_count // heads, at // chunk_count % heads, at % chunk_count
     i = tl.arange(0, CHUNK)
     row = chunk * CHUNK + i
     size = chunk_steps(steps, at, CHUNK)[0]

@@ -132,7 +132,7 @@ def _packed_range(cu_seqlens, cu_i, sequences, start, end, l):
     of packed sequences."""
     count = offsets_up_to(cu_seqlens, cu_i, sequences + 1, end - 1, l)
     in_one = (count > 0) & (count <= sequences)
-    begin = tl.load(cu_seqlens + (count - 1).to(tl.int64) * cu_i, mask=in_one, other=0)
+    begin = tl.minimum(tl.load(cu_seqlens + (count - 1).to(tl.int64) * cu_i, mask=in_one, other=0), l)
     reached = (end == 0) | (in_one & ((begin < start) | ((start == 0) & (count == 1))))
     return tl.where(in_one, tl.maximum(start, begin.to(tl.int32)), end), reached
 
@@ -171,13 +171,13 @@ def ssd_ends(
         head, pid = (pid % h).to(tl.int64), pid // h
         if VARLEN:
             packed, row = pid >= pieces, tl.full((), 0, tl.int64)
-            which = tl.where(packed, pid - pieces, pid)
+            which = tl.where(packed, pid.to(tl.int64) - pieces, pid)
         else:
-            which, row = pid % pieces, (pid // pieces).to(tl.int64)
+            which, row = (pid % pieces).to(tl.int64), (pid // pieces).to(tl.int64)
         ps, ns = p_block * BLOCK_P + tl.arange(0, BLOCK_P), n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         p_in, n_in = ps < P, ns < N
         inside = p_in[:, None] & n_in[None]
-        start = which * piece
+        start = tl.minimum(tl.maximum(which, 0) * piece, l).to(tl.int32)
         end = start + piece
         if VARLEN:
             begins = tl.minimum(tl.load(cu_seqlens + which * cu_i, mask=packed, other=0), l).to(tl.int32)

@@ -127,7 +127,7 @@ def ssd_walk(
     parts, skips = (), ()  # each head's state, BLOCK_N columns a part, and D
     for i in tl.static_range(HEADS):
         if HAS_D:
-            skips += (tl.load(D + (head + i) * D_h + ps * D_p, mask=p_in, other=0.0).to(tl.float32),)
+            skips += (tl.load(D + (head + i) * D_h + ps.to(tl.int64) * D_p, mask=p_in, other=0.0).to(tl.float32),)
         initial_at = row * initial_b + (head + i) * initial_h + ps[:, None].to(tl.int64) * initial_p
         piece_at = (index + i) * (segments - 1) * pieces_each
         for k in tl.static_range(N_PARTS):
@@ -152,7 +152,7 @@ def ssd_walk(
     if SAVE:
         states += (row * kept * h + head) * P * N
 
-    skipped = (first * CHUNK).to(tl.int64)
+    skipped = first.to(tl.int64) * CHUNK
     x, B, C, y = x + skipped * x_l, B + skipped * B_l, C + skipped * C_l, y + skipped * y_l
     steps += skipped * 4 * h
     if HAS_Z:
@@ -195,7 +195,7 @@ def ssd_walk(
                 if not NARROW and N_PARTS > 1:  # float32 is read again rather than held
                     C_tile = load_rows(C + (cs[:, None] * C_l + n_at[None]), keep, n_at < N, EVEN).to(tl.float32)
                 if SAVE:
-                    saved = states + tl.full((), P * N, tl.int64) * (chunk // KEEP_EVERY * h)
+                    saved = states + (row * 0 + chunk // KEEP_EVERY) * h * (P * N)
                     now = (chunk % KEEP_EVERY == 0) & p_in[:, None] & (n_at < N)[None]
                     tl.store(saved + ((i * P + ps[:, None]) * N + n_at[None]), part, mask=now)
                 out = tl.dot(part.to(C_tile.dtype), tl.trans(C_tile), out, input_precision=PRECISION)

@@ -18,6 +18,7 @@ from .triton_forward import ssd_walk
 __all__ = ["backward", "forward", "why_not"]
 NEAR = 2**24  # elements between rows
 READS_OFFSETS = True  # cu_seqlens as they are: no seq_idx needs to be made of them
+MOST_HEADS, MOST_CHANNELS = 2**16, 2**24  # of a position; channels of all heads, states of all groups
 WIDEST = 512  # states a head: one program holds a head's state for at least 16 channels in registers
 
 
@@ -26,6 +27,12 @@ def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None
         return f"it needs at least one head, channel, group and state: x is {tuple(x.shape)}, B is {tuple(B.shape)}"
     if B.shape[3] > WIDEST:
         return f"it holds at most {WIDEST} states a channel, B has {B.shape[3]}"
+    (h, p), (g, n) = x.shape[2:], B.shape[2:]
+    if h > MOST_HEADS or max(h * p, g * n) > MOST_CHANNELS:
+        return (
+            f"it takes at most {MOST_HEADS} heads and {MOST_CHANNELS} channels or states a position: "
+            f"x is {tuple(x.shape)}, B is {tuple(B.shape)}"
+        )
     return triton_launch.cannot_store(x, dt, A, B, *tensors)
 
 
