@@ -6,7 +6,8 @@
 // e; dy is the gradient before the gate. Terms as in chunk.cuh.
 //
 // Shapes: dstates (b, chunks, h, p, n) gets dS' of each chunk, dinitial_states what is left before the first.
-// Plan: as in the forward's walk a warp has 16 channels of a head with dS in registers, a block one or two heads.
+// Plan: as in the forward's walk a warp has 16 channels of a head with dS in registers, a block one or two heads. No other
+//   warp adds to its dS, and it adds in the order of the positions: the same bits in every run.
 // Traffic a position and head: dy once, C shared by the block's heads, 4 p n / CHUNK bytes written.
 #include "schedule.cuh"
 
@@ -75,10 +76,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
       const Rows<T, 16> dy{stage.x + at.column * layout.x_size};
       const uint64_t used = used_bits<T>(q, at.b, chunk);
       store_state<N>(dS, q, at, q.dstates.at<float>() + ((at.b * chunks + chunk) * q.heads + at.h) * size);
-#pragma unroll
-      for (int j = 0; j < OWN<N> / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) dS[j][i] = scaled(dS[j][i], carry[CHUNK<T> - 1]);
+      States<N> gained = {};  // apart from dS, which is often larger and would round it at every step
 #pragma unroll 1
       for (int k = 0; k < CHUNK<T>; k += 16) {
         float v[8];
@@ -91,8 +89,12 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
           if (q.z && channel < q.headdim && (used >> t & 1))
             v[i] *= silu(to_float(*q.z.at<T>(at.b, static_cast<int64_t>(chunk) * CHUNK<T> + t, at.h, channel)));
         }
-        advance<T, N>(dS, v, stage.C, at.part, k);
+        advance<T, N>(gained, v, stage.C, at.part, k);
       }
+#pragma unroll
+      for (int j = 0; j < OWN<N> / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) dS[j][i] = scaled(dS[j][i], carry[CHUNK<T> - 1]) + gained[j][i];
       if (q.dvarlen_states) join_sequences<T, N>(dS, q, at, static_cast<int64_t>(chunk) * CHUNK<T>, carry);
     }
     sync_block();
