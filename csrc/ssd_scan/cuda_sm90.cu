@@ -103,7 +103,7 @@ OM_DEVICE void store_outputs(const Walk<N>& walk, const float (&y)[SIDE / 2], in
     if (q.ungated) tensor_store(walk.maps.ungated, ungated, p0, own_head, chunk * SIDE, b);
     bulk_commit();
   }
-  sync_warp();
+  sync_warp();  // the next product wants its lanes together
 }
 
 // The second part's y joins the first's. Only the first's counts from here on; the code is one, so that the compiler sees no
@@ -171,7 +171,7 @@ OM_DEVICE void gain(float (&sum)[OWN<N> / 2], const Rows<bf16, SIDE>& x, const f
     wgmma_fence();
     wgmma<bf16, OWNED, true>(sum, left.pair[0], by_rows(B, k), true);
     wgmma_commit();
-    wgmma_wait<1>();
+    wgmma_wait<1>();  // as above
   }
   wgmma_wait<0>();
   hold(sum);
@@ -222,8 +222,7 @@ OM_DEVICE void walk_chunks(const Walk<N>& walk) {
     wgmma_commit();  // y^T += x^T M^T
     wgmma_wait<0>();
     hold(y);
-    sync_warp();
-    if (lane_id() == 0) mbarrier_arrive(walk.signal.spare + i);
+    if (lane_id() == 0) mbarrier_arrive(walk.signal.spare + i);  // M is read by the warp's products alone
     if (at.part == 0) store_outputs<N>(walk, y, chunk, slot);
     float gained[OWNED / 2];
     gain<N>(gained, x_tile, steps + WEIGHT * SIDE, stage + panels, own);

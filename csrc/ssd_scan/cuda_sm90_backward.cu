@@ -234,7 +234,7 @@ struct Worker {
                    block.at.chunk * SIDE + s0, block.at.b);
       bulk_commit();
     }
-    sync_warp();
+    sync_warp();  // the next product wants its lanes together
   }
 
   // dM of a head: what it adds to dG, and its sums over tiles.
@@ -249,8 +249,8 @@ struct Worker {
     wgmma_commit();
     wgmma_wait<0>();
     hold(dM);
-    const int head = item / block.halves;
-    if (block.begins(item)) block.wait_empty(block.signal.tiles_empty, head, GATHER_SLOTS);
+    // Who gathers has read the head before the last one's sums: else its stage were not free, and this head not here.
+    static_assert(GATHER_SLOTS >= BACK_STAGES);
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
       if (!lower(j)) continue;
@@ -264,7 +264,7 @@ struct Worker {
       sum_tile(T, own == tile(j).J, block.begins(item), dt + tile(j).J * 16,
                block.small().scratch[team * (TEAM / WARP) + own], block.tiles_of(item)[tile_number(own, tile(j).J)]);
     }
-    if (block.ends(item)) block.signal_warp(block.signal.tiles_full + head % GATHER_SLOTS);
+    if (block.ends(item)) block.signal_warp(block.signal.tiles_full + item / block.halves % GATHER_SLOTS);
   }
 
   // dD of a head.

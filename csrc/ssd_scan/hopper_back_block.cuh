@@ -70,7 +70,7 @@ struct BackSignals {
   Mbarrier group_landed, group_clean;
   Mbarrier landed[BACK_STAGES], clean[BACK_STAGES], empty[BACK_STAGES];
   Mbarrier S_landed[2], S_empty[2], dS_landed[2], dS_empty[2];
-  Mbarrier dots_full[GATHER_SLOTS], dots_empty[GATHER_SLOTS], tiles_full[GATHER_SLOTS], tiles_empty[GATHER_SLOTS];
+  Mbarrier dots_full[GATHER_SLOTS], dots_empty[GATHER_SLOTS], tiles_full[GATHER_SLOTS];
 };
 
 // What the warpgroups of a block agree on. Everything that comes round again is counted: of things i = 0, 1, ... thing i is in
@@ -193,7 +193,6 @@ struct BackBlock {
     set(signal.dots_full, WORKER_WARPS);
     set(signal.dots_empty, 1);
     set(signal.tiles_full, WORKER_WARPS);
-    set(signal.tiles_empty, 1);
     mbarrier_publish();
   }
 };
@@ -280,9 +279,8 @@ OM_DEVICE void gather_heads(const BackBlock<N>& block) {
       block.wait_full(signal.tiles_full, head, GATHER_SLOTS);
       small.gathered.finish(block.q, block.at.b, h, block.at.chunk, block.tiles_of(item), dt, block.at.used,
                             block.sums_of(h));
-      block.signal_warp(signal.tiles_empty + head % GATHER_SLOTS);
     }
-    block.signal_warp(signal.empty + item % BACK_STAGES);
+    block.signal_warp(signal.empty + item % BACK_STAGES);  // and the sums of this head's tiles have been read
   }
 }
 
