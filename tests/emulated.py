@@ -82,6 +82,19 @@ def started() -> list[str]:
     return names().decode().splitlines()
 
 
+def leave_out(place: str | None) -> None:
+    """What stands at one of places() is not done; "": it is, and places are noted; None: neither."""
+    change = ctypes.CDLL(module().__file__).omnimamba_emulator_leave_out
+    change(None if place is None else place.encode())
+
+
+def places() -> list[str]:
+    """Where the kernels in module() have waited or fenced while that was noted: "name file:line"."""
+    names = ctypes.CDLL(module().__file__).omnimamba_emulator_places
+    names.restype = ctypes.c_char_p
+    return names().decode().splitlines()
+
+
 SHARED = {80: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory a block, by the compute capability that the emulator shows; 80 stands for all but Hopper."""
 

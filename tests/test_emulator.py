@@ -128,7 +128,7 @@ CODES = {"SW128": 1, "SW64": 2, "SW32": 3, "INTER": 0}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS["shared"])
-@pytest.mark.parametrize("n", [16, 64, 128, 256])
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("registers", [False, True], ids=["A shared", "A in registers"])
 def test_wgmma_reads_and_writes_as_printed(kind, n, registers):
     """Descriptors of every swizzle and major, on memory laid out by CuTe's printed layouts; both operands alike."""
@@ -254,6 +254,11 @@ def test_a_fault_is_caught_and_a_right_kernel_is_not(name):
         ("ended_before_the_barrier", r"early_end_kernel: deadlock: .*; other threads have ended"),
         ("shared_overrun", r"overrun_kernel, block \(0, 0, 0\): shared memory beside an array was overwritten"),
         ("hopper_no_init", r"product_kernel, block .*thread .*mbarrier: used before mbarrier_init"),
+        ("hopper_no_publish", r"product_kernel, block .*thread .*tensor_load: its mbarrier was set up"),
+        ("hopper_store_not_fenced", r"double_kernel, block .*thread .*tensor_load: over what thread \d+ has"),
+        ("steps_registers_not_fenced", r"steps_kernel, block .*thread .*wgmma: no wgmma_fence\(\) since"),
+        ("steps_left_out", r"steps_kernel, block .*thread .*a warp of its warpgroup has left out a product"),
+        ("steps_not_waited_at_end", r"steps_kernel, block .*thread .*ended before its products were complete"),
         ("hopper_wrong_bytes", r"product_kernel: deadlock: .* wait for mbarrier phase"),
     ],
 )

@@ -30,21 +30,37 @@ Map decode(const TensorMap& map) {
   return m;
 }
 
-// body(offset in the box, global address or null outside the tensor) for every element of the box.
+// body(offset in the box, global address or null outside the tensor, bytes) for the pieces of 16 bytes of which the box's rows
+// consist, and for each element of one that lies across an end of the tensor.
 template <class Body>
-void each_element(const Map& m, const int* at, Body&& body) {
-  uint64_t index[5] = {}, count = 1;
-  for (int d = 0; d < m.rank; d++) count *= m.box[d];
-  for (uint64_t i = 0; i < count; i++) {
-    char* address = m.data;
+void each_piece(const Map& m, const int* at, Body&& body) {
+  constexpr int PIECE = 16;
+  const int element = m.element, in_piece = PIECE / element;
+  const auto width = static_cast<int64_t>(m.size[0]);
+  uint64_t index[5] = {}, rows = 1;
+  for (int d = 1; d < m.rank; d++) rows *= m.box[d];
+  uint32_t offset = 0;
+  for (uint64_t i = 0; i < rows; i++) {
+    char* row = m.data;
     bool inside = true;
-    for (int d = 0; d < m.rank; d++) {
+    for (int d = 1; d < m.rank; d++) {
       const int64_t c = at[d] + static_cast<int64_t>(index[d]);
       inside = inside && c >= 0 && c < static_cast<int64_t>(m.size[d]);
-      address += c * static_cast<int64_t>(d == 0 ? m.element : m.stride[d - 1]);
+      row += c * static_cast<int64_t>(m.stride[d - 1]);
     }
-    body(static_cast<uint32_t>(i) * m.element, inside ? address : nullptr);
-    for (int d = 0; d < m.rank && ++index[d] == m.box[d]; d++) index[d] = 0;
+    for (int x = 0; x < m.box[0]; x += in_piece, offset += PIECE) {
+      const int64_t first = int64_t{at[0]} + x, last = first + in_piece;
+      if (!inside || last <= 0 || first >= width) {
+        body(offset, nullptr, PIECE);
+      } else if (first >= 0 && last <= width) {
+        body(offset, row + first * element, PIECE);
+      } else {
+        for (int64_t c = first; c < last; c++)
+          body(offset + static_cast<uint32_t>((c - first) * element), c >= 0 && c < width ? row + c * element : nullptr,
+               element);
+      }
+    }
+    for (int d = 1; d < m.rank && ++index[d] == m.box[d]; d++) index[d] = 0;
   }
 }
 
@@ -74,8 +90,13 @@ void bulk_load(void* shared, const void* global, int bytes, Mbarrier* bar) {
   if (bytes <= 0 || bytes % 16) fail("bulk_load: " + std::to_string(bytes) + " bytes are no multiple of 16");
   check_shared(shared, static_cast<std::size_t>(bytes), "bulk_load");
   check_shared(bar, sizeof *bar, "bulk_load, mbarrier");
-  later([=] {
+  check_published(bar, "bulk_load");
+  const Block& block = *self().block;
+  later([=, &block] {
+    const uint32_t to = block.shared.offset(shared);
+    check_fenced(block, to, static_cast<std::size_t>(bytes), "bulk_load");
     std::memcpy(shared, global, static_cast<std::size_t>(bytes));
+    block.shared.publish({to, static_cast<uint32_t>(bytes)});
     mbarrier_complete(bar, bytes);
   });
 }
@@ -84,6 +105,7 @@ void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* 
   const Map m = decode(map);
   check_box(m, rank, shared, "tensor_load");
   check_shared(bar, sizeof *bar, "tensor_load, mbarrier");
+  check_published(bar, "tensor_load");
   Block& mine = *self().block;
   const uint32_t to = mine.shared.offset(shared), barrier = mine.shared.offset(bar);
   int start[5] = {};
@@ -94,11 +116,17 @@ void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* 
     later([=, &block] {
       check_alive(block, "tensor_load");
       const Shared& target = block.shared;
-      each_element(m, start, [&](uint32_t offset, const char* from) {
+      const auto bytes = static_cast<uint32_t>(bytes_of(m));
+      auto* there = reinterpret_cast<Mbarrier*>(target.at(barrier));
+      check_published(there, "tensor_load");
+      check_fenced(block, to, bytes, "tensor_load");
+      each_piece(m, start, [&](uint32_t offset, const char* from, int count) {
         char* place = target.at(swizzled(to + offset, Swizzle{m.swizzle}));
-        from ? std::memcpy(place, from, m.element) : std::memset(place, 0, m.element);
+        const auto size = static_cast<std::size_t>(count);
+        from ? std::memcpy(place, from, size) : std::memset(place, 0, size);
       });
-      mbarrier_complete(reinterpret_cast<Mbarrier*>(target.at(barrier)), bytes_of(m));
+      target.publish({to, bytes});
+      mbarrier_complete(there, bytes_of(m));
     });
   }
   if (blocks >> mine.cluster->blocks.size()) fail("tensor_load_to: a block outside the cluster");
@@ -107,6 +135,7 @@ void tensor_load(uint16_t blocks, void* shared, const TensorMap& map, Mbarrier* 
 void tensor_store(const TensorMap& map, const void* shared, int rank, const int* at) {
   const Map m = decode(map);
   check_box(m, rank, shared, "tensor_store");
+  watch_shared();
   Thread& t = self();
   const Shared& source = t.block->shared;
   const uint32_t from = source.offset(shared);
@@ -114,14 +143,15 @@ void tensor_store(const TensorMap& map, const void* shared, int rank, const int*
   std::copy(at, at + rank, start.begin());
   auto box = std::make_shared<std::vector<char>>(static_cast<std::size_t>(bytes_of(m)));
   const Thread::Store store{[=, &source] {
-                              each_element(m, start.data(), [&](uint32_t offset, const char*) {
+                              each_piece(m, start.data(), [&](uint32_t offset, const char*, int count) {
                                 std::memcpy(box->data() + offset,
-                                            source.at(swizzled(from + offset, Swizzle{m.swizzle})), m.element);
+                                            source.async_at(swizzled(from + offset, Swizzle{m.swizzle})),
+                                            static_cast<std::size_t>(count));
                               });
                             },
                             [=] {
-                              each_element(m, start.data(), [&](uint32_t offset, char* to) {
-                                if (to) std::memcpy(to, box->data() + offset, m.element);
+                              each_piece(m, start.data(), [&](uint32_t offset, char* to, int count) {
+                                if (to) std::memcpy(to, box->data() + offset, static_cast<std::size_t>(count));
                               });
                             }};
   if (settings().early_copies) {

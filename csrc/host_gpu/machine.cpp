@@ -11,6 +11,9 @@
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace omnimamba::host_gpu {
+
+Shared* watched = nullptr;
+
 namespace {
 
 std::string text(const dim3& d) {
@@ -29,10 +32,13 @@ struct Run {
     std::function<void()> act;
   };
   std::vector<Action> actions;                      // of the hardware, still to be done
+  std::vector<Action> last_actions;                 // when nothing else can be
   std::vector<std::function<void()>> written_last;  // bulk stores that nobody waited for to the end
   Stack actor;                                      // they run on a fiber of their own
   std::function<void()>* acting = nullptr;
   uint64_t random;
+  const Thread* slow = nullptr;  // one lane that lies behind its warp, for so many rounds
+  unsigned slow_rounds = 0;
   enum { NOBODY, ONE, ALL_BUT_ONE } lagging;  // which warps of a cluster go on only when no other can
 };
 
@@ -67,10 +73,18 @@ void end_stores(Thread& t) {
     for (const Thread::Store& store : group) run->written_last.push_back(store.write);
 }
 
+// And where products run on, or a warp has left one out.
+void end_products(Thread& t) {
+  if (!t.warp->tiles.empty()) fail("ended before its products were complete");
+  WarpGroup& group = t.block->groups[static_cast<std::size_t>(t.linear / 128)];
+  if (++group.ended == 128 && !group.orders.empty()) fail("a warp of its warpgroup has left out a product");
+}
+
 void first_step() {
   entered(run->scheduler);
   (*run->body)();
   end_stores(*run->current);
+  end_products(*run->current);
   run->current->done = true;
   switch_context(run->current->context, run->scheduler, true);
 }
@@ -79,7 +93,9 @@ void resume(Thread& t) {
   run->current = &t;
   threadIdx = t.index;
   blockIdx = t.block->index;
+  watched = t.block->shared.watched() ? &t.block->shared : nullptr;
   switch_context(run->scheduler, t.context);
+  watched = nullptr;
   run->current = nullptr;
   if (!run->error.empty()) throw std::runtime_error(run->error);
 }
@@ -92,9 +108,10 @@ void act() {
 }
 
 void one_action() {
-  const std::size_t i = next_random() % run->actions.size();
-  Run::Action action = std::move(run->actions[i]);
-  run->actions.erase(run->actions.begin() + static_cast<std::ptrdiff_t>(i));
+  std::vector<Run::Action>& from = run->actions.empty() ? run->last_actions : run->actions;
+  const std::size_t i = next_random() % from.size();
+  Run::Action action = std::move(from[i]);
+  from.erase(from.begin() + static_cast<std::ptrdiff_t>(i));
   run->acting = &action.act;
   run->current = action.asked_by;
   Context actor = run->actor.start(act);
@@ -132,7 +149,7 @@ void run_threads(const std::vector<Thread*>& threads) {
     auto go_on = [&](bool lagging) {
       for (Thread* t : order) {
         if (t->done || t->warp->lags != lagging) continue;
-        if (t->warp->pause) {
+        if (t->warp->pause || (t == run->slow && run->slow_rounds)) {
           paused = true;
           continue;
         }
@@ -146,18 +163,26 @@ void run_threads(const std::vector<Thread*>& threads) {
     };
     go_on(false);
     if (!ran && !paused && (run->actions.empty() || next_random() % 16 == 0)) go_on(true);
-    if (!ran && !run->actions.empty() && (!paused || next_random() % 4)) {
+    const bool waiting = !run->actions.empty() || (!run->last_actions.empty() && !paused);
+    if (!ran && waiting && (!paused || next_random() % 4)) {
       one_action();
       continue;
     }
     if (!ran && !paused) throw std::runtime_error(deadlock(threads));
+    if (run->slow_rounds) run->slow_rounds--;
+    if (!ran) run->slow_rounds = 0;
+    if (ran && !run->slow_rounds && next_random() % 8 == 0) {
+      run->slow = order[next_random() % order.size()];
+      run->slow_rounds = static_cast<unsigned>(next_random() % 32);
+    }
     for (Thread* t : threads) {
       if (t->linear % 32) continue;
       unsigned& pause = t->warp->pause;
       pause = !ran ? 0 : pause ? pause - 1 : next_random() % 32 == 0 ? static_cast<unsigned>(next_random() % 32) : 0;
     }
   }
-  while (!run->actions.empty()) one_action();
+  run->slow = nullptr;
+  while (!run->actions.empty() || !run->last_actions.empty()) one_action();
   for (const auto& write : run->written_last) write();
   run->written_last.clear();
 }
@@ -328,7 +353,10 @@ void maybe_yield() {
   if (random_below(2)) suspend("its turn", 0, nullptr, nullptr);
 }
 
-void later(std::function<void()> action) { run->actions.push_back({run->current, std::move(action)}); }
+void later(std::function<void()> action, bool product) {
+  const bool last = product && settings().seed / 3 % 2 == 1;
+  (last ? run->last_actions : run->actions).push_back({run->current, std::move(action)});
+}
 
 void check_aligned(const void* p, std::size_t alignment, const char* what) {
   if (reinterpret_cast<std::uintptr_t>(p) % alignment)

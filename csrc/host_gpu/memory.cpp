@@ -10,6 +10,7 @@ void land(const Thread::Copy& copy) {
     std::memcpy(copy.to, copy.from, static_cast<std::size_t>(copy.bytes));
   else
     std::memset(copy.to, 0, static_cast<std::size_t>(copy.bytes));
+  wrote(copy.to, static_cast<std::size_t>(copy.bytes));
 }
 
 }  // namespace

@@ -43,6 +43,7 @@ void store_matrices(void* row, bool transposed, const uint32_t (&from)[4]) {
           all[8 * j + at.row]->row[at.column] = static_cast<uint16_t>(all[lane]->from[j] >> 16 * i);
         }
   });
+  wrote(row, 16);  // a fence of any lane alone leaves the others' rows out
 }
 
 void multiply(const char* name, const Multiply& mine, int k) {

@@ -26,6 +26,19 @@ Shared::Shared() {
 Shared::~Shared() {
   ASAN_UNPOISON_MEMORY_REGION(memory_, CAPACITY);
   munmap(memory_, CAPACITY);
+  if (async_) munmap(async_, CAPACITY);
+}
+
+void Shared::watch() {
+  if (async_) return;
+  void* memory = mmap(nullptr, CAPACITY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  async_ = static_cast<char*>(memory);
+  for (const Array& a : arrays_) publish({static_cast<uint32_t>(a.begin), static_cast<uint32_t>(a.bytes)});
+}
+
+void Shared::publish(const Piece& piece) const {
+  std::memcpy(async_ + piece.offset, memory_ + piece.offset, piece.bytes);
 }
 
 void Shared::gap(std::size_t begin, std::size_t end) {
@@ -43,6 +56,7 @@ void* Shared::array(const void* key, std::size_t bytes, std::size_t alignment) {
   if (total_ > LIMIT || begin + bytes + GAP > CAPACITY) fail("more shared memory than a block can have");
   gap(used_, begin);
   std::memset(memory_ + begin, 0xff, bytes);
+  if (async_) std::memset(async_ + begin, 0xff, bytes);
   gap(begin + bytes, begin + bytes + GAP);
   used_ = begin + bytes;
   arrays_.push_back({key, begin, bytes});

@@ -75,10 +75,17 @@ T exchange(const char* name, T v, uint32_t mask, Source source) {
 
 namespace omnimamba {
 
-inline void sync_block() { host_gpu::barrier(0, static_cast<int>(host_gpu::self().block->threads.size()), true); }
-inline void sync_named(int id, int count) { host_gpu::barrier(id, count, true); }
+inline void sync_block(OM_SITE) {
+  if (host_gpu::left_out("sync_block", file, line)) return;
+  host_gpu::barrier(0, static_cast<int>(host_gpu::self().block->threads.size()), true);
+}
+inline void sync_named(int id, int count, OM_SITE) {
+  if (host_gpu::left_out("sync_named", file, line)) return;
+  host_gpu::barrier(id, count, true);
+}
 inline void arrive_named(int id, int count) { host_gpu::barrier(id, count, false); }
-inline void sync_warp(uint32_t mask = 0xffffffffu) {
+inline void sync_warp(uint32_t mask = 0xffffffffu, OM_SITE) {
+  if (host_gpu::left_out("sync_warp", file, line)) return;
   int nothing = 0;
   host_gpu::together("sync_warp", mask, nothing, [](int**) {});
 }

@@ -1,16 +1,20 @@
-// The products of a warpgroup: they read shared memory at a random time between their issue and the wait, and their
-// accumulators are NaN until then.
+// The products of a warpgroup, as its four warps each issue them: nothing says that one warp waits for another. A warp has 16
+// of their 64 rows. They read shared memory, as bulk copies see it, at a random time between their issue and that warp's
+// wait, and its accumulators are NaN until then.
 #include "../common/hopper.cuh"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 
 namespace omnimamba::host_gpu {
 
-// Accumulators (64 x n) of products that have not been waited for.
+constexpr int ROWS = 16, DEPTH = 16;  // of a warp's part
+
+// A warp's accumulators (16 x n) of products that have not been waited for.
 struct Tile {
-  std::vector<float*> registers;  // of the 128 threads
+  std::vector<float*> registers;  // of the 32 lanes
   std::vector<float> values;
   int n = 0, pending = 0;
 };
@@ -18,39 +22,46 @@ struct Tile {
 struct Issued {
   Product product;
   std::shared_ptr<Tile> tile;
-  std::vector<float> a;  // (64 x 16), where it came in registers
+  std::vector<float> a;  // (16 x 16), where it came in registers
   const Shared* shared;
+  int row;  // the first of the warp's
   bool done = false;
 };
 
 namespace {
 
-// compute(arguments) once for the 128 threads of this thread's warpgroup.
+// Registers of A that a warp's products have read since its last wgmma_fence(), and what was in them.
+using Held = std::map<const uint32_t*, std::vector<float>>;
+Held& held_by(const Warp& warp) {
+  static std::map<const Warp*, Held> all;
+  return all[&warp];
+}
+
 template <class Argument, class Compute>
-void together_in_group(const char* name, Argument& mine, Compute compute) {
+void together_in_warp(const char* name, Argument& mine, Compute compute) {
+  const Thread& t = self();
+  if (t.block->threads.size() < 128 * static_cast<std::size_t>(t.linear / 128 + 1))
+    fail(std::string(name) + ": a warpgroup is 128 threads");
+  together(name, 0xffffffffu, mine, compute);
+}
+
+// Stops with an error where this is not what the other warps of the warpgroup issue at this place.
+void check_order(const Product& p) {
   Thread& t = self();
   Block& block = *t.block;
   const auto g = static_cast<std::size_t>(t.linear / 128);
-  if (block.threads.size() < 128 * (g + 1)) fail(std::string(name) + ": a warpgroup is 128 threads");
-  struct Posted {
-    Argument* argument;
-    bool done = false;
-  } posted{&mine};
-  WarpGroup::Arrived& arrived = block.groups[g].arrived;
-  if (arrived.count == 0) {
-    arrived.name = name;
-    arrived.arguments.assign(128, nullptr);
-  }
-  if (std::strcmp(arrived.name, name) != 0)
-    fail(std::string("divergence: ") + name + " while other threads of the warpgroup are at " + arrived.name);
-  arrived.arguments[static_cast<std::size_t>(t.linear % 128)] = &posted;
-  if (++arrived.count < 128) return wait_until(name, static_cast<int64_t>(g), [&] { return posted.done; });
-  arrived.count = 0;
-  std::vector<Argument*> arguments;
-  for (void* p : arrived.arguments) arguments.push_back(static_cast<Posted*>(p)->argument);
-  std::vector<void*> all = arrived.arguments;
-  compute(arguments);
-  for (void* p : all) static_cast<Posted*>(p)->done = true;
+  WarpGroup& group = block.groups[g];
+  const int flags = (p.a ? 8 : 0) + (p.add ? 4 : 0) + (p.a_mn ? 2 : 0) + (p.b_mn ? 1 : 0);
+  const WarpGroup::Order mine{p.descriptor_a, p.descriptor_b, p.n, flags};
+  const uint64_t place = t.warp->products++ - group.before;
+  if (place == group.orders.size())
+    group.orders.push_back(mine);
+  else if (!(group.orders[place] == mine))
+    fail("wgmma: the warps of the warpgroup give different arguments");
+  uint64_t least = t.warp->products;
+  for (std::size_t w = 4 * g; w < 4 * g + 4; w++) least = std::min(least, block.warps[w].products);
+  group.orders.erase(group.orders.begin(), group.orders.begin() + static_cast<std::ptrdiff_t>(least - group.before));
+  group.before = least;
 }
 
 // Where element (mn, k) of a described matrix lies.
@@ -69,13 +80,21 @@ uint32_t place_of(uint64_t descriptor, bool mn_major, int mn, int k) {
   return swizzled(at, s);
 }
 
-float read(const Issued& op, uint64_t descriptor, bool mn_major, int mn, int k) {
-  const uint32_t at = place_of(descriptor, mn_major, mn, k);
-  const char* p = op.shared->at(at);
-  if (at + 2 > Shared::CAPACITY || !op.shared->contains(p, 2)) fail("wgmma: a descriptor leads out of shared memory");
-  uint16_t bits;
-  std::memcpy(&bits, p, 2);
-  return op.product.widen(bits);
+// put(mn, k, value) for `count` rows or columns from `first` on of a described matrix: eight neighbours lie in 16 bytes.
+template <class Put>
+void read(const Issued& op, uint64_t descriptor, bool mn_major, int first, int count, Put&& put) {
+  constexpr int PIECE = 8;
+  for (int mn = 0; mn < count; mn += mn_major ? PIECE : 1)
+    for (int k = 0; k < DEPTH; k += mn_major ? 1 : PIECE) {
+      const uint32_t at = place_of(descriptor, mn_major, first + mn, k);
+      if (at + 16 > Shared::CAPACITY || !op.shared->contains(op.shared->at(at), 16))
+        fail("wgmma: a descriptor leads out of shared memory");
+      uint16_t bits[PIECE];
+      std::memcpy(bits, op.shared->async_at(at), sizeof bits);
+      for (int i = 0; i < PIECE; i++)
+        put(static_cast<std::size_t>(mn_major ? mn + i : mn), static_cast<std::size_t>(mn_major ? k : k + i),
+            op.product.widen(bits[i]));
+    }
 }
 
 void perform(Issued& op) {
@@ -83,54 +102,64 @@ void perform(Issued& op) {
   op.done = true;
   const Product& p = op.product;
   const auto n = static_cast<std::size_t>(p.n);
-  std::vector<float> a = op.a, b(16 * n);
-  if (a.empty())
-    for (int m = 0; m < 64; m++)
-      for (int k = 0; k < 16; k++) a.push_back(read(op, p.descriptor_a, p.a_mn, m, k));
-  for (int k = 0; k < 16; k++)
-    for (int j = 0; j < p.n; j++)
-      b[static_cast<std::size_t>(k) * n + static_cast<std::size_t>(j)] = read(op, p.descriptor_b, p.b_mn, j, k);
-  for (std::size_t m = 0; m < 64; m++)
-    for (std::size_t j = 0; j < n; j++) {
-      float& d = op.tile->values[m * n + j];
-      if (!p.add) d = 0.0f;
-      for (std::size_t k = 0; k < 16; k++) d += a[m * 16 + k] * b[k * n + j];
+  std::vector<float> a = op.a, b(DEPTH * n);
+  if (a.empty()) {
+    a.resize(ROWS * DEPTH);
+    read(op, p.descriptor_a, p.a_mn, op.row, ROWS,
+         [&](std::size_t m, std::size_t k, float v) { a[m * DEPTH + k] = v; });
+  }
+  read(op, p.descriptor_b, p.b_mn, 0, p.n, [&](std::size_t j, std::size_t k, float v) { b[k * n + j] = v; });
+  for (std::size_t m = 0; m < ROWS; m++) {
+    float* d = &op.tile->values[m * n];
+    if (!p.add) std::fill(d, d + n, 0.0f);
+    for (std::size_t k = 0; k < DEPTH; k++) {
+      const float factor = a[m * DEPTH + k];
+      const float* row = &b[k * n];
+      for (std::size_t j = 0; j < n; j++) d[j] += factor * row[j];
     }
+  }
 }
 
-WarpGroup& group_of(Thread& t) { return t.block->groups[static_cast<std::size_t>(t.linear / 128)]; }
-
-// All products of the group issued up to this one, in their order.
-void perform_up_to(WarpGroup& group, const Issued* last) {
-  for (auto& committed : group.groups)
-    for (auto& op : committed) {
-      perform(*op);
-      if (op.get() == last) return;
-    }
+// What the warp has issued and the hardware has not done, in order.
+std::vector<Issued*> left_of(const Warp& warp) {
+  std::vector<Issued*> left;
+  for (const auto& committed : warp.groups)
+    for (const auto& op : committed)
+      if (!op->done) left.push_back(op.get());
+  return left;
 }
 
-// body(thread, register, element of the 64 x n tile)
+// The hardware does some of a warp's products, and the others later.
+void work_off(Warp& warp) {
+  const std::vector<Issued*> left = left_of(warp);
+  const std::size_t some = left.empty() ? 0 : 1 + random_below(static_cast<uint32_t>(left.size()));
+  for (std::size_t i = 0; i < some; i++) perform(*left[i]);
+  warp.working = some < left.size();
+  if (warp.working) later([&warp] { work_off(warp); }, true);
+}
+
+// body(lane, register, element of the 16 x n tile)
 template <class Body>
 void each_accumulator(int n, Body&& body) {
-  for (int thread = 0; thread < 128; thread++)
+  for (int lane = 0; lane < 32; lane++)
     for (int i = 0; i < n / 2; i++)
-      body(static_cast<std::size_t>(thread), i,
-           static_cast<std::size_t>(wgmma_row(thread, i) * n + wgmma_column(thread, i)));
+      body(static_cast<std::size_t>(lane), i, static_cast<std::size_t>(wgmma_row(lane, i) * n + wgmma_column(lane, i)));
 }
 
-std::shared_ptr<Tile> tile_for(WarpGroup& group, const std::vector<Product*>& all) {
-  for (auto& tile : group.tiles)
+std::shared_ptr<Tile> tile_for(Warp& warp, Product** all) {
+  for (auto& tile : warp.tiles)
     if (tile->registers[0] == all[0]->d) return tile;
+  if (!warp.fenced) fail("wgmma: no wgmma_fence() since these accumulators could be read and written");
   auto tile = std::make_shared<Tile>();
   tile->n = all[0]->n;
-  tile->values.resize(64 * static_cast<std::size_t>(tile->n));
-  for (Product* p : all) tile->registers.push_back(p->d);
-  each_accumulator(tile->n, [&](std::size_t thread, int i, std::size_t element) {
-    float& d = tile->registers[thread][i];
+  tile->values.resize(ROWS * static_cast<std::size_t>(tile->n));
+  for (int lane = 0; lane < 32; lane++) tile->registers.push_back(all[lane]->d);
+  each_accumulator(tile->n, [&](std::size_t lane, int i, std::size_t element) {
+    float& d = tile->registers[lane][i];
     tile->values[element] = d;
     d = std::numeric_limits<float>::quiet_NaN();
   });
-  group.tiles.push_back(tile);
+  warp.tiles.push_back(tile);
   return tile;
 }
 
@@ -138,67 +167,81 @@ std::shared_ptr<Tile> tile_for(WarpGroup& group, const std::vector<Product*>& al
 
 void wgmma(const Product& mine) {
   Product argument = mine;
-  together_in_group("wgmma", argument, [](const std::vector<Product*>& all) {
-    WarpGroup& group = group_of(self());
-    auto op = std::make_shared<Issued>();
-    op->product = *all[0];
-    op->shared = &self().block->shared;
-    for (const Product* p : all)
-      if (p->n != all[0]->n || p->add != all[0]->add || p->descriptor_a != all[0]->descriptor_a ||
-          p->descriptor_b != all[0]->descriptor_b)
-        fail("wgmma: the threads of the warpgroup give different arguments");
-    op->tile = tile_for(group, all);
-    if (op->tile->n != all[0]->n) fail("wgmma: accumulators of another shape are still in flight");
-    op->tile->pending++;
-    if (all[0]->a) {
-      op->a.resize(64 * 16);
-      for (int thread = 0; thread < 128; thread++)
-        for (int i = 0; i < 8; i++) {
-          const Place at = fragment::a16(thread % 32, i);
-          op->a[static_cast<std::size_t>((thread / 32 * 16 + at.row) * 16 + at.column)] =
-              all[static_cast<std::size_t>(thread)]->a[i];
-        }
+  watch_shared();
+  together_in_warp("wgmma", argument, [](Product** all) {
+    const Thread& t = self();
+    Warp& warp = *t.warp;
+    const Product& first = *all[0];
+    for (int lane = 1; lane < 32; lane++) {
+      const Product& p = *all[lane];
+      if (p.n != first.n || p.add != first.add || p.descriptor_a != first.descriptor_a ||
+          p.descriptor_b != first.descriptor_b)
+        fail("wgmma: the threads of the warp give different arguments");
     }
-    group.groups.back().push_back(op);
-    later([&group, op] { perform_up_to(group, op.get()); });
+    check_order(first);
+    auto op = std::make_shared<Issued>();
+    op->product = first;
+    op->shared = &t.block->shared;
+    op->row = t.linear / 32 % 4 * ROWS;
+    op->tile = tile_for(warp, all);
+    if (op->tile->n != first.n) fail("wgmma: accumulators of another shape are still in flight");
+    op->tile->pending++;
+    if (first.a) {
+      op->a.resize(ROWS * DEPTH);
+      for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 8; i++) {
+          const Place at = fragment::a16(lane, i);
+          op->a[static_cast<std::size_t>(at.row * DEPTH + at.column)] = all[lane]->a[i];
+        }
+      const auto known = held_by(warp).emplace(first.registers, op->a);
+      if (!known.second && known.first->second != op->a)
+        fail("wgmma: no wgmma_fence() since the registers of A were written");
+    }
+    warp.groups.back().push_back(op);
+    if (!warp.working) later([&warp] { work_off(warp); }, true);
+    warp.working = true;
   });
 }
 
 void wgmma_fence() {
   int nothing = 0;
-  together_in_group("wgmma_fence", nothing, [](const std::vector<int*>&) {});
+  together_in_warp("wgmma_fence", nothing, [](int**) {
+    self().warp->fenced = true;
+    held_by(*self().warp).clear();
+  });
 }
 
 void wgmma_commit() {
   int nothing = 0;
-  together_in_group("wgmma_commit", nothing, [](const std::vector<int*>&) { group_of(self()).groups.emplace_back(); });
+  together_in_warp("wgmma_commit", nothing, [](int**) { self().warp->groups.emplace_back(); });
 }
 
 void wgmma_wait(int latest) {
   maybe_yield();
   int nothing = 0;
-  WarpGroup& group = group_of(self());
-  together_in_group("wgmma_wait", nothing, [](const std::vector<int*>&) {});
-  // The products are done in their own time, and all see the same ones done.
-  wait_until("wgmma groups but the latest", latest, [&group, latest] {
-    for (std::size_t g = 0; static_cast<int>(g) < static_cast<int>(group.groups.size()) - 1 - latest; g++)
-      for (auto& op : group.groups[g])
+  Warp& warp = *self().warp;
+  together_in_warp("wgmma_wait", nothing, [](int**) {});
+  // The products are done in their own time, and all lanes see the same ones done.
+  wait_until("wgmma groups but the latest", latest, [&warp, latest] {
+    for (std::size_t g = 0; static_cast<int>(g) < static_cast<int>(warp.groups.size()) - 1 - latest; g++)
+      for (auto& op : warp.groups[g])
         if (!op->done) return false;
     return true;
   });
-  together_in_group("wgmma_wait", nothing, [&group, latest](const std::vector<int*>&) {
-    while (static_cast<int>(group.groups.size()) - 1 > latest) {
-      for (auto& op : group.groups.front()) op->tile->pending--;
-      group.groups.erase(group.groups.begin());
+  together_in_warp("wgmma_wait", nothing, [&warp, latest](int**) {
+    warp.fenced = false;
+    while (static_cast<int>(warp.groups.size()) - 1 > latest) {
+      for (auto& op : warp.groups.front()) op->tile->pending--;
+      warp.groups.erase(warp.groups.begin());
     }
     auto finished = [](const std::shared_ptr<Tile>& tile) {
       if (tile->pending) return false;
-      each_accumulator(tile->n, [&](std::size_t thread, int i, std::size_t element) {
-        tile->registers[thread][i] = tile->values[element];
+      each_accumulator(tile->n, [&](std::size_t lane, int i, std::size_t element) {
+        tile->registers[lane][i] = tile->values[element];
       });
       return true;
     };
-    group.tiles.erase(std::remove_if(group.tiles.begin(), group.tiles.end(), finished), group.tiles.end());
+    warp.tiles.erase(std::remove_if(warp.tiles.begin(), warp.tiles.end(), finished), warp.tiles.end());
   });
 }
 

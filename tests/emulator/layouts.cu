@@ -57,8 +57,8 @@ __global__ void wgmma_kernel(const unsigned char* image, int bytes, const float*
                              int swizzle) {
   OM_SHARED_DYNAMIC(shared);
   for (int i = static_cast<int>(threadIdx.x); i < bytes; i += 128) shared[i] = image[i];
-  sync_block();
   async_fence();
+  sync_block();
   float d[N / 2];
   const auto s = Swizzle{swizzle};
   const uint32_t base = shared_address(shared);
@@ -143,6 +143,7 @@ static void run_wgmma(int majors, const unsigned char* image, int bytes, const f
 ENTRY layout_wgmma(int n, int majors, const unsigned char* image, int bytes, const float* a, const int* table_a,
                    float* out, const int* where) {
   if (n == 16) run_wgmma<16>(majors, image, bytes, a, table_a, out, where);
+  if (n == 32) run_wgmma<32>(majors, image, bytes, a, table_a, out, where);
   if (n == 64) run_wgmma<64>(majors, image, bytes, a, table_a, out, where);
   if (n == 128) run_wgmma<128>(majors, image, bytes, a, table_a, out, where);
   if (n == 256) run_wgmma<256>(majors, image, bytes, a, table_a, out, where);

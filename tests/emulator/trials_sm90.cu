@@ -14,10 +14,12 @@ enum Fault {
   WRONG_BYTES,         // fewer bytes come than were announced
   TOO_MANY_ARRIVALS,
   NO_INIT,
+  NO_PUBLISH,  // bulk copies do not see that the barrier was set up
   WRONG_PARITY,
   LAST_TILE_LEFT_OUT,
   SWAPPED_ACCUMULATORS,
   STORE_NOT_WAITED,    // the tile is written again before the store has read it
+  STORE_NOT_FENCED,    // nor is what the threads wrote there for it, nor for the load over it
   STORE_TURNED_EARLY,  // by others, before the one that waits for the store has said so
   STORE_LEFT_AT_END,   // the block ends while the store reads its shared memory
   STORE_HALF_WAITED,   // what it writes is read when it has only read
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(160)
       mbarrier_init(&full[s], 1);
       mbarrier_init(&empty[s], 4);
     }
-    mbarrier_publish();
+    if (FAULT != NO_PUBLISH) mbarrier_publish();
   }
   sync_block();
   if (warp_id() == 4) {
@@ -128,8 +130,8 @@ __global__ void double_kernel(const __grid_constant__ TensorMap in, const __grid
     }
     mbarrier_wait(bar, phase);
     for (int i = static_cast<int>(threadIdx.x); i < ROWS * DEPTH; i += 64)
-      tile[i] = from_float<bf16>(2.0f * to_float(tile[i]));
-    async_fence();
+      store_pack(tile + i, from_float<bf16>(2.0f * to_float(tile[i])));
+    if (FAULT != STORE_NOT_FENCED) async_fence();
     sync_block();
     if (threadIdx.x == 0) {
       tensor_store(out, tile, FAULT == STORE_TOO_WIDE ? 8 : 0, row, 0);
@@ -169,7 +171,8 @@ __global__ void number_kernel(const __grid_constant__ TensorMap out, const bf16*
   for (int row = 0; row < rows; row += ROWS) {
     if (me == 0) bulk_wait_read<0>();
     if (FAULT != STORE_TURNED_EARLY) sync_block();
-    for (int i = me; i < ROWS * DEPTH; i += 64) tile[i] = from_float<bf16>(static_cast<float>(row / ROWS + i % 7));
+    for (int i = me; i < ROWS * DEPTH; i += 64)
+      store_pack(tile + i, from_float<bf16>(static_cast<float>(row / ROWS + i % 7)));
     async_fence();
     sync_block();
     if (me == 0) {
@@ -289,10 +292,12 @@ TRIAL(wrong_swizzle, run_product, WRONG_SWIZZLE);
 TRIAL(wrong_bytes, run_product, WRONG_BYTES);
 TRIAL(too_many_arrivals, run_product, TOO_MANY_ARRIVALS);
 TRIAL(no_init, run_product, NO_INIT);
+TRIAL(no_publish, run_product, NO_PUBLISH);
 TRIAL(wrong_parity, run_product, WRONG_PARITY);
 TRIAL(last_tile_left_out, run_product, LAST_TILE_LEFT_OUT);
 TRIAL(swapped_accumulators, run_product, SWAPPED_ACCUMULATORS);
 TRIAL(store_not_waited, run_double, STORE_NOT_WAITED);
+TRIAL(store_not_fenced, run_double, STORE_NOT_FENCED);
 TRIAL(store_too_wide, run_double, STORE_TOO_WIDE);
 TRIAL(store_turned_early, run_number, STORE_TURNED_EARLY);
 TRIAL(store_left_at_end, run_number, STORE_LEFT_AT_END);
