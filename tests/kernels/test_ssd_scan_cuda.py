@@ -25,6 +25,11 @@ HOPPER = (
     Case("packed by offsets", 1, 170, 3, 40, n=34, skip=1, initial_states=True, sequences="cu_seqlens"),
     Case("eight chunks", 1, 500, 2, 64, n=128, gate=True, limit=SLOW),
     Case("segments", 1, 700, 1, 32, n=64, skip=1, limit=SLOW, initial_states=True),
+    Case("two halves of a head with few states", 1, 70, 2, 128, n=64, gate=True, initial_states=True),
+    Case("two halves of a head, two parts of the states", 1, 70, 1, 128, n=256, skip=2, gate=True, limit=SLOW,
+         sequences="seq_idx"),
+    Case("whole tiles packed by offsets", 1, 130, 4, 64, g=2, n=128, skip=2, gate=True, initial_states=True,
+         sequences="cu_seqlens"),
     *(Case(f"states that outweigh what {l} positions add", 1, l, 5, 64, n=128, skip=2, limit=SLOW, initial_states=True)
       for l in (70, 100)),
 )  # fmt: skip
