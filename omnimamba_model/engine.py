@@ -115,6 +115,7 @@ class _Batch:
         mixed = len(self.groups) > 1
         self.task: Task = torch.tensor(self.tasks, device=self.at.device) if mixed else self.tasks[0]
         self.twins = [k for k, row in enumerate(self.rows) if row.null is not None]
+        self.guided = torch.tensor(self.twins, dtype=torch.long, device=self.at.device)
         self.step = self.model.backbone.bind_step(self.state, self.task, self.room)
 
     def draw(self) -> Tensor:
@@ -147,7 +148,7 @@ class _Batch:
             tokens = tokens[keep]
             self._leave(keep)
         if self.twins:
-            tokens = torch.cat([tokens, tokens[self.twins]])
+            tokens = torch.cat([tokens, tokens[self.guided]])
         self.logits = self._logits(self.step(self._embed(tokens)))
         self.at = self.at + 1
 
@@ -159,7 +160,8 @@ class _Batch:
         self.room = min(self.room, 1 << (len(pick) - 1).bit_length())
         self.step.release(keep=False)
         own = {task: [k for k, row in enumerate(self.rows) if row.task == task] for task in self.drawn}
-        kept = {task: [n for n, k in enumerate(places) if k in set(keep)] for task, places in own.items()}
+        living = set(keep)
+        kept = {task: [n for n, k in enumerate(places) if k in living] for task, places in own.items()}
         self.drawn = {task: self.drawn[task][places] for task, places in kept.items() if places}
         self.tasks = [self.tasks[i] for i in pick]
         self.rows, self.alive = ([v[k] for k in keep] for v in (self.rows, self.alive))
