@@ -33,6 +33,23 @@ def test_mixed_tasks_and_lengths_are_as_if_alone(model, rows):
         assert torch.equal(found, alone(model, row)), row.task
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["drawings", "with answers"])
+def test_each_row_has_its_own_guidance_and_its_own_penalty(model, caption, features, text, mixed):
+    """Scales of every size and sign beside rows without; what a row has drawn counts for that row alone."""
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.7)
+    with torch.inference_mode():
+        rows = [drawing_rows(model, caption[i : i + 1], g)[0] for i, g in enumerate((4.0, 1.0, -2.0))]
+        rows = [replace(row, steps=5) for row in drawing_rows(model, caption[:2], 1.5)] + rows
+        if mixed:
+            rows[1:1] = answer_rows(model, features[:2], [text[0, :1], text[1, :5]], 7, stop=())
+    together = generate(model, rows, sampling)
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(found, alone(model, row, sampling))
+    assert not torch.equal(together[-3], alone(model, replace(rows[-3], guidance=1.5), sampling))
+    free = generate(model, rows, GREEDY)
+    assert any(not torch.equal(a, b) for a, b in zip(free, together, strict=True))
+
+
 def test_guided_rows_that_end_at_different_times_keep_their_own_null_prompt(model, caption):
     with torch.inference_mode():
         rows = drawing_rows(model, caption, guidance=3.0)
