@@ -17,20 +17,31 @@ OM_INLINE void store_some(T* p, vf v, int n) {
     store_part(p, v, n);
 }
 
-// n values that lie `step` elements apart; the other lanes are 0.
+// Values that lie apart are moved one by one: a call beside that costs little, and its code at every use much.
 template <class T>
-OM_INLINE vf gather(const T* p, int64_t step, int n) {
-  if (step == 1) return load_some(p, n);
+[[gnu::noinline]] vf gather_apart(const T* p, int64_t step, int n) {
   T lane[W] = {};
   for (int i = 0; i < n; i++) lane[i] = p[i * step];
   return load(lane);
 }
 template <class T>
-OM_INLINE void scatter(T* p, int64_t step, vf v, int n) {
-  if (step == 1) return store_some(p, v, n);
+[[gnu::noinline]] void scatter_apart(T* p, int64_t step, vf v, int n) {
   T lane[W];
   store(lane, v);
   for (int i = 0; i < n; i++) p[i * step] = lane[i];
+}
+
+// n values that lie `step` elements apart; the other lanes are 0.
+template <class T>
+OM_INLINE vf gather(const T* p, int64_t step, int n) {
+  return step == 1 ? load_some(p, n) : gather_apart(p, step, n);
+}
+template <class T>
+OM_INLINE void scatter(T* p, int64_t step, vf v, int n) {
+  if (step == 1)
+    store_some(p, v, n);
+  else
+    scatter_apart(p, step, v, n);
 }
 
 // Element i of a one-dimensional tensor of int32 or int64.
