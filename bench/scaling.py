@@ -27,7 +27,7 @@ import numpy as np
 from omnimamba_model import MambaConfig
 
 from . import counts, results
-from .chips import Cluster, Rates, extrapolated
+from .chips import LARGE, Cluster, Rates, extrapolated, prefill
 from .claims import Claim
 from .counts import FLOAT, Decoder, Part
 from .integrated import positions
@@ -292,14 +292,31 @@ def measured_chip(content: dict[str, Any]) -> Cluster | None:
     return Cluster(flops=flops, bandwidth=bandwidth, share=min(1.0, statistics.median(shares)))
 
 
+def checked_on(chip: Cluster, content: dict[str, Any]) -> list[Checked]:
+    """A GPU's prefills of the 1.3B shape, from which the chip's share was not taken."""
+    rows = [r for r in content["rows"] if r.group == "prefill" and r.case.startswith("1.3B") and r.seconds]
+    return [
+        Checked(r, prefill(LARGE, int(r.case.split()[-2]), 1, "sequence", chip)[0], r.seconds)
+        for r in rows
+        if r.times_ours == 1.0
+    ]
+
+
 def summary(content: dict[str, Any], gpus: tuple[int, ...] = (1, 8, 64), on: Cluster | None = None) -> str:
     """The check, its median errors, and what the model predicts of many chips; empty where nothing can be checked.
 
-    A GPU's run is not checked, since the model is made of a CPU's rows: it gives the chip that is predicted from."""
+    A GPU's run gives the chip that is predicted from, and its prefills are what that is checked against."""
     if "sgemm" not in content["rates"]:
         chip = on or measured_chip(content)
         known = "assumed" if on else "measured in this run"
-        return f"{_labelled(chip, known)}\n\n{extrapolated(list(gpus), chip)}" if chip else ""
+        if not chip:
+            return ""
+        found = checked_on(chip, content)
+        errors = ", ".join(f"{c.row.case} {c.predicted / c.measured - 1:+.0%}" for c in found)
+        held = (
+            [f"Prefill, model against measurement: {errors}; median error {median_error(found):.1%}."] if found else []
+        )
+        return "\n\n".join([*held, _labelled(chip, known), extrapolated(list(gpus), chip)])
     times, memory, on = median_error(checked(content)), median_error(checked_memory(content)), on or Cluster()
     if times is None:
         return ""

@@ -205,4 +205,11 @@ def test_a_gpus_run_is_extrapolated_with_what_it_measured():
     shown = scaling.summary({"rows": rows, "rates": rates})
     assert "600 TFLOP/s and 4 TB/s, 70% of it reached (measured in this run)" in shown and "16,777,216" in shown
     assert "(assumed)" in scaling.summary({"rows": rows, "rates": rates}, on=chips.Cluster())
+    assert "against measurement" not in shown
+    times = [chips.prefill(chips.LARGE, l, 1, "sequence", chip)[0] for l in (2048, 16384)]
+    for l, taken, off in zip((2048, 16384), times, (1.25, 1.0), strict=True):
+        rows.append(Row("prefill", f"1.3B, {l} tokens", "cuda", off * taken, times_ours=1.0))
+        rows.append(Row("prefill", f"1.3B, {l} tokens", "mamba_ssm", 9 * taken, times_ours=9.0))
+    shown = scaling.summary({"rows": rows, "rates": rates})
+    assert "1.3B, 2048 tokens -20%, 1.3B, 16384 tokens +0%; median error 10.0%." in shown
     assert scaling.summary({"rows": [], "rates": rates}) == ""
