@@ -53,6 +53,13 @@ def test_a_wrong_model_fails_its_check(problems):
     decode, images, forward, training = problems
     for problem, found in ((decode, torch.zeros(1, 128)), (forward, torch.zeros(1, 256, 64))):
         assert not problem.error(found) <= problem.bound
+    flash = "attention, flash"
+    y = forward.contenders[flash]()()
+    assert forward.errors[flash](y) <= forward.bound
+    for at in (0, -1):
+        wrong = y.clone()
+        wrong[:, at] = 0
+        assert forward.errors[flash](wrong) > forward.bound
     right = next(iter(training.contenders.values()))()()
     assert training.error(right) <= training.bound and len(right) == 9
     for i, part in enumerate(right):

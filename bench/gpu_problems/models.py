@@ -35,6 +35,8 @@ CONTEXTS, LENGTHS = (4096, 16384, 131072), (512, 4096, 32768, 131072, 2**20)
 LONGEST_ATTENTION = {False: 2**20, True: 131072}
 """Of a layer's forward and of its training: beyond it seconds a call."""
 LONGEST_UNCACHED = 16384
+LAST, LONGEST_END = 16, 131072
+"""Positions at the end of attention's forward that are checked too, up to the length whose keys in fp64 fit."""
 OURS, INT8, CACHED, UNCACHED = "ours", "ours, int8 weights", "Transformer, KV cache", "Transformer, no cache"
 TINY = MambaConfig(d_model=64, n_layer=2, vocab_size=128, d_state=16, headdim=32)
 SMALL = MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)
@@ -306,6 +308,13 @@ def _images(device: torch.device) -> Problem:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def both_ends(attention: Attention, u: Tensor, front: Callable[[Tensor], float], found: Tensor) -> float:
+    """The larger error, of the first positions and of the last, which see the whole of u."""
+    true = copy.deepcopy(attention).double().plain(u.double(), LAST)
+    return max(front(found), relative_error(found[:, -LAST:], true))
+
+
 def _layer(device: torch.device, length: int, training: bool) -> Problem:
     """One layer of each kind; of training, gradients of the input and of all weights under an output gradient that is
     zero after the first positions, which they alone determine. Those of matrices are checked."""
@@ -357,6 +366,8 @@ def _layer(device: torch.device, length: int, training: bool) -> Problem:
         needed[who] = (0.0, sum(part.flops for part in theirs) * (3 if training else 1))
         contenders[who] = lambda kind=kind: run(attention, sdpa_kernel(kind)(attention.forward))
         errors[who] = error(attention, lambda layer: layer.plain)
+        if not training and length <= LONGEST_END:
+            errors[who] = functools.partial(both_ends, attention, u, errors[who])
     flops = 2.0 * length * width * (config.in_proj_dim + config.d_inner) + inputs.scan_flops(1, length, config.nheads)
     return Problem(
         TRAINING if training else LAYER, f"1 x {length}, width {width}", 0.0, flops * (3 if training else 1),
