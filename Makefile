@@ -19,8 +19,7 @@ demo: $(READY)  ## train on real scans, draw and answer: demo-out/
 	$(BIN)/omnimamba demo --out demo-out
 
 test: $(TOOLS)  ## style, all tests, and the kernels once more under sanitizers
-	$(MAKE) -j3 $(READY) modules  # packages are fetched meanwhile, and one build's last file leaves no processor idle
-	$(MAKE) check
+	$(MAKE) -j3 $(READY) modules check  # what waits for packages or for one last file leaves no processor idle
 	$(PYTEST) tests
 	@command -v valgrind > /dev/null || \
 	    echo "NOT RUN: the counts of instructions (tests/test_bench_instructions.py): valgrind is not installed"
