@@ -201,7 +201,6 @@ struct Worker {
     write_scores(block.steps(item));
     async_fence();
     sync_named(1 + team, TEAM);
-    wgmma_fence();
     ssd::Block<bf16> turned[SIDE / 16];
 #pragma unroll
     for (int k = 0; k < SIDE / 16; k++) {
