@@ -113,7 +113,7 @@ def _packed_rows(d: int, dtype: torch.dtype) -> Callable[[], dict[str, Tensor | 
 
 def _scan() -> Iterator[Call]:
     wanted = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
-    for case, dtype, large in _with_dtypes(scan_cases.CASES, (*scan_cases.GPU, scan_cases.WIDE)):
+    for case, dtype, large in _with_dtypes(scan_cases.CASES, (*scan_cases.GPU, scan_cases.WIDE, scan_cases.PACKED)):
         for inference in (False, True):
             name = _named(case.name + ", inference" * inference, dtype)
             function = _with(mamba_chunk_scan_combined, case.options)

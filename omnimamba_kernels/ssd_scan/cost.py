@@ -191,7 +191,7 @@ def backward(
     sums = each * (2 + skip) * FLOAT
     packing = _packing(b, l, cu_seqlens, varlen_states)
 
-    walk = tiles.back_walk(target, x, n, narrow)
+    walk = tiles.back_walk(target, x, n, narrow, varlen_states)
     tile, terms = walk.tile, tiles.TERMS if narrow else 1
     pieces = _later_pieces(walk, b, l, cu_seqlens)
     later, finals = _seeds(walk, b, pieces)

@@ -99,7 +99,9 @@ def walk(target: Target, x: Tensor, B: Tensor, z: Tensor | None, sequences: bool
     (b, l, h, _), (_, _, g, n) = x.shape, B.shape
     plain = l % CHUNK == 0 and z is None and not sequences and not save
     narrow = narrow_forward(target, x)
-    found = tile("walk", target, x, n, narrow, plain=int(plain), paired=int(h // g % 2 == 0))
+    crowded = z is not None and sequences
+    sizes = dict(plain=int(plain), paired=int(h // g % 2 == 0), crowded=int(crowded))
+    found = tile("walk", target, x, n, narrow, **sizes)
     chunk, heads = found.use["CHUNK"], found.use.get("HEADS", 1)
     chunks = blocks(l, chunk)
     segments, each = _segments(b * h // heads * found.p_blocks, chunks, found.use, target)
@@ -107,10 +109,11 @@ def walk(target: Target, x: Tensor, B: Tensor, z: Tensor | None, sequences: bool
     return Walk(found, ends, chunk, chunks, segments, each, found.use["pieces"], heads)
 
 
-def back_walk(target: Target, x: Tensor, n: int, narrow: bool) -> Walk:
-    """The backward's walk, from the last segment to the first."""
+def back_walk(target: Target, x: Tensor, n: int, narrow: bool, varlen: bool) -> Walk:
+    """The backward's walk, from the last segment to the first; ``varlen``: packed sequences' states have gradients."""
     b, l, h, _ = x.shape
-    found, ends = tile("back_walk", target, x, n, narrow), tile("back_starts", target, x, n, narrow)
+    found = tile("back_walk", target, x, n, narrow, varlen=int(varlen))
+    ends = tile("back_starts", target, x, n, narrow)
     chunks = blocks(l, CHUNK)
     segments, each = _segments(b * h * found.p_blocks * found.n_blocks, chunks, found.use, target)
     return Walk(found, ends, CHUNK, chunks, segments, each, found.use["pieces"])

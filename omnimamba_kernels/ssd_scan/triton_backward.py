@@ -168,7 +168,7 @@ def backward(
     )
     raw = (dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous())
     step = dict(SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None)
-    walk = tiles.back_walk(triton_launch.target_of(x), x, B.shape[3], scan.narrow)
+    walk = tiles.back_walk(triton_launch.target_of(x), x, B.shape[3], scan.narrow, dvarlen is not None)
     pieces = _starts(scan, walk, raw, seq_idx, B.shape[3], dt_limit, step)
     dstates = _walk(scan, walk, pieces, states, made["initial_states"])
     terms, sums, parts = _chunks(scan, D, ungated, states, dstates, made)

@@ -38,8 +38,9 @@ WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
 
 def representative(op: str) -> list[ahead.Job]:
     """Of each own kernel the first large bfloat16 launch for every chip; for Hopper the first float32 launch and, where
-    a call without gradients differs, that; where float16 is computed as float32, that for the chips with the least, and
-    there the states after packed sequences."""
+    a call without gradients differs, that, and a gated and packed one; for the chip with the least the widest heads
+    and states; where float16 is computed as float32, that for the chips with the least, and there the states after
+    packed sequences."""
     all_calls = list(calls(op))
     large = [call for call in all_calls if call.large]
     large.sort(key=lambda call: not call.name.startswith("1 x "))  # of one row the scan is cut into segments
@@ -49,6 +50,8 @@ def representative(op: str) -> list[ahead.Job]:
         "inference": ([call for call in large if call.name.endswith("inference, bf16")], ["sm_90"]),
         "int8": ([call for call in large if call.name.endswith("int8 weights, bf16")], TARGETS),
         "packed": ([call for call in all_calls if call.name == "packed by offsets, inference, fp16"], ["sm_80"]),
+        "all at once": ([call for call in large if call.name == "1 x 4096 packed, 64 heads, bf16"], ["sm_90"]),
+        "wide": ([call for call in large if call.name == "4 x 4096, 24 heads of 128, 256 states, bf16"], ["sm_120"]),
         "fp16": ([call for call in large if call.name.endswith("fp16") and op == "ssd_scan"], ["sm_80", "sm_120"]),
     }
     found: dict[tuple, ahead.Job] = {}
