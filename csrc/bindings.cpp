@@ -70,10 +70,10 @@ void bind_gated_norm(py::module_& m) {
 void bind_lora_linear(py::module_& m) {
   {
     using Params = LoraLinearParams;
-    auto& fields =
-        params<Params>() FIELD(x) FIELD(weight) FIELD(weight_scale) FIELD(lora_A) FIELD(lora_B) FIELD(bias) FIELD(task)
-            FIELD(y) FIELD(workspace) FIELD(low) FIELD(rows) FIELD(in) FIELD(out) FIELD(tasks) FIELD(rank) FIELD(scale)
-                FIELD(project) FIELD(dropout) FIELD(seed) FIELD(threshold) FIELD(keep) FIELD(vnni) FIELD(stream);
+    auto& fields = params<Params>() FIELD(x) FIELD(weight) FIELD(weight_scale) FIELD(lora_A) FIELD(lora_B) FIELD(bias)
+        FIELD(task) FIELD(y) FIELD(workspace) FIELD(low) FIELD(rows) FIELD(in) FIELD(out) FIELD(tasks) FIELD(rank)
+            FIELD(scale) FIELD(project) FIELD(dropout) FIELD(seed) FIELD(threshold) FIELD(keep) FIELD(vnni) FIELD(amx)
+                FIELD(stream);
     kernel(m, fields, "lora_linear_forward", lora_linear_forward);
 #if defined(OMNIMAMBA_CUDA)
     kernel(m, fields, "lora_linear_low", lora_linear_low);
@@ -102,14 +102,13 @@ void bind_lora_linear(py::module_& m) {
 #else
   {
     using Params = LoraDropoutParams;
-    auto& fields = params<Params>() FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold) FIELD(keep)
-        FIELD(accumulate);
+    auto& fields = params<Params>() FIELD(x) FIELD(y) FIELD(rows) FIELD(width) FIELD(seed) FIELD(threshold) FIELD(keep);
     kernel(m, fields, "lora_dropout", lora_dropout);
   }
   {
     using Params = MatmulParams;
     auto& fields =
-        params<Params>() FIELD(a) FIELD(b) FIELD(c) FIELD(workspace) FIELD(m) FIELD(n) FIELD(k) FIELD(accumulate);
+        params<Params>() FIELD(a) FIELD(b) FIELD(c) FIELD(start) FIELD(workspace) FIELD(m) FIELD(n) FIELD(k) FIELD(amx);
     kernel(m, fields, "matmul", matmul);
   }
 #endif
@@ -183,8 +182,10 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
   py::class_<CpuFeatures>(m, "CpuFeatures", py::module_local())
       .def_readonly("avx2", &CpuFeatures::avx2)
       .def_readonly("avx512", &CpuFeatures::avx512)
-      .def_readonly("avx512_vnni", &CpuFeatures::avx512_vnni);
+      .def_readonly("avx512_vnni", &CpuFeatures::avx512_vnni)
+      .def_readonly("amx_bf16", &CpuFeatures::amx_bf16);
   m.def("cpu_features", &cpu_features);
+  m.def("may_use_tiles", &may_use_tiles);
   py::class_<Program>(m, "Program", py::module_local())
       .def(py::init())
       .def("add", &Program::add)

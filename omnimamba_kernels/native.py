@@ -20,6 +20,7 @@ from .large_pages import empty
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
 _vnni: ContextVar[bool] = ContextVar("omnimamba_vnni", default=True)
+_amx: ContextVar[bool] = ContextVar("omnimamba_amx", default=True)
 _recording: ContextVar[Recording | None] = ContextVar("omnimamba_recording", default=None)
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
@@ -115,6 +116,26 @@ def without_vnni() -> Iterator[None]:
         yield
     finally:
         _vnni.reset(token)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether kernels of this processor's ``avx512`` have matrix registers that multiply bfloat16, and may use them."""
+    return instruction_sets()["avx512"] is None and _load("avx512").may_use_tiles()
+
+
+def may_use_amx() -> bool:
+    return _amx.get() and has_amx() and instruction_set() == "avx512"
+
+
+@contextmanager
+def without_amx() -> Iterator[None]:
+    """Within the block, and in this thread, the native kernels run as on a processor without matrix registers."""
+    token = _amx.set(False)
+    try:
+        yield
+    finally:
+        _amx.reset(token)
 
 
 class CannotCapture(RuntimeError):

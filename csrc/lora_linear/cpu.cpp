@@ -5,6 +5,7 @@
 #include "common/isa.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "lora_linear/cpu_few_amx.h"
 #include "lora_linear/cpu_int8.h"
 #include "lora_linear/lora_linear.h"
 
@@ -246,6 +247,16 @@ void lora_linear_forward(const LoraLinearParams& p) {
   check(p.x && p.weight && p.y && p.workspace, "lora_linear: x, weight, y and workspace are needed");
   float* space = p.workspace.at<float>();
   const Floats floats{space, p.in};
+#if defined(OM_AMX)
+  if (p.amx && p.weight.dtype == DType::BF16 && may_use_tiles()) {
+    for_float_type(p.x.dtype, [&](auto x) {
+      few_rows_by_tiles<decltype(x)>(p, reinterpret_cast<char*>(space), [&](float* low) {
+        if (p.task) project_down(p, low);
+      });
+    });
+    return;
+  }
+#endif
   if (p.weight.dtype != DType::I8) {
     for_float_type(p.weight.dtype, [&](auto w) {
       using TW = decltype(w);
@@ -308,8 +319,8 @@ void drop_row(const LoraDropoutParams& p, int64_t row) {
     const uint32_t key = mix(static_cast<uint32_t>(counter >> 32) ^ mix(p.seed)), low = static_cast<uint32_t>(counter);
     const int64_t count = std::min(p.width - begin, (int64_t{1} << 32) - static_cast<int64_t>(low));
     for (int64_t j = 0; j < count; j++) {
-      float kept = mix((low + static_cast<uint32_t>(j)) ^ key) >= p.threshold ? to_float(x[begin + j]) / p.keep : 0.0f;
-      y[begin + j] = p.accumulate ? y[begin + j] + kept : kept;
+      const bool kept = mix((low + static_cast<uint32_t>(j)) ^ key) >= p.threshold;
+      y[begin + j] = kept ? to_float(x[begin + j]) / p.keep : 0.0f;
     }
     begin += count;
   }

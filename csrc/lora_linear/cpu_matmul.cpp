@@ -1,8 +1,12 @@
 #include <algorithm>
 
+#include "common/check.h"
+#include "common/isa.h"
+#include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/tile.h"
 #include "common/transpose.h"
+#include "lora_linear/cpu_matmul_amx.h"
 #include "lora_linear/matmul.h"
 
 namespace omnimamba {
@@ -94,18 +98,14 @@ void unpack_b(const MatmulParams& p, const Block& block, int64_t column, int64_t
 OM_INLINE void matmul_tile(const MatmulParams& p, const Block& block, int64_t row, int64_t column, const float* b) {
   Tile tile;
   tile_add<1>(tile, block.depth, block.a + row * block.depth, kTileRows, b, kTileColumns);
-  const bool add = p.accumulate || block.k > 0;
+  const View& before = block.k > 0 ? p.c : p.start;
   const int64_t rows = p.m - row, columns = p.n - column;
   tile_each(tile, [&](int r, int v, vf sums) {
     const int64_t left = columns - v * W;
     if (r >= rows || left <= 0) return;
-    float* c = p.c.at<float>(row + r, column + v * W);
-    if (left >= W) {
-      store(c, add ? load(c) + sums : sums);
-    } else {
-      const int n = static_cast<int>(left);
-      store_part(c, add ? load_part(c, n) + sums : sums, n);
-    }
+    const int n = static_cast<int>(std::min<int64_t>(W, left));
+    if (before) sums += load_some(before.at<float>(row + r, column + v * W), n);
+    store_some(p.c.at<float>(row + r, column + v * W), sums, n);
   });
 }
 
@@ -121,6 +121,14 @@ void one_chunk(const MatmulParams& p, const Block& block, int64_t first, int64_t
 }  // namespace
 
 void matmul(const MatmulParams& p) {
+#if defined(OM_AMX)
+  if (p.amx) {
+    check(may_use_tiles(), "matmul: amx needs matrix registers");
+    return for_float_type(p.a.dtype, [&](auto a) {
+      for_float_type(p.b.dtype, [&](auto b) { TileProduct<decltype(a), decltype(b)>{p}.run(); });
+    });
+  }
+#endif
   float* a = p.workspace.at<float>();
   float* b = a + (p.m + 12) * kMatmulDepth;
   const int64_t panels = ceil_div(p.m, kTileRows), chunks = ceil_div(p.n, kMatmulColumns);

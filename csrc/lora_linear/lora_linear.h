@@ -12,7 +12,7 @@
 //          are wide: a tile takes one row of every stream to up to four rows of x in registers. A core waits for memory,
 //          not for its multipliers, and has more lines on their way when it reads several long streams, each prefetched a
 //          little ahead, than one, or than neighbouring rows.
-//          int8 weights: cpu_int8.h.
+//          int8 weights: cpu_int8.h. bf16 weights where the processor has matrix registers: cpu_few_amx.h.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
 // Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while x in floats does.
 // Many rows are a matrix product: matmul.h.
@@ -35,12 +35,14 @@ struct LoraLinearParams {
   uint32_t seed = 0, threshold = 0;
   float keep = 1;
   bool vnni = true;     // of int8 weights: AVX-512 VNNI may be used, where the processor has it
+  bool amx = false;     // of bf16 weights: its matrix registers may be used, likewise
   int threads = 1;      // of the processor
   uint64_t stream = 0;  // of the GPU
 };
 
 // workspace: rows * (in rounded up to a multiple of 32 + rank) floats; with int8 weights kDigitGroupFloats for each
-// kInt8Group of `in` in the place of the first.
+// kInt8Group of `in` in the place of the first. Of bf16 weights in matrix registers 8 (in rounded up) for every 16 rows of
+// bf16, 8 of float16 or 5 of float32, in the place of the first.
 void lora_linear_forward(const LoraLinearParams& p);
 
 // dense[o, k] = weight_scale[o, k / kInt8Group] weight[o, k], contiguous, for products of many rows: in float32, on a GPU in
@@ -54,14 +56,13 @@ struct Int8WeightParams {
 
 void int8_weight_dequantize(const Int8WeightParams& p);
 
-// y[i, j] = x[i, j] / (1 - p) where hash(seed, i * width + j) >= threshold = p 2^32, else 0; with `accumulate` y grows by it.
-// y is float32. The hash is that of the reference: each mask is a pure function of the seed and the position.
+// y[i, j] = x[i, j] / (1 - p) where hash(seed, i * width + j) >= threshold = p 2^32, else 0, in float32.
+// The hash is that of the reference: each mask is a pure function of the seed and the position.
 struct LoraDropoutParams {
   View x, y;
   int64_t rows = 0, width = 0;
   uint32_t seed = 0, threshold = 0;
   float keep = 1;  // 1 - p
-  bool accumulate = false;
   int threads = 1;
 };
 

@@ -18,10 +18,15 @@ from .routing import tasks_of_rows
 
 # Up to so many rows, one pass over the weights beats unpacking them for a matrix product.
 FEW_ROWS = 48
+# With matrix registers: up to so many tiles of 16 columns, each a piece of a row of x.
+FEW_TILES = 4
 # Floats for 64 values of x in digits, as kDigitGroupFloats in lora_linear.h.
 DIGITS = 80
-# The matrix product's blocks, as in matmul.h.
+# The matrix product's blocks, as in matmul.h; the last two are those of matrix registers.
 DEPTH, COLUMNS = 256, 128
+BLOCK_ROWS, CHUNK = 512, 256
+# bf16 numbers that make up one, as kPieces in cpu_pieces.h.
+PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -45,14 +50,13 @@ def forward(
 ) -> tuple[tuple[Tensor], tuple]:
     task = tasks_of_rows(x, lora_A, task, one_task)
     saved = (x, weight, lora_A, lora_B, task, weight_scale) if save else ()
-    if x.shape[0] <= FEW_ROWS and not dropout_p and x.numel() and weight.numel():
+    if x.shape[0] <= _most_few_rows(x, weight) and not dropout_p and x.numel() and weight.numel():
         return (_few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale),), saved
-    y = None if bias is None else bias.float().repeat(x.shape[0], 1)
-    y = _matmul(x, _dense(weight, weight_scale).T, onto=y)
+    y = None if bias is None else bias.float().expand(x.shape[0], -1)
     if task is not None:
         low = _low(_dropped(x, dropout_p, dropout_seed), lora_A, task, scale)
-        _matmul(low, _by_rank(lora_B), onto=y)
-    return (y.to(x.dtype),), saved
+        y = _matmul(low, _by_rank(lora_B), y)
+    return (_matmul(x, _dense(weight, weight_scale).T, y, dtype=x.dtype),), saved
 
 
 def backward(
@@ -70,26 +74,25 @@ def backward(
     if grads[0] is None:
         return None, None, None, None, None, None, None
     dy = grads[0]
-    if needs[0]:
-        dx = _matmul(dy, _dense(weight, weight_scale))
     if needs[1]:
-        dweight = _matmul(dy.T, x).to(weight.dtype)
+        dweight = _matmul(dy.T, x, dtype=weight.dtype)
     if needs[4]:
-        dbias = _matmul(native.floats(1, dy.shape[0]).fill_(1.0), dy)[0]
+        dbias = _matmul(dy.new_ones(1, dy.shape[0]), dy)[0]
     if task is not None and (needs[0] or needs[2] or needs[3]):
         u = _dropped(x, dropout_p, dropout_seed) if needs[2] or needs[3] else None
         A = lora_A.flatten(0, 1)
         dlow = _matmul(dy, _by_rank(lora_B).T).mul_(_routed(task, lora_A, scale))
-        if needs[0] and dropout_p:
-            _drop(_matmul(dlow, A), dropout_p, dropout_seed, onto=dx)
-        elif needs[0]:
-            _matmul(dlow, A, onto=dx)
+        if needs[0]:
+            dx = _matmul(dlow, A)
+            dx = _drop(dx, dropout_p, dropout_seed) if dropout_p else dx
         if needs[2]:
-            dA = _matmul(dlow.T, u).view(lora_A.shape).to(lora_A.dtype)
+            dA = _matmul(dlow.T, u, dtype=lora_A.dtype).view(lora_A.shape)
         if needs[3]:
             dB = _matmul(_low(u, lora_A, task, scale).T, dy)
             dB = dB.unflatten(0, lora_A.shape[:2]).transpose(1, 2).to(lora_B.dtype)
-    return dx if dx is None else dx.to(x.dtype), dweight, dA, dB, dbias, None, None
+    if needs[0]:
+        dx = _matmul(dy, _dense(weight, weight_scale), dx, dtype=x.dtype)
+    return dx, dweight, dA, dB, dbias, None, None
 
 
 # ---- few rows ----
@@ -100,12 +103,25 @@ def _rows_apart(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
+def _by_tiles(weight: Tensor) -> bool:
+    """Whether few rows meet these weights in matrix registers."""
+    return weight.dtype == torch.bfloat16 and native.may_use_amx()
+
+
+def _most_few_rows(x: Tensor, weight: Tensor) -> int:
+    return FEW_TILES * (16 // PIECES[x.dtype]) if _by_tiles(weight) else FEW_ROWS
+
+
 def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float) -> Tensor:
     rows, width = x.shape
     out = weight.shape[0]
     y = x.new_empty(rows, out)
     rank = 0 if task is None else lora_A.shape[1]
-    kept = width + 31 if weight_scale is None else -(-width // GROUP) * DIGITS
+    amx = _by_tiles(weight)
+    if amx:
+        kept = 8 * (width + 31) * -(-rows // (16 // PIECES[x.dtype]))
+    else:
+        kept = rows * (width + 31 if weight_scale is None else -(-width // GROUP) * DIGITS)
     native.call(
         "lora_linear_forward",
         x=_rows_apart(x),
@@ -116,12 +132,13 @@ def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float)
         bias=bias,
         task=task,
         y=y,
-        workspace=native.floats(rows * (kept + rank)),
+        workspace=native.floats(kept + rows * rank),
         rows=rows,
         out=out,
         rank=rank,
         scale=scale,
         vnni=native.may_use_vnni(),
+        amx=amx,
         **{"in": width},
     )
     return y
@@ -143,24 +160,33 @@ def _dense(weight: Tensor, weight_scale: Tensor | None) -> Tensor:
     return dense
 
 
-def _matmul(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a (m, k) b (k, n) in float32, of any strides; added to ``onto`` where it is given."""
+def _matmul(a: Tensor, b: Tensor, start: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """start + a (m, k) b (k, n): a and b of any strides, start in float32 with rows contiguous; 0 where it is None.
+
+    A start that is a matrix of its own may become the result.
+    """
     (m, k), n = a.shape, b.shape[1]
-    c = native.floats(m, n) if onto is None else onto
     if not (m and n and k):
-        return c.zero_() if onto is None else c
+        return a.new_zeros(m, n, dtype=dtype) if start is None else start.to(dtype).contiguous()
+    amx = torch.bfloat16 in (a.dtype, b.dtype) and native.may_use_amx()
+    wanted = dtype if amx else torch.float32
+    own = (
+        start is not None and m > 1 and start.stride(0) == n and wanted == torch.float32
+    )  # no bias, the same for all rows
+    c = start if own else a.new_empty(m, n, dtype=wanted)
     native.call(
-        "matmul",
-        a=a,
-        b=b,
-        c=c,
-        workspace=native.floats((m + 12 + torch.get_num_threads() * COLUMNS) * DEPTH),
-        m=m,
-        n=n,
-        k=k,
-        accumulate=onto is not None,
+        "matmul", a=a, b=b, c=c, start=start, workspace=native.floats(_matmul_floats(a, b, amx)), m=m, n=n, k=k, amx=amx
     )
-    return c
+    return c.to(dtype)
+
+
+def _matmul_floats(a: Tensor, b: Tensor, amx: bool) -> int:
+    """How large a workspace the product needs, as MatmulParams tells."""
+    (m, k), threads = a.shape, torch.get_num_threads()
+    if not amx:
+        return (m + 12 + threads * COLUMNS) * DEPTH
+    rows = min(BLOCK_ROWS, -(-m // 32) * 32)
+    return rows * (k + 31) * PIECES[a.dtype] // 2 + threads * CHUNK * (2 * rows + 256 * PIECES[b.dtype])
 
 
 def _by_rank(lora_B: Tensor) -> Tensor:
@@ -184,10 +210,10 @@ def _dropped(x: Tensor, dropout_p: float, seed: int) -> Tensor:
     return _drop(x, dropout_p, seed) if dropout_p else x
 
 
-def _drop(x: Tensor, dropout_p: float, seed: int, onto: Tensor | None = None) -> Tensor:
-    """The kept elements of x (rows, width) over 1 - dropout_p, in float32, added to ``onto`` where it is given."""
+def _drop(x: Tensor, dropout_p: float, seed: int) -> Tensor:
+    """The kept elements of x (rows, width) over 1 - dropout_p, in float32."""
     x = _rows_apart(x)
-    y = native.floats(*x.shape) if onto is None else onto
+    y = native.floats(*x.shape)
     native.call(
         "lora_dropout",
         x=x,
@@ -197,6 +223,5 @@ def _drop(x: Tensor, dropout_p: float, seed: int, onto: Tensor | None = None) ->
         seed=seed & 0xFFFFFFFF,
         threshold=int(dropout_p * 2**32),
         keep=1 - dropout_p,
-        accumulate=onto is not None,
     )
     return y

@@ -26,7 +26,8 @@ from omnimamba_kernels import backends, native, triton_launch, use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WITHOUT_VNNI = "-without-vnni"
-"""Ends the name of a run on AVX-512 as it is on a processor without VNNI."""
+WITHOUT_AMX = "-without-amx"
+"""End the name of a run on AVX-512 as it is on a processor without VNNI, or without matrix registers."""
 THREAD_COUNTS = (1, 1, 2, 3)
 """At how many threads of the CPU, once more at the first, a run must give the same bits."""
 
@@ -113,9 +114,11 @@ def running(run: str) -> Iterator[None]:
         if isa.startswith("emulated"):
             stack.enter_context(emulated.emulated(int(isa.removeprefix("emulated") or 80)))
         elif isa:
-            stack.enter_context(native.use_instruction_set(isa.removesuffix(WITHOUT_VNNI)))
+            stack.enter_context(native.use_instruction_set(isa.removesuffix(WITHOUT_VNNI).removesuffix(WITHOUT_AMX)))
             if isa.endswith(WITHOUT_VNNI):
                 stack.enter_context(native.without_vnni())
+            if isa.endswith(WITHOUT_AMX):
+                stack.enter_context(native.without_amx())
         try:
             yield
         except RuntimeError as error:

@@ -7,6 +7,7 @@ import torch
 from common import (
     DTYPES,
     THREAD_COUNTS,
+    WITHOUT_AMX,
     assert_within_budget,
     check,
     device_of,
@@ -14,16 +15,18 @@ from common import (
     framed,
     hostile_memory,
     running,
+    runs,
     same_bits,
     threads,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnimamba_kernels import lora_linear
+from omnimamba_kernels import lora_linear, native
 from omnimamba_kernels.lora_linear.cases import LARGE, SMALL, Case, inputs
 from omnimamba_kernels.lora_linear.reference import dropout_mask
 
+RUNS = [*runs("lora_linear"), *[f"native-avx512{WITHOUT_AMX}"] * (native.why_not() is None and native.has_amx())]
 SCALE = 1.5
 FLOATS = ("x", "weight", "lora_A", "lora_B", "bias")
 MIXED = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)]
