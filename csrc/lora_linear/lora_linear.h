@@ -12,7 +12,7 @@
 //          are wide: a tile takes one row of every stream to up to four rows of x in registers. A core waits for memory,
 //          not for its multipliers, and has more lines on their way when it reads several long streams, each prefetched a
 //          little ahead, than one, or than neighbouring rows.
-//          int8 weights: cpu_int8.h. bf16 weights where the processor has matrix registers: cpu_few_amx.h.
+//          int8 weights: cpu_int8.h. bf16 weights and matrix registers: cpu_few_amx.h.
 //          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
 // Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while x in floats does.
 // Many rows are a matrix product: matmul.h.

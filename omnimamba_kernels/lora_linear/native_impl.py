@@ -18,8 +18,8 @@ from .routing import tasks_of_rows
 
 # Up to so many rows, one pass over the weights beats unpacking them for a matrix product.
 FEW_ROWS = 48
-# With matrix registers: up to so many tiles of 16 columns, each a piece of a row of x.
-FEW_TILES = 4
+# With matrix registers: from so many rows on, and up to so many tiles of 16 columns, each a piece of a row of x.
+TILED_ROWS, FEW_TILES = 8, 4
 # Floats for 64 values of x in digits, as kDigitGroupFloats in lora_linear.h.
 DIGITS = 80
 # The matrix product's blocks, as in matmul.h; the last two are those of matrix registers.
@@ -103,13 +103,13 @@ def _rows_apart(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def _by_tiles(weight: Tensor) -> bool:
+def _by_tiles(x: Tensor, weight: Tensor) -> bool:
     """Whether few rows meet these weights in matrix registers."""
-    return weight.dtype == torch.bfloat16 and native.may_use_amx()
+    return weight.dtype == torch.bfloat16 and x.shape[0] >= TILED_ROWS and native.may_use_amx()
 
 
 def _most_few_rows(x: Tensor, weight: Tensor) -> int:
-    return FEW_TILES * (16 // PIECES[x.dtype]) if _by_tiles(weight) else FEW_ROWS
+    return FEW_TILES * (16 // PIECES[x.dtype]) if _by_tiles(x, weight) else FEW_ROWS
 
 
 def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float) -> Tensor:
@@ -117,7 +117,7 @@ def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float)
     out = weight.shape[0]
     y = x.new_empty(rows, out)
     rank = 0 if task is None else lora_A.shape[1]
-    amx = _by_tiles(weight)
+    amx = _by_tiles(x, weight)
     if amx:
         kept = 8 * (width + 31) * -(-rows // (16 // PIECES[x.dtype]))
     else:
