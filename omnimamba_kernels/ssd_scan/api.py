@@ -116,6 +116,8 @@ def mamba_chunk_scan_combined(
         y (b, l, h, p) in x's dtype, then, where asked for, final_states (b, h, p, n) and varlen_states
         (sequences, h, p, n).
         Gradients reach x, dt, A, B, C, D, z, dt_bias and initial_states through every output.
+        A NaN or infinity of x, B or dt shows from its position on. Where a chunk is a matrix product, it may also show
+        in the few positions before it in its chunk, as 0 times it.
 
     Raises:
         ValueError: a shape, index or limit does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot.
