@@ -4,8 +4,9 @@
 //          is one bf16 piece of one row of x (cpu_pieces.h): 16 rows of bf16, 8 of float16 or 5 of float32 fill a tile.
 //          The pieces' sums are added at the end, the smaller ones first. A row's first piece meets an infinite weight
 //          as the row itself would; its other ones, 0 perhaps, would make it NaN, so they count only beside finite sums.
-// Plan     Two tiles of weights and one or two of columns run through k. A thread asks for the weights it will need so many
-//          lines later, in this pair of tiles or the next: the registers themselves wait for one tile at a time.
+// Plan     A tile of weights runs through k and meets up to four tiles of columns. A thread asks for weights so many lines
+//          before it needs them, of this row of tiles or the next; 16 rows at a time are as many streams as a processor's
+//          own prefetching follows.
 // Order    Each sum takes k in order; which tile it is in changes nothing. So the bits of a row depend on no other row.
 // Traffic  the weights once, columns from cache.
 #pragma once
@@ -18,8 +19,8 @@ namespace {
 
 #if defined(OM_AMX)
 
-constexpr int kPairRows = 2 * kTileLanes;  // weight rows of two tiles
-constexpr int64_t kStepsAhead = 16;        // tiles of 32 k from the one in use to the one asked for
+constexpr int kFewTiles = 4;         // of columns that meet a tile of weights at a time
+constexpr int64_t kStepsAhead = 16;  // tiles of 32 k from the one in use to the one asked for
 
 inline int64_t tile_steps(int64_t in) { return (in + kTileDepth - 1) / kTileDepth; }
 
@@ -56,44 +57,45 @@ OM_INLINE TileAt weight_tile(const LoraLinearParams& p, int64_t o, int64_t k, ch
 // Asks for the weights that are needed kStepsAhead steps after this one.
 OM_INLINE void ask_ahead(const LoraLinearParams& p, int64_t o, int64_t step, int64_t steps) {
   int64_t then = step + kStepsAhead;
-  for (; then >= steps; then -= steps) o += kPairRows;
-  if (o + kPairRows > p.out) return;
+  for (; then >= steps; then -= steps) o += kTileLanes;
+  if (o + kTileLanes > p.out) return;
   const bf16* w = p.weight.at<bf16>(o) + then * kTileDepth;
-#pragma GCC unroll 8
-  for (int r = 0; r < kPairRows; r++, w += p.weight.stride[0]) __builtin_prefetch(w);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileLanes; r++, w += p.weight.stride[0]) __builtin_prefetch(w, 0, 2);
 }
 
-// sums[i][j][out][column] of weight tile i and column tile j < N. With `ask` the weights are not in a cache yet.
+// sums[j][out][column] of one tile of outputs and column tile j < N. With `ask` the weights are not in a cache yet.
 template <int N>
-OM_AMX void pair_of_tiles(const LoraLinearParams& p, int64_t o, const char* x, bool ask,
-                          float (*sums)[2][kTileLanes][W]) {
-  alignas(64) char spare[2][kTileBytes];
-  const int64_t steps = tile_steps(p.in);
+OM_AMX void row_of_tiles(const LoraLinearParams& p, int64_t o, const char* x, bool ask, float (*sums)[kTileLanes][W]) {
+  alignas(64) char spare[kTileBytes];
+  const int64_t steps = tile_steps(p.in), next = steps * kTileBytes;
   tile_zero(0);
   tile_zero(1);
   tile_zero(2);
   tile_zero(3);
   for (int64_t step = 0; step < steps; step++, x += kTileBytes) {
     if (ask) ask_ahead(p, o, step, steps);
-    const TileAt first = weight_tile(p, o, step * kTileDepth, spare[0]);
-    const TileAt second = weight_tile(p, o + kTileLanes, step * kTileDepth, spare[1]);
+    const TileAt weights = weight_tile(p, o, step * kTileDepth, spare);
+    tile_load(6, weights.data, weights.row_bytes);
     tile_load(4, x, 64);
-    tile_load(6, first.data, first.row_bytes);
-    tile_load(7, second.data, second.row_bytes);
     tile_multiply(0, 6, 4);
-    tile_multiply(1, 7, 4);
-    if constexpr (N == 2) {
-      tile_load(5, x + steps * kTileBytes, 64);
-      tile_multiply(2, 6, 5);
-      tile_multiply(3, 7, 5);
+    if constexpr (N > 1) {
+      tile_load(5, x + next, 64);
+      tile_multiply(1, 6, 5);
+    }
+    if constexpr (N > 2) {
+      tile_load(4, x + 2 * next, 64);
+      tile_multiply(2, 6, 4);
+    }
+    if constexpr (N > 3) {
+      tile_load(5, x + 3 * next, 64);
+      tile_multiply(3, 6, 5);
     }
   }
-  tile_store(0, sums[0][0]);
-  tile_store(1, sums[1][0]);
-  if constexpr (N == 2) {
-    tile_store(2, sums[0][1]);
-    tile_store(3, sums[1][1]);
-  }
+  tile_store(0, sums[0]);
+  if constexpr (N > 1) tile_store(1, sums[1]);
+  if constexpr (N > 2) tile_store(2, sums[2]);
+  if constexpr (N > 3) tile_store(3, sums[3]);
 }
 
 // Adds bias and adapter to one row's sums of outputs [o, o + n), and writes them as y.
@@ -138,16 +140,16 @@ void few_rows_by_tiles(const LoraLinearParams& p, char* space, Project&& project
   });
   auto* low = reinterpret_cast<float*>(space + tiles * bytes);
   project(low);
-  parallel_parts(p.threads, (p.out + kPairRows - 1) / kPairRows, [&](int64_t begin, int64_t end, int) {
+  constexpr decltype(&row_of_tiles<1>) multiply[] = {row_of_tiles<1>, row_of_tiles<2>, row_of_tiles<3>,
+                                                     row_of_tiles<4>};
+  parallel_parts(p.threads, (p.out + kTileLanes - 1) / kTileLanes, [&](int64_t begin, int64_t end, int) {
     const Tiles configured;
-    alignas(64) float sums[2][2][kTileLanes][W];
-    for (int64_t o = begin * kPairRows; o < std::min(end * kPairRows, p.out); o += kPairRows)
-      for (int64_t tile = 0; tile < tiles; tile += 2) {
-        const int64_t count = std::min<int64_t>(2, tiles - tile);
-        (count == 2 ? pair_of_tiles<2> : pair_of_tiles<1>)(p, o, space + tile * bytes, tile == 0, sums);
-        for (int64_t i = 0; i < 2 && o + i * kTileLanes < p.out; i++)
-          for (int64_t j = 0; j < count; j++)
-            finish_tile<TX>(p, low, (tile + j) * rows, o + i * kTileLanes, sums[i][j]);
+    alignas(64) float sums[kFewTiles][kTileLanes][W];
+    for (int64_t o = begin * kTileLanes; o < std::min(end * kTileLanes, p.out); o += kTileLanes)
+      for (int64_t tile = 0; tile < tiles; tile += kFewTiles) {
+        const int64_t count = std::min<int64_t>(kFewTiles, tiles - tile);
+        multiply[count - 1](p, o, space + tile * bytes, tile == 0, sums);
+        for (int64_t j = 0; j < count; j++) finish_tile<TX>(p, low, (tile + j) * rows, o, sums[j]);
       }
   });
 }

@@ -19,7 +19,7 @@ from .routing import tasks_of_rows
 # Up to so many rows, one pass over the weights beats unpacking them for a matrix product.
 FEW_ROWS = 48
 # With matrix registers: from so many rows on, and up to so many tiles of 16 columns, each a piece of a row of x.
-TILED_ROWS, FEW_TILES = 8, 4
+TILED_ROWS, FEW_TILES = 3, 4
 # Floats for 64 values of x in digits, as kDigitGroupFloats in lora_linear.h.
 DIGITS = 80
 # The matrix product's blocks, as in matmul.h; the last two are those of matrix registers.

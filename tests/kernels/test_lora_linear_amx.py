@@ -32,7 +32,7 @@ def oracle(x, weight, lora_A, lora_B, bias, task):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-@pytest.mark.parametrize("rows", [8, 9, 10, 11, 15, 16, 17, 20, 21, 33, 64, 65])
+@pytest.mark.parametrize("rows", [3, 4, 5, 6, 8, 9, 10, 11, 15, 16, 17, 20, 21, 33, 64, 65])
 def test_rows_around_whole_tiles(run, rows, dtype):
     """Widths and outputs below, at and above whole tiles, odd ones among them."""
     for width, out in ((31, 1), (32, 16), (33, 31), (95, 33)):
