@@ -82,13 +82,14 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         *,
         encoders: tuple[str, str] | None = None,
-        fold: bool = True,
+        fold: bool | None = None,
     ) -> Pipeline:
         """All three parts of a checkpoint: a folder, a hub repository, or a file with the tokenizers beside it.
 
         CheckpointError where one is missing or damaged. ``encoders`` as in ``seen_through``, in place of those that the
         checkpoint names. ``fold``: drawing looks up what image MLP and caption_embed make of every token
-        (``OmniMamba.fold``); it takes a while at full size, and answers have no use for it.
+        (``OmniMamba.fold``), which answers have no use for; None where making that takes about a second or less: on a
+        GPU always, on a CPU up to ``embeddings.QUICK_TO_FOLD``. At 1.3B a CPU computes for longer than one drawing saves.
         """
         path = locate(name_or_path, wanted=(*WANTED, OFFICIAL_VQ))
         model, place = read_any(path, device, dtype), path.parent if path.is_file() else path
@@ -97,7 +98,7 @@ class Pipeline:
         words, pixels = load_tokenizers(place, model.config, additions=is_foreign(path))
         if encoders is not None:
             pixels = seen_through(pixels, encoders, model.config)
-        if fold:
+        if model.backbone.quick_to_fold() if fold is None else fold:
             model.fold()
         return cls(model, words, pixels.to(device))
 

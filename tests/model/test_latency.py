@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from omnimamba_model import cast_matrices, cli, draw, load, save
+from omnimamba_model import OmniMamba, OmniMambaConfig, cast_matrices, cli, draw, load, save
+from omnimamba_model import embeddings as embeddings_module
 from omnimamba_model.config import MMU, T2I
-from omnimamba_model.embeddings import folded
+from omnimamba_model.embeddings import folded, folding_flops
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.training import Phase, Trainer
 
@@ -84,6 +85,50 @@ def test_tables_are_folded_at_load_and_what_is_saved_is_not(folder, caption, ima
     made.save_pretrained(tmp_path / "again")
     again, first = load(tmp_path / "again").state_dict(), load(folder).state_dict()
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_tables_are_folded_unasked_where_that_is_quick(folder, tmp_path, monkeypatch):
+    """By load and by command; a table that takes long is folded where it is asked for, and on a GPU."""
+    loaded, begin = [], Pipeline.load
+
+    def load(*given, **options):
+        loaded.append(begin(*given, **options))
+        return loaded[-1]
+
+    def tables(*options):
+        command = ["generate", "--checkpoint", str(folder), "--prompt", "word3", "--out", str(tmp_path / "a.png")]
+        assert cli.main([*command, *options]) == 0
+        return loaded.pop().model.backbone.caption_embed.folded
+
+    quick = begin(folder).model
+    backbone = quick.backbone
+    flops = folding_flops(backbone.img_embeddings.word_embeddings, backbone.img_embeddings.project_in)
+    flops += folding_flops(backbone.embedding, backbone.caption_embed.cap_proj)
+    monkeypatch.setattr(embeddings_module, "QUICK_TO_FOLD", flops)
+    assert begin(folder).model.backbone.caption_embed.folded is not None
+    monkeypatch.setattr(embeddings_module, "QUICK_TO_FOLD", flops - 1)
+    assert begin(folder).model.backbone.caption_embed.folded is None
+    assert begin(folder, fold=True).model.backbone.caption_embed.folded is not None
+    assert quick.to("meta").backbone.quick_to_fold(), "as a GPU is, another device than the CPU"
+    monkeypatch.setattr(Pipeline, "load", load)
+    assert tables() is None and tables("--no-fold") is None and tables("--fold") is not None
+    monkeypatch.undo()
+    monkeypatch.setattr(Pipeline, "load", load)
+    assert tables() is not None and tables("--no-fold") is None and tables("--fold") is not None
+
+
+@pytest.mark.parametrize("size, quick", [("tiny", True), ("1.3b", False)])
+def test_what_a_cpu_folds_unasked(size, quick):
+    """2 FLOPs a row and number: of the image MLP 2 mlp_ratio + 1 squares of d_model, of caption_embed 2."""
+    with torch.device("meta"):
+        backbone = OmniMamba(OmniMambaConfig.preset(size)).backbone
+    config = OmniMambaConfig.preset(size)
+    square = config.backbone.d_model**2
+    image = folding_flops(backbone.img_embeddings.word_embeddings, backbone.img_embeddings.project_in)
+    caption = folding_flops(backbone.embedding, backbone.caption_embed.cap_proj)
+    assert image == 2 * config.image_vocab_size * (2 * config.mlp_ratio + 1) * square
+    assert caption == 2 * config.backbone.vocab_size * 2 * square
+    assert (image + caption <= embeddings_module.QUICK_TO_FOLD) == quick
 
 
 @pytest.mark.parametrize("change", ["trained", "other weights"])
