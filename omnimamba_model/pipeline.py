@@ -89,7 +89,7 @@ class Pipeline:
         CheckpointError where one is missing or damaged. ``encoders`` as in ``seen_through``, in place of those that the
         checkpoint names. ``fold``: drawing looks up what image MLP and caption_embed make of every token
         (``OmniMamba.fold``), which answers have no use for; None where making that takes about a second or less: on a
-        GPU always, on a CPU up to ``embeddings.QUICK_TO_FOLD``. At 1.3B a CPU computes for longer than one drawing saves.
+        GPU always, on a CPU up to ``embeddings.QUICK_TO_FOLD``. At 1.3B that takes a CPU longer than one drawing saves.
         """
         path = locate(name_or_path, wanted=(*WANTED, OFFICIAL_VQ))
         model, place = read_any(path, device, dtype), path.parent if path.is_file() else path

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from omnimamba_kernels import backends, dequantize_int8, native, use_backend
 from omnimamba_model import OmniMamba, cast_matrices
 from omnimamba_model.backbone import activation_dtype
 from omnimamba_model.config import MMU, T2I
+from omnimamba_model.embeddings import ImageEmbeddings, OmniBackbone, folded
 from omnimamba_model.generation import draw, generate_text
 from omnimamba_model.layers import Linear, RoutedLinear, Table
 from omnimamba_model.weights import load, save
@@ -104,9 +109,57 @@ def test_an_adapter_merges_into_int8(folder, caption, image):
     assert 0 < float((merged - apart).norm() / apart.norm()) < 0.02
 
 
-def test_folded_tables_look_up_what_the_int8_ones_make(folder, caption, image):
-    model = load(folder, dtype=torch.int8)
+def test_folded_tables_look_up_what_the_int8_ones_make(folder, caption, image, monkeypatch):
+    """Rounded to bf16, which costs less than int8 did."""
+    model, exact = load(folder, dtype=torch.int8), load(folder)
+    backbone = model.backbone
+    tables = (
+        (backbone.img_embeddings.word_embeddings, backbone.img_embeddings.project_in),
+        (backbone.embedding, backbone.caption_embed.cap_proj),
+    )
     with torch.no_grad():
-        apart = model.t2i(caption, image).logits
+        made = [then(table(torch.arange(table.num_embeddings))).bfloat16() for table, then in tables]
+        truth, apart = exact.t2i(caption, image).logits, model.t2i(caption, image).logits
+        with monkeypatch.context() as patch:  # the same rounding, each time
+            patch.setattr(ImageEmbeddings, "forward", lambda self, ids: made[0][ids])
+            patch.setattr(
+                OmniBackbone, "embed_caption", lambda self, ids: made[1][ids] + self.pos_embed[:, : ids.shape[1]]
+            )
+            rounded = model.t2i(caption, image).logits
         model.fold()
-        assert torch.allclose(model.t2i(caption, image).logits, apart, atol=1e-4 * float(apart.abs().max()))
+        found = model.t2i(caption, image).logits
+    for table, expected in zip((backbone.img_embeddings.folded, backbone.caption_embed.folded), made, strict=True):
+        assert table.dtype is torch.bfloat16
+        torch.testing.assert_close(table, expected, rtol=2**-7, atol=1e-6)  # one step of bf16 at most, where it ties
+    assert torch.allclose(found, rounded, atol=1e-4 * float(rounded.abs().max()))
+    assert (found - apart).norm() < (apart - truth).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_folding_holds_a_table_once(dtype):
+    """At its peak the table that is made and a few parts of it, never the table twice."""
+    table, kept = cast_matrices(Table(4096, 64), dtype), Kept()
+    with kept:
+        found = folded(table, torch.nn.Identity(), rows=64)
+    assert found.nbytes == 4096 * 64 * (4 if dtype is torch.float32 else 2) <= kept.peak < 1.25 * found.nbytes
+
+
+class Kept(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that are still there, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.now += tensor.nbytes
+                weakref.finalize(tensor.untyped_storage(), self.gone, tensor.nbytes)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def gone(self, size):
+        self.now -= size
