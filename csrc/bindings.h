@@ -2,7 +2,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <functional>
+#include <limits>
 #include <map>
 #include <string>
 #include <type_traits>
@@ -198,18 +200,20 @@ inline std::map<std::string, const Kernel*>& bindable() {
 
 struct Program {
   std::vector<Bound> steps;
+  int most_threads = std::numeric_limits<int>::max();  // workspaces are as large as the threads at the time need
 
   // Whether the kernel was added; one with a result (the size of a workspace) is called at once instead.
   bool add(const std::string& name, const py::kwargs& values) {
     const auto kernel = bindable().find(name);
     if (kernel == bindable().end()) return false;
     const Return at_the_end;
+    most_threads = std::min(most_threads, torch_threads());
     steps.push_back(kernel->second->bind(*kernel->second, values));
     return true;
   }
 
   void run() const {
-    const int threads = torch_threads();
+    const int threads = std::min(most_threads, torch_threads());
     py::gil_scoped_release free;
     for (const Bound& step : steps) step(threads);
   }

@@ -20,25 +20,31 @@ from torch import Tensor
 PAGE = 2**21
 LARGE = 2 * PAGE
 """Bytes from which a tensor lies in such memory."""
+SPARE = 8
+"""The part of a tensor's size, one in so many, by which memory lent again may be too large."""
 KEPT = 80 * PAGE
 """Bytes kept at most while no tensor lies in them: two results of a layer of the 1.3B shape at 4,096 positions."""
 _idle: deque[mmap.mmap] = deque()
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised contiguous memory on the CPU, whatever the default dtype and device; from LARGE bytes on as above.
+def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
+    """Uninitialised memory without gaps on the CPU, whatever the default dtype and device; from LARGE bytes as above.
 
     It is no view of another tensor, so that autograd lets a caller change an output in place. Its storage cannot grow.
+    Where torch fills its own new memory (``torch.utils.deterministic.fill_uninitialized_memory``), so is this.
     """
     count = prod(shape)
     nbytes = count * dtype.itemsize
-    if nbytes < LARGE or sys.platform != "linux":
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    memory = _taken(nbytes) or _mapped(nbytes)
+    memory = None if nbytes < LARGE or sys.platform != "linux" else _taken(nbytes) or _mapped(nbytes)
+    if memory is None:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     # The view lives as long as the last tensor on it; nothing else refers to it.
     view = memoryview(memory)
     weakref.finalize(view, _give_back, memory).atexit = False
-    return torch.frombuffer(view, dtype=dtype, count=count, offset=_first(view)).resize_(tuple(shape))
+    tensor = torch.frombuffer(view, dtype=dtype, count=count, offset=_first(view)).as_strided_(shape, strides)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+    return tensor
 
 
 def release() -> None:
@@ -47,9 +53,9 @@ def release() -> None:
 
 
 def _taken(nbytes: int) -> mmap.mmap | None:
-    """The smallest idle memory that fits and is not twice too large."""
+    """The smallest idle memory that fits and is hardly too large: what is lent stays in use as a whole."""
     for memory in sorted(_idle, key=len):
-        if nbytes + PAGE <= len(memory) <= 2 * nbytes + PAGE:
+        if nbytes + PAGE <= len(memory) <= nbytes + nbytes // SPARE + 2 * PAGE:
             try:
                 _idle.remove(memory)
             except ValueError:  # another thread's by now
@@ -58,9 +64,14 @@ def _taken(nbytes: int) -> mmap.mmap | None:
     return None
 
 
-def _mapped(nbytes: int) -> mmap.mmap:
-    """New memory; what does not fill a large page stays in small ones."""
-    memory = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _mapped(nbytes: int) -> mmap.mmap | None:
+    """New memory, or None where the system has none left; what does not fill a large page stays in small ones."""
+    size = -(-nbytes // PAGE) * PAGE + PAGE
+    try:
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        release()
+        return None
     try:
         memory.madvise(mmap.MADV_HUGEPAGE, _first(memory), nbytes // PAGE * PAGE)
     except OSError:
@@ -74,6 +85,8 @@ def _first(memory: mmap.mmap | memoryview) -> int:
 
 
 def _give_back(memory: mmap.mmap) -> None:
+    if len(memory) > KEPT:
+        return
     _idle.append(memory)
     while sum(map(len, tuple(_idle))) > KEPT:
         try:

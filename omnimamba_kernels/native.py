@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from math import prod
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .large_pages import empty
+from . import large_pages
 
 _PREFERENCE = ("avx512", "avx2", "neon", "generic")
 _chosen: ContextVar[str | None] = ContextVar("omnimamba_instruction_set", default=None)
@@ -79,6 +80,18 @@ def cannot_store(*tensors: Tensor | None) -> str | None:
         if t.is_neg():
             return "native kernels read memory as it is, and one tensor is a negated view; .resolve_neg() makes a copy"
     return None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
+    """Uninitialised memory without gaps for a kernel's result, contiguous unless strides say otherwise.
+
+    Large results lie in large pages, lent again when they are free; not what a recording keeps.
+    """
+    if strides is None:
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    if _recording.get() is not None:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+    return large_pages.empty(shape, dtype, strides)
 
 
 def floats(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnimamba_kernels import causal_conv1d_fn, large_pages, native
+from omnimamba_kernels import capture, causal_conv1d_fn, large_pages, native, rmsnorm_fn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="maps memory itself on Linux only")
 COUNT = 4 * large_pages.LARGE // 4
@@ -37,19 +37,23 @@ def in_large_pages(address: int) -> int:
     return 0
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return native.empty(shape, dtype)
+
+
 @pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="the system has no large pages")
 def test_large_results_lie_in_large_pages():
-    t = large_pages.empty((COUNT,), torch.float32).fill_(1.0)
+    t = empty(COUNT).fill_(1.0)
     assert in_large_pages(t.data_ptr() + t.nbytes // 2) >= t.nbytes // 2  # all, but where memory is in pieces
 
 
 def test_the_last_part_of_a_page_takes_no_large_one():
-    t = large_pages.empty((COUNT + 100,), torch.float32).fill_(1.0)
+    t = empty(COUNT + 100).fill_(1.0)
     assert in_large_pages(t.data_ptr() + t.nbytes - 1) == 0
 
 
 def test_small_results_are_the_c_librarys():
-    t = large_pages.empty((large_pages.LARGE // 4 - 1,), torch.float32)
+    t = empty(large_pages.LARGE // 4 - 1)
     t.resize_(COUNT)  # memory of this module could not grow
     del t
     assert not large_pages._idle
@@ -57,45 +61,76 @@ def test_small_results_are_the_c_librarys():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_shape_and_dtype_are_as_asked(dtype):
-    t = large_pages.empty((2, 3, large_pages.LARGE), dtype)
+    t = empty(2, 3, large_pages.LARGE, dtype=dtype)
     assert (t.shape, t.dtype, t.is_contiguous(), t._is_view()) == ((2, 3, large_pages.LARGE), dtype, True, False)
     t[-1, -1, -1] = 3  # the last element is there
     with torch.device("meta"):
-        assert large_pages.empty((COUNT,), dtype if dtype.itemsize == 4 else torch.float32).device.type == "cpu"
+        assert empty(COUNT).device.type == "cpu"
 
 
 def test_memory_is_lent_again_only_when_no_tensor_lies_in_it():
-    first = large_pages.empty((COUNT,), torch.float32)
+    first = empty(COUNT)
     address, part = first.data_ptr(), first[5:7]
     part.fill_(7.0)
     del first
-    second = large_pages.empty((COUNT,), torch.float32).fill_(1.0)
+    second = empty(COUNT).fill_(1.0)
     assert second.data_ptr() != address and part.tolist() == [7.0, 7.0]
     del part
-    third = large_pages.empty((COUNT,), torch.float32)
+    third = empty(COUNT)
     assert third.data_ptr() == address
-    half = large_pages.empty((COUNT,), torch.float32)
+    half = empty(COUNT)
     assert len({t.data_ptr() for t in (second, third, half)}) == 3
 
 
 def test_memory_much_too_large_is_not_lent():
-    wide = large_pages.empty((3 * COUNT,), torch.float32)
+    wide = empty(3 * COUNT)
     address = wide.data_ptr()
     del wide
-    assert large_pages.empty((COUNT,), torch.float32).data_ptr() != address
-    assert large_pages.empty((2 * COUNT,), torch.float32).data_ptr() == address
+    assert empty(5 * COUNT // 2).data_ptr() != address
+    assert empty(14 * COUNT // 5).data_ptr() == address
 
 
 def test_what_is_kept_is_bounded():
     enough = large_pages.KEPT // (4 * COUNT) + 3
-    tensors = [large_pages.empty((COUNT,), torch.float32) for _ in range(enough)]
-    last = tensors[-1].data_ptr()
+    tensors = [empty(COUNT) for _ in range(enough)]
+    addresses = {t.data_ptr() for t in tensors}
     while tensors:
         del tensors[0]
         assert sum(map(len, large_pages._idle)) <= large_pages.KEPT
-    assert large_pages.empty((COUNT,), torch.float32).data_ptr() == last or len(large_pages._idle) > 1
+    one = len(large_pages._idle[0])
+    assert sum(map(len, large_pages._idle)) > large_pages.KEPT - one, "as many are kept as may be"
+    assert empty(COUNT).data_ptr() in addresses
+    del one
     large_pages.release()
     assert not large_pages._idle
+
+
+def test_what_could_not_be_kept_alone_leaves_the_others():
+    small, wide = empty(COUNT), empty(large_pages.KEPT // 4 + 1)
+    del small
+    del wide
+    assert len(large_pages._idle) == 1
+
+
+def test_where_no_memory_is_left_what_is_kept_goes_back_and_torch_is_asked(monkeypatch):
+    first = empty(COUNT)
+    del first
+
+    def none_left(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(large_pages.mmap, "mmap", none_left)
+    t = empty(3 * COUNT).fill_(1.0)
+    assert t.numel() == 3 * COUNT and not large_pages._idle
+
+
+def test_it_is_filled_where_torch_fills_its_own():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert empty(COUNT).isnan().all()
+        assert (empty(4 * COUNT, dtype=torch.int8) == 127).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason="nothing was compiled")
@@ -109,3 +144,25 @@ def test_results_of_a_kernel_are_apart_and_may_be_changed_in_place():
     second.mul_(0.0)
     (gradient,) = torch.autograd.grad(first.sum() + second.sum(), x)
     assert torch.equal(first[0, :, -1], kept) and gradient.isfinite().all()
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="nothing was compiled")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiler_traces_large_results_without_memory(dynamic):
+    torch._dynamo.reset()
+    x, weight = torch.randn(1, 1024, COUNT // 1024), torch.randn(1024, 2)
+    compiled = torch.compile(
+        lambda x: causal_conv1d_fn(x, weight, activation="silu", backend="native"),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
+    )
+    assert torch.equal(compiled(x), causal_conv1d_fn(x, weight, activation="silu", backend="native"))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="nothing was compiled")
+def test_large_results_can_be_recorded():
+    x, weight = torch.randn(COUNT // 1024, 1024), torch.randn(1024)
+    replay = capture(lambda x: rmsnorm_fn(x, weight, None, backend="native"), x)
+    assert torch.equal(replay(x), rmsnorm_fn(x, weight, None, backend="native"))
+    assert not large_pages._idle or len(large_pages._idle) == 1  # the last call's alone: a recording keeps its own

@@ -247,10 +247,13 @@ void lora_linear_forward(const LoraLinearParams& p) {
   check(p.x && p.weight && p.y && p.workspace, "lora_linear: x, weight, y and workspace are needed");
   float* space = p.workspace.at<float>();
   const Floats floats{space, p.in};
+  check(!p.amx || (may_use_tiles() && p.weight.dtype == DType::BF16),
+        "lora_linear: amx needs matrix registers and bf16 weights");
 #if defined(OM_AMX)
-  if (p.amx && p.weight.dtype == DType::BF16 && may_use_tiles()) {
+  if (p.amx) {
+    const int threads = p.rows * p.in * p.out < ENOUGH ? 1 : p.threads;
     for_float_type(p.x.dtype, [&](auto x) {
-      few_rows_by_tiles<decltype(x)>(p, reinterpret_cast<char*>(space), [&](float* low) {
+      few_rows_by_tiles<decltype(x)>(p, threads, reinterpret_cast<char*>(space), [&](float* low) {
         if (p.task) project_down(p, low);
       });
     });

@@ -7,7 +7,7 @@
 // Plan     A tile of weights runs through k and meets up to four tiles of columns. A thread asks for weights so many lines
 //          before it needs them, of this row of tiles or the next; 16 rows at a time are as many streams as a processor's
 //          own prefetching follows.
-// Order    Each sum takes k in order; which tile it is in changes nothing. So the bits of a row depend on no other row.
+// Order    Each sum takes k in order; which tile it is in changes nothing: the bits of a row depend on no other row.
 // Traffic  the weights once, columns from cache.
 #pragma once
 #include "common/parallel.h"
@@ -132,17 +132,17 @@ void finish_tile(const LoraLinearParams& p, const float* low, int64_t first, int
 
 // y, from x as columns in `space`; project(low) brings the adapters' sums (rows, rank) behind them.
 template <class TX, class Project>
-void few_rows_by_tiles(const LoraLinearParams& p, char* space, Project&& project) {
+void few_rows_by_tiles(const LoraLinearParams& p, int threads, char* space, Project&& project) {
   constexpr int rows = kTileLanes / kPieces<TX>;
   const int64_t tiles = (p.rows + rows - 1) / rows, bytes = tile_steps(p.in) * kTileBytes;
-  parallel_for(tiles > 1 ? p.threads : 1, tiles, [&](int64_t i, int) {
+  parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t i, int) {
     take_columns<TX>(p, i * rows, std::min<int64_t>(rows, p.rows - i * rows), space + i * bytes);
   });
   auto* low = reinterpret_cast<float*>(space + tiles * bytes);
   project(low);
   constexpr decltype(&row_of_tiles<1>) multiply[] = {row_of_tiles<1>, row_of_tiles<2>, row_of_tiles<3>,
                                                      row_of_tiles<4>};
-  parallel_parts(p.threads, (p.out + kTileLanes - 1) / kTileLanes, [&](int64_t begin, int64_t end, int) {
+  parallel_parts(threads, (p.out + kTileLanes - 1) / kTileLanes, [&](int64_t begin, int64_t end, int) {
     const Tiles configured;
     alignas(64) float sums[kFewTiles][kTileLanes][W];
     for (int64_t o = begin * kTileLanes; o < std::min(end * kTileLanes, p.out); o += kTileLanes)

@@ -121,9 +121,9 @@ void one_chunk(const MatmulParams& p, const Block& block, int64_t first, int64_t
 }  // namespace
 
 void matmul(const MatmulParams& p) {
+  check(!p.amx || may_use_tiles(), "matmul: amx needs matrix registers");
 #if defined(OM_AMX)
   if (p.amx) {
-    check(may_use_tiles(), "matmul: amx needs matrix registers");
     return for_float_type(p.a.dtype, [&](auto a) {
       for_float_type(p.b.dtype, [&](auto b) { TileProduct<decltype(a), decltype(b)>{p}.run(); });
     });

@@ -156,7 +156,7 @@ struct TileProduct {
   void run() const {
     char* a_tiles = p.workspace.at<char>();
     const int64_t padded = (p.k + kTileDepth - 1) / kTileDepth * kTileDepth;
-    const int64_t rows = std::min<int64_t>(kMatmulBlockRows, (p.m + kPanel - 1) / kPanel * kPanel);
+    const int64_t rows = std::min<int64_t>(BLOCK_ROWS, (p.m + kPanel - 1) / kPanel * kPanel);
     char* own = a_tiles + rows * padded * 2 * PA;
     const int64_t own_bytes = rows * CHAINS * kMatmulChunk * 4 + int64_t{kMatmulChunk} * kSliceDepth * 2 * PB;
     const int64_t panels_n = (p.n + kPanel - 1) / kPanel;

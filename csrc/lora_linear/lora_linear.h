@@ -13,7 +13,8 @@
 //          not for its multipliers, and has more lines on their way when it reads several long streams, each prefetched a
 //          little ahead, than one, or than neighbouring rows.
 //          int8 weights: cpu_int8.h. bf16 weights and matrix registers: cpu_few_amx.h.
-//          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count.
+//          One accumulator for each (row, output): the bits of a row depend on no other row and on no thread count, only
+//          on which of these ways is taken.
 // Traffic  the weights once (1, 2 or 4 bytes each): the rest stays in cache while x in floats does.
 // Many rows are a matrix product: matmul.h.
 #pragma once

@@ -22,8 +22,8 @@ constexpr int kMatmulBlockRows = 512, kMatmulChunk = 256;
 struct MatmulParams {
   View a, b, c, start;
   // (m + 12) kMatmulDepth + threads kMatmulDepth kMatmulColumns floats. With amx, of operands of A and B pieces (1 of bf16,
-  // 2 of float16, 3 of float32) and R = m rounded up to 32, at most kMatmulBlockRows: R (k rounded up to 32) A / 2 floats,
-  // and for each thread kMatmulChunk (2 R + 256 B).
+  // 2 of float16, 3 of float32), C = 1 where both are bf16 and else 2, and R = m rounded up to 32, at most
+  // kMatmulBlockRows / C: R (k rounded up to 32) A / 2 floats, and for each thread kMatmulChunk (C R + 256 B).
   View workspace;
   int64_t m = 0, n = 0, k = 0;
   bool amx = false;  // in matrix registers: may_use_tiles() says that they are there

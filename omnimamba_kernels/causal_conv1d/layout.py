@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..large_pages import empty
-
 
 def channel_last(x: Tensor) -> bool:
     """Whether x's channels are one element apart."""
@@ -22,17 +20,20 @@ def alignment(x: Tensor, *others: Tensor) -> int:
     return math.gcd(16, x.shape[unit], *strides)
 
 
+def dense_strides(x: Tensor, length: int) -> tuple[int, int, int]:
+    """Of (b, d, length) without gaps, its channels or its times one element apart as x's are."""
+    d = x.shape[1]
+    return (length * d, 1, d) if channel_last(x) else (d * length, length, 1)
+
+
 def empty_like(x: Tensor, length: int | None = None) -> Tensor:
-    """A new (b, d, length or l) without gaps, its channels or its times one element apart as x's are.
+    """A new (b, d, length or l) with dense_strides.
 
     It is no view of another tensor, so that autograd lets a caller change an output in place.
     """
     b, d, l = x.shape
     l = l if length is None else length
-    strides = (l * d, 1, d) if channel_last(x) else (d * l, l, 1)
-    if x.device.type == "cpu":
-        return empty((b, d, l), x.dtype).as_strided_((b, d, l), strides)
-    return torch.empty_strided((b, d, l), strides, dtype=x.dtype, device=x.device)
+    return torch.empty_strided((b, d, l), dense_strides(x, l), dtype=x.dtype, device=x.device)
 
 
 def sizes(x: Tensor, w: int, activation: bool) -> dict[str, int | bool]:

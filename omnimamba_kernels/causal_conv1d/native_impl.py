@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .layout import add_final_states, empty_like, final_states, laid_out, like, padded_ids, sizes
+from .layout import add_final_states, dense_strides, final_states, laid_out, like, padded_ids, sizes
 
 
 def why_not(*tensors: Tensor | None, **_: object) -> str | None:
@@ -30,7 +30,7 @@ def forward(
     offset = None if bias is None else bias.float().contiguous()
     before = None if initial_states is None else like(initial_states.to(x.dtype), x)
     live = None if seq_idx is None else _live_bits(seq_idx, w)
-    y = empty_like(x)
+    y = _new(x)
     native.call(
         "causal_conv1d_forward", x=x, weight=taps, bias=offset, initial_states=before, live=live, y=y,
         **sizes(x, w, activation),
@@ -50,7 +50,7 @@ def backward(
     x, weight, bias, initial_states, seq_idx = saved
     dy, dfinal = grads
     w = weight.shape[1]
-    dx = empty_like(x)
+    dx = _new(x)
     dbefore = None if initial_states is None else like(x.new_empty(x.shape[0], x.shape[1], w - 1), x)
     dweight = x.new_empty(w, x.shape[1], dtype=torch.float32)
     dbias = x.new_empty(x.shape[1], dtype=torch.float32)
@@ -124,6 +124,10 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, *, state_len: int) -> Tensor:
         state_len=state_len,
     )  # fmt: skip
     return states
+
+
+def _new(x: Tensor) -> Tensor:
+    return native.empty(x.shape, x.dtype, dense_strides(x, x.shape[2]))
 
 
 def _live_bits(seq_idx: Tensor, w: int) -> Tensor:

@@ -4,7 +4,9 @@
 
 Many rows: the adapters are concatenated by rank, S = (u [A_1; A_2; ..]^T) masked by the row's task, then
 S [B_1 | B_2 | ..]^T is added to x W^T. All arithmetic is float32, whatever the operands are stored in, and has the same
-bits at every thread count; neither is true of torch's own products on a CPU.
+bits at every thread count; neither is true of torch's own products on a CPU. Matrix registers multiply bfloat16, and
+numbers go in as pieces: what is below 2^-126 of a piece is lost. A row's last bits depend on no other row, but on which
+way their number chooses: below TILED_ROWS, up to FEW_ROWS, or more.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def forward(
     saved = (x, weight, lora_A, lora_B, task, weight_scale) if save else ()
     if x.shape[0] <= _most_few_rows(x, weight) and not dropout_p and x.numel() and weight.numel():
         return (_few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale),), saved
-    y = None if bias is None else bias.float().expand(x.shape[0], -1)
+    y = None if bias is None else bias.float().contiguous().expand(x.shape[0], -1)
     if task is not None:
         low = _low(_dropped(x, dropout_p, dropout_seed), lora_A, task, scale)
         y = _matmul(low, _by_rank(lora_B), y)
@@ -109,7 +111,7 @@ def _by_tiles(x: Tensor, weight: Tensor) -> bool:
 
 
 def _most_few_rows(x: Tensor, weight: Tensor) -> int:
-    return FEW_TILES * (16 // PIECES[x.dtype]) if _by_tiles(x, weight) else FEW_ROWS
+    return max(FEW_ROWS, FEW_TILES * (16 // PIECES[x.dtype])) if _by_tiles(x, weight) else FEW_ROWS
 
 
 def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float) -> Tensor:
@@ -167,7 +169,7 @@ def _matmul(a: Tensor, b: Tensor, start: Tensor | None = None, dtype: torch.dtyp
     """
     (m, k), n = a.shape, b.shape[1]
     if not (m and n and k):
-        return a.new_zeros(m, n, dtype=dtype) if start is None else start.to(dtype).contiguous()
+        return a.new_zeros(m, n, dtype=dtype) if start is None else start.to(dtype, copy=True).contiguous()
     amx = torch.bfloat16 in (a.dtype, b.dtype) and native.may_use_amx()
     wanted = dtype if amx else torch.float32
     own = (
@@ -185,8 +187,9 @@ def _matmul_floats(a: Tensor, b: Tensor, amx: bool) -> int:
     (m, k), threads = a.shape, torch.get_num_threads()
     if not amx:
         return (m + 12 + threads * COLUMNS) * DEPTH
-    rows = min(BLOCK_ROWS, -(-m // 32) * 32)
-    return rows * (k + 31) * PIECES[a.dtype] // 2 + threads * CHUNK * (2 * rows + 256 * PIECES[b.dtype])
+    chains = 1 if a.dtype == b.dtype == torch.bfloat16 else 2
+    rows = min(BLOCK_ROWS // chains, -(-m // 32) * 32)
+    return rows * (k + 31) * PIECES[a.dtype] // 2 + threads * CHUNK * (chains * rows + 256 * PIECES[b.dtype])
 
 
 def _by_rank(lora_B: Tensor) -> Tensor:

@@ -118,12 +118,15 @@ def test_a_replay_keeps_its_memory_alive(run):
     assert same_bits(replay(tokens(1)[0]), plain(tokens(1)[0])), len(noise)
 
 
-def test_threads_follow_torch_at_every_replay(run):
+@pytest.mark.parametrize("rows", [3, 100])
+def test_threads_follow_torch_at_every_replay(run, rows):
+    """Up to those at capture, when workspaces were made."""
     native_only(run)
-    x, weight = torch.randn(3, 256), torch.randn(300, 256).bfloat16()
-    replay = capture(lambda x: lora_linear(x, weight), x)
+    x, weight = torch.randn(rows, 256), torch.randn(300, 256).bfloat16()
+    with threads(2):
+        replay = capture(lambda x: lora_linear(x, weight), x)
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 16):
         with threads(count):
             results.append(replay(x))
     assert all(same_bits(result, results[0]) for result in results)

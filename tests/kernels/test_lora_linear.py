@@ -139,7 +139,8 @@ def test_no_dropout_without_an_adapter(run):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_tasks_equal_each_alone(run, dtype):
-    """Few rows: to the last bit, whatever the neighbours and their number."""
+    """Few rows: to the last bit, whatever the neighbours and their number; bf16 weights in matrix registers, which take
+    three rows and more, to the last bit of bf16."""
     if run == "reference":
         pytest.skip("torch's own products promise less")
     t = inputs(FEW, dtype, dtype)
@@ -147,6 +148,16 @@ def test_mixed_tasks_equal_each_alone(run, dtype):
     for i, task in enumerate(t["task"].tolist()):
         alone = layer(**(t | {"x": t["x"][i : i + 1], "task": task}))
         assert same_bits(alone[0], together[i])
+
+
+@pytest.mark.parametrize("case", [FEW, MANY], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", [0, 2], ids=["one value", "every other"])
+def test_a_bias_of_any_stride(run, case, dtype, step):
+    t = inputs(case, torch.float32, dtype)
+    wide = t["bias"].repeat_interleave(2) if step else t["bias"][:1]
+    bias = wide.as_strided(t["bias"].shape, (step,))
+    check(run, layer, oracle, t | {"bias": bias})
 
 
 @pytest.mark.parametrize("case", [FEW, MANY], ids=str)
