@@ -240,7 +240,7 @@ def checked_memory(content: dict[str, Any]) -> list[Checked]:
 
 
 def median_error(found: list[Checked]) -> float | None:
-    return statistics.median(c.error for c in found) if found else None
+    return float(statistics.median(c.error for c in found)) if found else None
 
 
 def claim(content: dict[str, Any]) -> Claim:

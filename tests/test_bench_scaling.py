@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,6 +109,12 @@ def test_the_median_error_decides(slower, status, shown, tmp_path, capsys):
 @pytest.mark.parametrize(("slower", "passed"), [(1.0, True), (1.5, False)])
 def test_the_claim_is_judged_on_the_run(slower, passed):
     assert scaling.claim(whole_run(slower)).passed is passed
+
+
+def test_an_error_of_numpys_is_a_number_that_can_be_kept():
+    row = Row("layer forward", "1 x 1", "Mamba-2", 1.0)
+    error = scaling.median_error([scaling.Checked(row, np.float64(1.1), 1.0)])
+    assert type(error) is float and json.dumps({"passed": error < 0.2}) == '{"passed": true}'
 
 
 @pytest.mark.parametrize("fast", [0.5, 1.0, 1.3])

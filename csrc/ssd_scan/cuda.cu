@@ -145,11 +145,11 @@ OM_DEVICE void add_skip(float (&first)[4], float (&second)[4], const SsdScanPara
 }
 
 // S = end S + (weight x)^T B. What a chunk adds is summed apart from S, which is often larger and would round it at every
-// step; half of the states at a time, whose sums have the registers of y.
+// step; half of the states at a time, whose sums have the registers of y, of float32, which comes in pieces, a quarter.
 template <class T, int N>
 OM_DEVICE void advance_chunk(States<N>& S, const Rows<T, 16>& x, const Rows<T, N>& B, int part, const float* weight,
                              float end) {
-  constexpr int AT_ONCE = OWN<N> > 16 ? OWN<N> / 16 : 2;
+  constexpr int HALF = OWN<N> > 16 ? OWN<N> / 16 : 2, AT_ONCE = sizeof(T) == 4 && HALF > 2 ? HALF / 2 : HALF;
 #pragma unroll
   for (int first = 0; first < OWN<N> / 8; first += AT_ONCE) {
     float gained[AT_ONCE][4] = {};
