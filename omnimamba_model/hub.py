@@ -31,16 +31,19 @@ class Pretrained:
 
         Reads what ``save_pretrained`` wrote and what ``omnimamba convert`` reads; strict: CheckpointError lists every
         tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices; ``torch.int8`` quantizes them, for
-        decode. Pickles are read as tensors only.
+        decode. Pickles are read as tensors only. GPT-NeoX's tokenizer.json beside the official OmniMamba gets the
+        published model's additions.
         """
         from .foreign import read_any
-        from .weights import CheckpointError, read_tokenizer
+        from .omnimamba import OmniMamba
+        from .places import Place, text_beside
+        from .weights import CheckpointError
 
-        path = locate(name_or_path, revision, local_files_only)
-        model = read_any(path, device, dtype)
+        place = Place.at(locate(name_or_path, revision, local_files_only))
+        model = read_any(place.model, device, dtype)
         if not isinstance(model, cls):
             raise CheckpointError(f"{name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
-        model.tokenizer = read_tokenizer(path)
+        model.tokenizer = text_beside(place.tokenizers, place.additions and isinstance(model, OmniMamba))
         return model
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:

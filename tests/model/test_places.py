@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from omnimamba_model import CheckpointError, Sampling
+from omnimamba_model import CheckpointError, OmniMamba, Sampling
 from omnimamba_model.cli import main
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.published import PublishedPixels
@@ -41,22 +41,27 @@ def test_every_command_takes_a_hub_name(folder, hub, tmp_path, capsys):
     assert main([*map(str, again), "owner/whole"]) == 0 and main([*map(str, again), str(folder)]) == 2
 
 
-def small_vq() -> PublishedPixels:
+def small_vq(codes: int = 40) -> PublishedPixels:
     """As many codes as the official fixture's model has; 256 tokens of a picture of 256 x 256."""
-    return PublishedPixels(VQ16(VQConfig(codebook_size=40, codebook_dim=4, channels=8, groups=4, z_channels=8)))
+    return PublishedPixels(VQ16(VQConfig(codebook_size=codes, codebook_dim=4, channels=8, groups=4, z_channels=8)))
+
+
+def neox(folder) -> None:
+    """A stand-in for GPT-NeoX's tokenizer.json as it is published: as many ids, the end of text at 0."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 50277)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w3"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def test_the_official_file_draws_with_its_tokenizers_beside_it(official, hub, monkeypatch):
     """LlamaGen's file and GPT-NeoX's tokenizer as they are published; from a folder, the file itself and the hub."""
-    tokenizers = pytest.importorskip("tokenizers")
     _, release = official
     pixels = small_vq()
-    vocab = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 50277)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w3"))
-    tokenizer.add_special_tokens(["<|endoftext|>"])
     with pytest.raises(CheckpointError, match="has no tokenizer.json; omnimamba convert puts one"):
         Pipeline.load(release)
-    tokenizer.save(str(release / "tokenizer.json"))
+    neox(release)
     with pytest.raises(CheckpointError, match="image_tokenizer.safetensors does not exist"):
         Pipeline.load(release)
     torch.save({"model": pixels.vq.state_dict()}, release / "vq_ds16_t2i.pt")
@@ -70,6 +75,21 @@ def test_the_official_file_draws_with_its_tokenizers_beside_it(official, hub, mo
         assert image.size == (256, 256) and pipeline.words.encode("w7") == [7]
         assert pipeline.words.is_special(50282) and pipeline.model.backbone.caption_embed.folded is not None
     assert drawn[0] == drawn[1]
+
+
+def test_the_official_release_is_saved_with_its_whole_tokenizer(official, tmp_path):
+    """From its folder and from the file itself, GPT-NeoX's plain tokenizer.json beside it."""
+    _, release = official
+    neox(release)
+    for i, place in enumerate((release, release / "OmniMamba-1.3b.pth")):
+        saved = tmp_path / f"saved {i}"
+        OmniMamba.from_pretrained(place).save_pretrained(saved)
+        small_vq().save(saved)
+        words = Pipeline.load(saved, fold=False).words
+        assert words.vocab_size == 50287 and all(words.is_special(token) for token in range(50277, 50287))
+    (release / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="gives no tokenizer"):
+        OmniMamba.from_pretrained(release)
 
 
 def test_a_converted_folder_keeps_nothing_of_another_model(folder, official, tmp_path):

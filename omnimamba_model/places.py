@@ -1,0 +1,37 @@
+"""Where the parts of a checkpoint lie; every command finds them so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from .foreign import is_foreign
+from .text_tokenizer import BpeTokenizer
+from .weights import CheckpointError, read_tokenizer
+
+
+class Place(NamedTuple):
+    """A folder, or a file with its tokenizers beside it."""
+
+    model: Path
+    """What ``read_any`` reads."""
+    tokenizers: Path
+    """The folder with both tokenizers."""
+    additions: bool
+    """Whether another project wrote it: tokenizer.json is GPT-NeoX's own, which the published OmniMamba adds to."""
+
+    @classmethod
+    def at(cls, path: Path) -> Place:
+        return cls(path, path.parent if path.is_file() else path, is_foreign(path))
+
+
+def text_beside(folder: Path, additions: bool) -> str | None:
+    """The text of a folder's tokenizer.json, the published ``additions`` in it where they are asked for; None where
+    the folder has none. CheckpointError where it is damaged, or they do not fit into it."""
+    text = read_tokenizer(folder)
+    if text is None or not additions:
+        return text
+    try:
+        return BpeTokenizer.published(folder).to_json()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
