@@ -62,7 +62,10 @@ def locate(
     local_files_only: bool = False,
     wanted: Sequence[str] = WANTED,
 ) -> Path:
-    """A local path as it is; a hub repository's name as the folder to which its ``wanted`` files were downloaded."""
+    """A local path as it is; a hub repository's name as the folder to which its ``wanted`` files were downloaded.
+
+    FileNotFoundError where it is neither, or the hub cannot be asked.
+    """
     path = Path(name_or_path)
     if path.exists():
         return path
@@ -72,7 +75,13 @@ def locate(
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(f"to download {name}: pip install huggingface_hub") from None
-    return Path(
-        snapshot_download(name, revision=revision, allow_patterns=list(wanted), local_files_only=local_files_only)
-    )
+        raise ImportError(f"{name} is no folder or file here; to download it: pip install huggingface_hub") from None
+    options = dict(revision=revision, allow_patterns=list(wanted), local_files_only=local_files_only)
+    try:
+        return Path(snapshot_download(name, **options))
+    except Exception as error:  # the library's own, its HTTP client's and the system's have no base in common
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise FileNotFoundError(
+            f"{name} is no folder or file here, and the hub does not give it: {reason}; "
+            "is the name right, and what makes it (omnimamba train, convert) done?"
+        ) from error

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -79,6 +80,34 @@ def test_llamagens_file_alone_in_a_folder_and_on_the_hub(folder, hub, tmp_path, 
     for name in (tmp_path / "vq" / "vq_ds16_t2i.pt", tmp_path / "vq", "owner/vq"):
         assert convert(folder, tmp_path / "out", "--image-tokenizer", name) == 2
     assert seen == ["file 0", "file 0", "file 1"]
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError("404 Client Error.\n\nRepository Not Found for url: https://hub/x"), "404 Client Error."),
+        (RuntimeError("[Errno -2] Name or service not known"), "[Errno -2] Name or service not known"),
+        (ValueError(), "ValueError()"),
+    ],
+)
+def test_a_relative_folder_that_is_not_there_is_not_taken_for_the_hubs(tmp_path, monkeypatch, capsys, error, reason):
+    """Mistyped, or yet to be trained: whatever the hub says of it, both are told in a line."""
+    library = pytest.importorskip("huggingface_hub")
+
+    def snapshot_download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(library, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    told = f"runs/model is no folder or file here, and the hub does not give it: {reason}; "
+    with pytest.raises(FileNotFoundError) as raised:
+        OmniMamba.from_pretrained("runs/model")
+    assert str(raised.value).startswith(told) and "\n" not in str(raised.value)
+    assert main(["generate", "--checkpoint", "runs/model", "--prompt", "a cat", "--out", "cat.png"]) == 2
+    assert told in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="runs/model is no folder or file here; to download it: pip install"):
+        OmniMamba.from_pretrained("runs/model")
 
 
 # ---- a folder with the official file ----
