@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from .config import MambaConfig, OmniMambaConfig
 from .foreign import is_foreign, read_any
 from .gguf import SUFFIX, save_gguf
 from .hub import locate
+from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
-from .pipeline import ImageTokenizer, check_together, forget_tokenizers, has_pixels, load_pixels, seen_through
+from .pipeline import ImageTokenizer, check_together, disagreements, has_pixels, load_pixels, seen_through
 from .published import OFFICIAL_VQ, PublishedPixels, read_official_vq
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
-from .weights import CheckpointError, read_tokenizer, save
+from .weights import TOKENIZER, CheckpointError, read_tokenizer, save
 
 
 def convert(
@@ -33,7 +34,8 @@ def convert(
     as_omnimamba: bool = False,
 ) -> str:
     """Write ``source`` into the folder ``target``, or into the file ``target`` where its name ends in .gguf, and say in
-    a line what it holds. All is read and checked before the first file is written.
+    a line what it holds. All is read and checked before the first file is written. Tokenizers that the folder held and
+    that do not fit what is now written there are removed, and named in the line.
 
     ``base`` and ``task``: source is a PEFT adapter, target becomes ``base`` with it in the task's place. ``task``
     alone: target becomes source's adapter for PEFT. ``as_omnimamba``: source is a Mamba-2, what it lacks is fresh.
@@ -70,16 +72,62 @@ def convert(
         raise ValueError(
             f"{source} holds a {type(model).__name__}, which has no use for an image tokenizer or encoders"
         )
+    return _write(model, Path(target), text, pixels)
+
+
+def _write(model: OmniMamba | MambaLM, target: Path, text: str | None, pixels: ImageTokenizer | None) -> str:
+    """Write all parts into ``target``, remove the tokenizers there that do not fit, and say so in a line."""
+    unfit = _misfits(target, model.config, text, pixels)
     save(model, target, text)
-    forget_tokenizers(target, text, pixels)
+    for name in unfit:
+        (target / name).unlink(missing_ok=True)
     if pixels is not None:
         pixels.save(target)
     count = sum(parameter.numel() for parameter in model.parameters())
     said = f"{target}: {type(model).__name__}, {count:,} parameters"
-    lacks = [name for name, part in (("--tokenizer", text), ("--image-tokenizer", pixels)) if part is None]
-    if isinstance(model, OmniMamba) and lacks:
-        said += f"; to draw and answer it needs {' and '.join(lacks)}"
+    if unfit:
+        said += f"; removed {', '.join(unfit)}, which did not fit"
+    there = {"--tokenizer": (target / TOKENIZER).exists(), "--image-tokenizer": has_pixels(target)}
+    if isinstance(model, OmniMamba) and not all(there.values()):
+        said += f"; to draw and answer it needs {' and '.join(name for name, held in there.items() if not held)}"
     return said
+
+
+def _misfits(
+    folder: Path, config: OmniMambaConfig | MambaConfig, text: str | None, pixels: ImageTokenizer | None
+) -> list[str]:
+    """The tokenizer files in a folder that cannot stay once a model of this ``config`` is written into it.
+
+    A file that ``text`` or ``pixels`` will overwrite is not among them, nor one that cannot be read; an image tokenizer
+    of another kind than ``pixels`` is, and else what does not fit the config.
+    """
+    names = []
+    if text is None and not _fits(config, lambda: (_words_in(folder), None)):
+        names.append(TOKENIZER)
+    for kind in (PublishedPixels, PatchTokenizer):
+        if isinstance(pixels, kind) or not (folder / kind.file).exists():
+            continue
+        if pixels is not None or not _fits(config, lambda kind=kind: (None, kind.load(folder))):
+            names += [name for name in kind.files if (folder / name).exists()]
+    return names
+
+
+def _words_in(folder: Path) -> TextTokenizer | None:
+    text = read_tokenizer(folder)
+    return None if text is None else read_text_tokenizer(text)
+
+
+def _fits(
+    config: OmniMambaConfig | MambaConfig, read: Callable[[], tuple[TextTokenizer | None, ImageTokenizer | None]]
+) -> bool:
+    """Whether what ``read`` gives fits a model; yes, where nothing can be said of it."""
+    try:
+        words, pixels = read()
+    except (ImportError, OSError, ValueError):
+        return True
+    if isinstance(config, MambaConfig):
+        return words is None or words.vocab_size <= config.vocab_size
+    return not disagreements(config, words, pixels)
 
 
 def _to_gguf(source: str, target: Path, dtype: str) -> str:

@@ -180,14 +180,6 @@ def has_pixels(folder: str | Path) -> bool:
     return any((Path(folder) / name).exists() for name in (PublishedPixels.file, PatchTokenizer.file, OFFICIAL_VQ))
 
 
-def forget_tokenizers(folder: str | Path, text: str | None, pixels: ImageTokenizer | None) -> None:
-    """Remove the tokenizer files of this package that a folder holds and these two would not replace."""
-    kinds = (PublishedPixels, PatchTokenizer)
-    names = {name for kind in kinds if not isinstance(pixels, kind) for name in kind.files}
-    for name in names if text is not None else names | {TOKENIZER}:
-        (Path(folder) / name).unlink(missing_ok=True)
-
-
 def seen_through(pixels: ImageTokenizer | None, encoders: tuple[str, str], config: OmniMambaConfig) -> PublishedPixels:
     """The published image tokenizer with these encoders, DINOv2 and SigLIP, each a folder or a hub repository.
 
@@ -210,6 +202,13 @@ def check_together(
     folder: str | Path, config: OmniMambaConfig, words: TextTokenizer | None, pixels: ImageTokenizer | None
 ) -> None:
     """CheckpointError that names each field of config.json in which a tokenizer disagrees with the model."""
+    problems = disagreements(config, words, pixels)
+    if problems:
+        raise CheckpointError(f"{folder}/config.json does not fit its tokenizers: {'; '.join(problems)}")
+
+
+def disagreements(config: OmniMambaConfig, words: TextTokenizer | None, pixels: ImageTokenizer | None) -> list[str]:
+    """Each field of a config in which a tokenizer disagrees with it, in words."""
     problems = [
         f"{name} is {getattr(config, name)}, but {pixels.file} has {size}"
         for name, size in (pixels.sizes() if pixels else {}).items()
@@ -218,13 +217,11 @@ def check_together(
     vocab = config.backbone.vocab_size
     if words and not vocab - VOCAB_PADDING < words.vocab_size <= vocab:
         problems.append(f"backbone.vocab_size is {vocab}, but {TOKENIZER} has {words.vocab_size}")
-    problems += [
+    return problems + [
         f"tokens.{name} is {i}, but {TOKENIZER} has text there"
         for name, i in dataclasses.asdict(config.tokens).items()
         if words and not words.is_special(i)
     ]
-    if problems:
-        raise CheckpointError(f"{folder}/config.json does not fit its tokenizers: {'; '.join(problems)}")
 
 
 def _until(ids: list[int], stop: int) -> list[int]:

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-from omnimamba_model import CheckpointError, OmniMamba, Sampling
+from omnimamba_model import CheckpointError, OmniMamba, Sampling, load, save
 from omnimamba_model.cli import main
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.published import PublishedPixels
+from omnimamba_model.text_tokenizer import WordTokenizer
 from omnimamba_model.vq16 import VQ16, VQConfig
 from omnimamba_model.weights import read_tokenizer
 
@@ -90,6 +91,47 @@ def test_the_official_release_is_saved_with_its_whole_tokenizer(official, tmp_pa
     (release / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="gives no tokenizer"):
         OmniMamba.from_pretrained(release)
+
+
+def test_tokenizers_that_fit_stay_in_a_converted_folder(folder, tmp_path, capsys):
+    """Those that were put there, and those of an earlier conversion, when the source has none of its own."""
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    save(load(folder), bare)
+    out.mkdir()
+    for name in ("tokenizer.json", "image_tokenizer.safetensors"):
+        shutil.copy(folder / name, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["convert", str(bare), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "removed" not in said and "needs" not in said
+    assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()
+    assert len(Pipeline.load(out).draw(["word3"], Sampling(seed=0))) == 1
+
+
+def test_what_does_not_fit_a_converted_folder_is_removed_by_name(official, lm, tmp_path, capsys):
+    _, release = official
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    out.mkdir()
+
+    def convert(source):
+        assert main(["convert", str(source), str(out)]) == 0
+        held = {path.name for path in out.iterdir()} - {"config.json", "model.safetensors"}
+        return held, capsys.readouterr().out
+
+    small_vq().save(out)
+    (out / "tokenizer.json").write_text("{")  # nothing can be said of it
+    held, said = convert(release)
+    assert held == {"vq16.safetensors", "vision.json", "tokenizer.json"} and "removed" not in said
+    small_vq(41).save(out)
+    (out / "tokenizer.json").write_text(WordTokenizer(["few"]).to_json())
+    held, said = convert(release)
+    assert not held and "; removed tokenizer.json, vq16.safetensors, vision.json, which did not fit; to draw" in said
+    save(lm, plain)
+    words = [f"w{i}" for i in range(lm.config.vocab_size - 8)]
+    for more in (0, 1):
+        (out / "tokenizer.json").write_text(WordTokenizer([*words, *["more"] * more]).to_json())
+        held, said = convert(plain)
+        assert held == (set() if more else {"tokenizer.json"}) and ("removed tokenizer.json" in said) == bool(more)
 
 
 def test_a_converted_folder_keeps_nothing_of_another_model(folder, official, tmp_path):
