@@ -10,13 +10,14 @@ import torch
 from .adapters import save_adapter, with_adapter
 from .backbone import MambaLM, cast_matrices
 from .config import MambaConfig, OmniMambaConfig
-from .foreign import is_foreign, read_any
+from .foreign import read_any
 from .gguf import SUFFIX, save_gguf
-from .hub import locate
+from .hub import OFFICIAL_VQ, locate
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
 from .pipeline import ImageTokenizer, check_together, disagreements, has_pixels, load_pixels, seen_through
-from .published import OFFICIAL_VQ, PublishedPixels, read_official_vq
+from .places import Place, text_beside
+from .published import PublishedPixels, read_official_vq
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import TOKENIZER, CheckpointError, read_tokenizer, save
 
@@ -48,8 +49,8 @@ def convert(
         return _to_gguf(source, Path(target), dtype or "float32")
     if dtype == "q8_0":
         raise ValueError(f"q8_0 is a type of {SUFFIX} files; name the target so")
-    path = locate(source if base is None else base)
-    model = read_any(path)
+    place = Place.at(locate(source if base is None else base))
+    model = read_any(place.model)
     if base is not None:
         _expect_omnimamba(model, base)
         model = with_adapter(model, task, locate(source))
@@ -61,8 +62,8 @@ def convert(
         model = grown(model, source)
     if dtype is not None:
         model = cast_matrices(model, getattr(torch, dtype))
-    pixels = _pixels(path, image_tokenizer)
-    text, added = _text(path, model, tokenizer, as_omnimamba)
+    pixels = _pixels(place.tokenizers, model, image_tokenizer)
+    text, added = _text(place, model, tokenizer, as_omnimamba)
     if isinstance(model, OmniMamba):
         words = None if text is None else _words(text, source)
         check_together(target, model.config, words if added else None, None if image_tokenizer is None else pixels)
@@ -154,12 +155,13 @@ def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
     return out.eval()
 
 
-def _pixels(path: Path, official: str | Path | None) -> ImageTokenizer | None:
-    """The image tokenizer of LlamaGen's file, alone, in a folder or on the hub; or the one beside the source."""
+def _pixels(beside: Path, model: OmniMamba | MambaLM, official: str | Path | None) -> ImageTokenizer | None:
+    """The image tokenizer of LlamaGen's file, alone, in a folder or on the hub; or the one beside an OmniMamba, or what
+    becomes one."""
     if official is not None:
         found = locate(official, wanted=(OFFICIAL_VQ,))
         return PublishedPixels(read_official_vq(found / OFFICIAL_VQ if found.is_dir() else found))
-    return load_pixels(path) if has_pixels(path) else None
+    return load_pixels(beside) if isinstance(model, OmniMamba) and has_pixels(beside) else None
 
 
 def _words(text: str, source: str) -> TextTokenizer:
@@ -169,14 +171,14 @@ def _words(text: str, source: str) -> TextTokenizer:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _text(path: Path, model: OmniMamba | MambaLM, tokenizer: str | None, grown: bool) -> tuple[str | None, bool]:
+def _text(place: Place, model: OmniMamba | MambaLM, tokenizer: str | None, grown: bool) -> tuple[str | None, bool]:
     """tokenizer.json's text, and whether it got the published additions: from ``tokenizer``, or from beside the source
     where that is another project's or this OmniMamba is new; what lies beside this package's own goes along as it is.
     """
-    text = read_tokenizer(path)
-    if tokenizer is None and (text is None or isinstance(model, MambaLM) or not (grown or is_foreign(path))):
-        return text, False
-    return BpeTokenizer.published(path if tokenizer is None else tokenizer).to_json(), True
+    if tokenizer is not None:
+        return BpeTokenizer.published(tokenizer).to_json(), True
+    additions = isinstance(model, OmniMamba) and (grown or place.additions)
+    return text_beside(place.tokenizers, additions), additions
 
 
 def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:

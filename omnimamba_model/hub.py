@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", "pytorch_model*.bin", "adapter_model.bin")
+OFFICIAL_VQ = "vq_ds16_t2i.pt"
+"""LlamaGen's image tokenizer, as it is published."""
+WANTED = ("*.json", "*.safetensors", "OmniMamba*.pth", OFFICIAL_VQ, "pytorch_model*.bin", "adapter_model.bin")
 
 
 class Pretrained:

@@ -15,20 +15,22 @@ from torch import Tensor
 from .config import OmniMambaConfig
 from .engine import generate
 from .files import write_whole
-from .foreign import is_foreign, read_any
+from .foreign import read_any
 from .generation import answer_rows, draw
-from .hub import WANTED, locate
+from .hub import OFFICIAL_VQ, locate
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
-from .published import OFFICIAL_VQ, PublishedPixels, read_official_vq
+from .places import Place, text_beside
+from .published import PublishedPixels, read_official_vq
 from .sampling import GREEDY, Sampling
-from .text_tokenizer import BpeTokenizer, TextTokenizer, WordTokenizer, read_text_tokenizer
+from .text_tokenizer import TextTokenizer, WordTokenizer, read_text_tokenizer
 from .vision import feature_sizes
-from .weights import TOKENIZER, CheckpointError, read_tokenizer
+from .weights import TOKENIZER, CheckpointError
 
 VOCAB_PADDING = 16
 """Tables are rounded up to a multiple of this many rows; the last ones have no token."""
-
+PIXELS = (*PublishedPixels.files, *PatchTokenizer.files, OFFICIAL_VQ)
+"""The files of an image tokenizer, whichever kind."""
 
 FORMATS = {"instruct": ("In: {}\nOut: ", "\n"), "user": ("USER: {} ASSISTANT:", " "), "plain": ("{}", "")}
 """How a question is put (stage 2 of training; the official inference script; as it is), and what stands before every
@@ -91,11 +93,11 @@ class Pipeline:
         (``OmniMamba.fold``), which answers have no use for; None where making that takes about a second or less: on a
         GPU always, on a CPU up to ``embeddings.QUICK_TO_FOLD``. At 1.3B that takes a CPU longer than one drawing saves.
         """
-        path = locate(name_or_path, wanted=(*WANTED, OFFICIAL_VQ))
-        model, place = read_any(path, device, dtype), path.parent if path.is_file() else path
+        place = Place.at(locate(name_or_path))
+        model = read_any(place.model, device, dtype)
         if not isinstance(model, OmniMamba):
             raise CheckpointError(f"{name_or_path} holds a plain language model, which can neither draw nor see")
-        words, pixels = load_tokenizers(place, model.config, additions=is_foreign(path))
+        words, pixels = load_tokenizers(place.tokenizers, model.config, place.additions)
         if encoders is not None:
             pixels = seen_through(pixels, encoders, model.config)
         if model.backbone.quick_to_fold() if fold is None else fold:
@@ -151,10 +153,10 @@ def load_tokenizers(
 
     ``additions``: the text tokenizer is GPT-NeoX's own, which the published model adds tokens to.
     """
-    text = read_tokenizer(folder)
+    text = text_beside(Path(folder), additions)
     if text is None:
         raise CheckpointError(f"{folder} has no {TOKENIZER}; omnimamba convert puts one beside a model")
-    return with_pixels(BpeTokenizer.published(folder).to_json() if additions else text, folder, config)
+    return with_pixels(text, folder, config)
 
 
 def with_pixels(text: str, folder: str | Path, config: OmniMambaConfig) -> tuple[TextTokenizer, ImageTokenizer]:

@@ -22,7 +22,12 @@ class Place(NamedTuple):
 
     @classmethod
     def at(cls, path: Path) -> Place:
-        return cls(path, path.parent if path.is_file() else path, is_foreign(path))
+        return cls(path, folder_of(path), is_foreign(path))
+
+
+def folder_of(path: Path) -> Path:
+    """A folder as it is; the one in which a file lies."""
+    return path.parent if path.is_file() else path
 
 
 def text_beside(folder: Path, additions: bool) -> str | None:

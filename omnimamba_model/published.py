@@ -26,7 +26,6 @@ from .vq16 import VQ16, VQConfig
 from .weights import CheckpointError, check_dtypes, check_fit
 
 FILE, VISION = "vq16.safetensors", "vision.json"
-OFFICIAL_VQ = "vq_ds16_t2i.pt"
 _CONFIG = "vq_config"
 _UNUSED = ("quantize.codebook_used",)
 """What the official file may hold besides the network: a count kept in training."""

@@ -33,7 +33,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     tokenize = commands.add_parser("tokenize", help="turn pictures and captions into what drawing learns from")
     tokenize.add_argument("images", type=Path, help="a folder of pictures, captions beside them in NAME.txt")
     tokenize.add_argument("--captions", type=Path, help="COCO's captions file instead, with names in that folder")
-    tokenize.add_argument("--tokenizer", type=Path, required=True, help="a folder with an image tokenizer")
+    tokenize.add_argument(
+        "--tokenizer", required=True, help="a folder with an image tokenizer, its file, or a hub name"
+    )
     tokenize.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
     tokenize.add_argument("--device", default="cpu")
     tokenize.set_defaults(run=_tokenize)
@@ -65,11 +67,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from ..pipeline import load_pixels
+    from ..hub import locate
+    from ..pipeline import PIXELS, load_pixels
+    from ..places import folder_of
     from ..training.tokenize import tokenize
     from ..weights import usable
 
-    pixels = load_pixels(arguments.tokenizer).to(usable(arguments.device))
+    folder = folder_of(locate(arguments.tokenizer, wanted=PIXELS))
+    pixels = load_pixels(folder).to(usable(arguments.device))
     written, passed_over = tokenize(arguments.images, arguments.out, pixels, arguments.captions)
     for reason in list(passed_over)[:20]:
         print(f"passed over: {reason}", file=sys.stderr)

@@ -27,6 +27,7 @@ from ..hub import locate
 from ..layers import wide
 from ..omnimamba import OmniMamba
 from ..pipeline import ImageTokenizer, load_tokenizers
+from ..places import Place
 from ..text_tokenizer import TextTokenizer
 from ..weights import TOKENIZER, load
 from . import checkpoints
@@ -161,20 +162,21 @@ def _claim(out: Path, settings: Run) -> None:
 
 def _parts(settings: Run) -> tuple[OmniMamba, TextTokenizer, ImageTokenizer]:
     """The model to start from, in fp32 at least: 16 bits would lose small updates and moments; and both tokenizers."""
+    beside = None if settings.tokenizers is None else Place.at(locate(settings.tokenizers))
     if settings.fresh is not None:
-        model, folder = OmniMamba(OmniMambaConfig.from_dict(settings.fresh)), None
+        model, additions = OmniMamba(OmniMambaConfig.from_dict(settings.fresh)), False
     else:
-        folder = locate(settings.model)
-        model = read_any(folder)
+        place = Place.at(locate(settings.model))
+        model, beside = read_any(place.model), beside or place
+        additions = place.additions or not isinstance(model, OmniMamba)  # as in `convert --as-omnimamba`
         model = model if isinstance(model, OmniMamba) else grown(model, settings.model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(wide(parameter.dtype))
-    place = settings.tokenizers or folder
-    if place is None:
+    if beside is None:
         raise ValueError(
             f"tokenizers must name a folder with {TOKENIZER} and an image tokenizer, where the model is fresh"
         )
-    words, pixels = load_tokenizers(place, model.config)
+    words, pixels = load_tokenizers(beside.tokenizers, model.config, additions or beside.additions)
     return model, words, pixels
 
 

@@ -56,7 +56,8 @@ class UnderstandingData:
 
 @dataclass(frozen=True)
 class Run:
-    """``model``: a folder or hub repository to start from, a plain Mamba-2 included. ``fresh``: a config instead."""
+    """``model``: a folder, a hub repository or the official file to start from, a plain Mamba-2 included. ``fresh``: a
+    config instead."""
 
     out: str
     stage: str
@@ -65,7 +66,7 @@ class Run:
     model: str | None = None
     fresh: dict[str, Any] | None = None
     tokenizers: str | None = None
-    """The folder with both tokenizers; null takes ``model``'s."""
+    """A place of such kinds with both tokenizers; null takes ``model``'s."""
     text: TextData | None = None
     t2i: DrawingData | None = None
     mmu: UnderstandingData | None = None

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from omnimamba_model import CheckpointError, OmniMamba, Sampling, load, save
 from omnimamba_model.cli import main
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.published import PublishedPixels
 from omnimamba_model.text_tokenizer import WordTokenizer
+from omnimamba_model.training.run import _parts
+from omnimamba_model.training.settings import read
 from omnimamba_model.vq16 import VQ16, VQConfig
 from omnimamba_model.weights import read_tokenizer
 
@@ -76,6 +79,51 @@ def test_the_official_file_draws_with_its_tokenizers_beside_it(official, hub, mo
         assert image.size == (256, 256) and pipeline.words.encode("w7") == [7]
         assert pipeline.words.is_special(50282) and pipeline.model.backbone.caption_embed.folded is not None
     assert drawn[0] == drawn[1]
+
+
+def starts(path, **values):
+    """Words and pixels that a run with these settings starts from."""
+    given = {"out": "run", "stage": "base", "steps": 1, "learning_rate": 0.1, "text": {"files": ["a.jsonl"]}, **values}
+    path.write_text(yaml.safe_dump(given))
+    return _parts(read(path))
+
+
+def official_vq(pixels, folder, monkeypatch) -> None:
+    """LlamaGen's file in a folder, of another size."""
+    torch.save({"model": pixels.vq.state_dict()}, folder / "vq_ds16_t2i.pt")
+    monkeypatch.setattr(
+        "omnimamba_model.published.VQConfig", lambda **values: VQConfig(**values) if values else pixels.vq.config
+    )
+
+
+def test_the_official_release_is_trained_and_converted_wherever_it_lies(official, hub, tmp_path, monkeypatch):
+    """In a folder, as a file with its tokenizers beside it, and on the hub."""
+    _, release = official
+    neox(release)
+    official_vq(pixels := small_vq(), release, monkeypatch)
+    shutil.copytree(release, hub / "owner" / "release")
+    for i, place in enumerate((release, release / "OmniMamba-1.3b.pth", "owner/release")):
+        out, expected = tmp_path / f"out {i}", pixels.vq.state_dict()["quantize.embedding.weight"]
+        assert main(["convert", str(place), str(out)]) == 0
+        pipeline = Pipeline.load(out, fold=False)
+        _, words, seen = starts(tmp_path / "run.yaml", model=str(place))
+        _, *fresh = starts(tmp_path / "run.yaml", fresh=pipeline.model.config.to_dict(), tokenizers=str(place))
+        for text, pictures in ((pipeline.words, pipeline.pixels), (words, seen), fresh):
+            assert text.vocab_size == 50287 and text.is_special(50282)
+            assert torch.equal(pictures.vq.state_dict()["quantize.embedding.weight"], expected)
+
+
+def test_an_image_tokenizer_beside_a_plain_mamba2(lm, tmp_path, monkeypatch):
+    """It waits there for the OmniMamba that grows; the plain model is converted without it."""
+    plain = tmp_path / "plain"
+    save(lm, plain)
+    neox(plain)
+    official_vq(small_vq(16384), plain, monkeypatch)
+    assert main(["convert", str(plain), str(tmp_path / "out")]) == 0
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert held == {"config.json", "model.safetensors", "tokenizer.json"}
+    model, words, pixels = starts(tmp_path / "run.yaml", model=str(plain))
+    assert isinstance(model, OmniMamba) and words.is_special(50282) and pixels.sizes()["image_vocab_size"] == 16384
 
 
 def test_the_official_release_is_saved_with_its_whole_tokenizer(official, tmp_path):

@@ -38,6 +38,20 @@ def test_pictures_become_what_drawing_learns_from(pictures, data, config, words,
     Drawing(open_records([out])[0], 2, config, words)(0)
 
 
+def test_an_image_tokenizer_of_the_hub(pictures, data, hub, pixels, tmp_path):
+    """By its name, as every other command takes it, and by its file."""
+    (hub / "owner" / "pixels").mkdir(parents=True)
+    pixels.save(hub / "owner" / "pixels")
+    (hub / "owner" / "pixels" / "model.safetensors").write_bytes(b"large")
+    found = []
+    for i, place in enumerate((data, "owner/pixels", data / pixels.file)):
+        out = tmp_path / f"{i}.jsonl"
+        assert main(["tokenize", str(pictures), "--tokenizer", str(place), "--out", str(out)]) == 0
+        found.append(out.read_text())
+    assert found[0] == found[1] == found[2]
+    assert [path.name for path in (tmp_path / "cache" / "owner" / "pixels").iterdir()] == [pixels.file]
+
+
 def test_a_caption_that_cannot_be_read_is_passed_over(pictures, data, tmp_path, capsys):
     (pictures / "a.txt").write_bytes("ein Kätzchen".encode("latin-1"))
     (pictures / "c.txt").unlink()
