@@ -50,6 +50,15 @@ _TRANSFORMERS: Supported = {
     "model_type": ("mamba2", lambda value: value == "mamba2"),
     "use_bias": _OFF, "use_conv_bias": _ON, "hidden_act": _SILU, "rms_norm": _ON, "time_step_limit": _ANY_STEP,
 }  # fmt: skip
+_LAYER = "backbone.layers.0.mixer."
+_BACKBONE = {
+    "backbone.embedding.weight": 2, _LAYER + "A_log": 1, _LAYER + "conv1d.weight": 3, _LAYER + "out_proj.weight": 2,
+}  # fmt: skip
+"""The tensors that tell a Mamba-2's sizes, and how many sizes each has."""
+_OMNIMAMBA = {
+    **_BACKBONE, _LAYER + "in_proj.t2i_lora_A0.weight": 2, "backbone.img_embeddings.word_embeddings.weight": 2,
+    "projector.projector.0.weight": 2, "backbone.pos_embed": 3, "backbone.mmu_pos_embed": 3,
+}  # fmt: skip
 
 
 def official_config(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None, path: Path) -> OmniMambaConfig:
@@ -60,29 +69,23 @@ def official_config(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | N
     values = dict(values or {})
     if "backbone" in values and values.keys() <= {"model_type", *(f.name for f in dataclasses.fields(OmniMambaConfig))}:
         return _made(OmniMambaConfig.from_dict, {k: v for k, v in values.items() if k != "model_type"}, path)
-    layer = "backbone.layers.0.mixer."
-    rank, _ = _shape(tensors, layer + "in_proj.t2i_lora_A0.weight", path, 2)
+    shapes = _shapes(tensors, _OMNIMAMBA, path)
     known = _known(values, path.parent) if "ssm_cfg" in values else {}
     backbone = _backbone_config(tensors, path, **known)
-    vocab_image, _ = _shape(tensors, "backbone.img_embeddings.word_embeddings.weight", path, 2)
-    hidden, feature_dim = _shape(tensors, "projector.projector.0.weight", path, 2)
-    defaults = OmniMambaConfig()
-    slots = _shape(tensors, "backbone.pos_embed", path, 3)[1] - 5 - defaults.image_tokens
+    hidden, feature_dim = shapes["projector.projector.0.weight"]
     sizes = dict(
-        backbone=backbone, tokens=SpecialTokens(), image_vocab_size=vocab_image, text_slots=slots,
-        feature_dim=feature_dim, mmu_positions=_shape(tensors, "backbone.mmu_pos_embed", path, 3)[1],
-        mlp_ratio=hidden // feature_dim, lora_rank=rank,
+        backbone=backbone, tokens=SpecialTokens(),
+        image_vocab_size=shapes["backbone.img_embeddings.word_embeddings.weight"][0],
+        text_slots=shapes["backbone.pos_embed"][1] - 5 - OmniMambaConfig().image_tokens, feature_dim=feature_dim,
+        mmu_positions=shapes["backbone.mmu_pos_embed"][1], mlp_ratio=hidden // feature_dim,
+        lora_rank=shapes[_LAYER + "in_proj.t2i_lora_A0.weight"][0],
     )  # fmt: skip
     return _made(lambda given: OmniMambaConfig(**given), sizes, path)
 
 
 def _backbone_config(tensors: Mapping[str, Tensor], path: Path, **known: Any) -> MambaConfig:
     """A Mamba-2's sizes from its tensors; one group unless ``known`` says otherwise."""
-    vocab, d_model = _shape(tensors, "backbone.embedding.weight", path, 2)
-    layer = "backbone.layers.0.mixer."
-    (heads,) = _shape(tensors, layer + "A_log", path, 1)
-    conv_dim, _, d_conv = _shape(tensors, layer + "conv1d.weight", path, 3)
-    inner = _shape(tensors, layer + "out_proj.weight", path, 2)[1]
+    (vocab, d_model), (heads,), (conv_dim, _, d_conv), (_, inner) = _shapes(tensors, _BACKBONE, path).values()
     groups = known.get("ngroups", 1)
     if type(groups) is not int or groups < 1:
         raise CheckpointError(f"{path}: ngroups must be a whole number of at least 1, got {groups!r}")
@@ -103,13 +106,20 @@ def _backbone_config(tensors: Mapping[str, Tensor], path: Path, **known: Any) ->
     return _made(lambda given: MambaConfig(**given), {**sizes, **chunk}, path)
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, path: Path, rank: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise CheckpointError(f"{path} is no checkpoint of this model: it lacks {name}")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != rank or 0 in shape:
-        raise CheckpointError(f"{path}: {name} has shape {shape}, expected {rank} sizes of at least 1")
-    return shape
+def _shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, int], path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the ``wanted`` tensors, in their order; CheckpointError names all that are missing or do not have
+    as many sizes as wanted, each at least 1."""
+    shapes = {name: tuple(tensors[name].shape) for name in wanted if name in tensors}
+    missing = [name for name in wanted if name not in shapes]
+    problems = [f"it lacks {', '.join(missing)}"] if missing else []
+    problems += [
+        f"{name} has shape {shape}, expected {wanted[name]} sizes of at least 1"
+        for name, shape in shapes.items()
+        if len(shape) != wanted[name] or 0 in shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} is no checkpoint of this model: {'; '.join(problems)}")
+    return shapes
 
 
 def mamba_ssm_config(values: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> MambaConfig:

@@ -72,6 +72,26 @@ def test_all_that_does_not_fit_is_listed(official, tmp_path):
         assert part.replace("(2,)", "") in str(error.value)
 
 
+def test_all_that_would_tell_the_sizes_and_does_not_is_listed(official, lm, tmp_path):
+    tensors = official_tensors(official, heads=False)
+    for name in (PREFIX + "backbone.pos_embed", "projector.projector.0.weight"):
+        del tensors[name]
+    tensors[PREFIX + "backbone.layers.0.mixer.A_log"] = torch.ones(2, 2)
+    tensors[PREFIX + "backbone.mmu_pos_embed"] = torch.ones(1, 0, 32)
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError) as error:
+        read_foreign(tmp_path / "x.pth")
+    layer, told = "backbone.layers.0.mixer.", str(error.value)
+    assert "it lacks projector.projector.0.weight, backbone.pos_embed; " in told
+    assert f"{layer}A_log has shape (2, 2), expected 1 sizes" in told
+    assert "backbone.mmu_pos_embed has shape (1, 0, 32), expected 3 sizes" in told
+    (tmp_path / "config.json").write_text(json.dumps({"rms_norm": True, "ssm_cfg": {"layer": "Mamba2"}}))
+    lacking = (layer + "A_log", layer + "conv1d.weight")
+    torch.save({n: t for n, t in lm.state_dict().items() if n not in lacking}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=", ".join(lacking)):
+        read_foreign(tmp_path)
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("this must never run",))
