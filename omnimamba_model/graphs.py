@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .backbone import MambaBackbone
 
 MOST = 8
-"""Graphs that wait to be used again; beyond, the one that waited longest goes."""
+"""Graphs that wait to be used again, whatever their rows; beyond, what ``_kept`` says."""
+ONE_GENERATION = 4
+"""Times the rows of its largest graph, in all graphs of a generation together at most: rooms of n rows, then of the
+powers of two below, n + 2 n; where a mixture of tasks ends as one task, one room twice."""
 
 
 class Step:
@@ -108,7 +111,7 @@ class StepGraphs:
         return Step(graph.advance, state, wide(backbone.dtype), graph)
 
     def take_back(self, graph: Graph) -> None:
-        self._free = [*self._free, graph][-MOST:]
+        self._free = _kept([*self._free, graph])
 
     def _record(self, backbone: MambaBackbone, room: int, task: Task, kind: Hashable, weights: Hashable) -> Graph:
         with torch.inference_mode(False), torch.no_grad():  # memory that any mode may write to
@@ -117,6 +120,16 @@ class StepGraphs:
                 route = torch.full((room,), BASE, dtype=torch.int32, device=task.device)
                 route[: len(task)] = task
         return Graph(self, kind, weights, own, route, backbone.record_step(own, task if route is None else route))
+
+
+def _kept(free: list[Graph]) -> list[Graph]:
+    """Those that go on waiting, the one that waited longest first: MOST, and more of them for as long as they have no
+    more rows, and so states, than one generation goes through. So the same generation records nothing anew."""
+    rows = [graph.state.ssm.shape[1] for graph in free]
+    first = 0
+    while len(free) - first > MOST and sum(rows[first:]) > ONE_GENERATION * max(rows[first:]):
+        first += 1
+    return free[first:]
 
 
 def _weights(backbone: MambaBackbone) -> Hashable:

@@ -182,6 +182,37 @@ def test_only_so_many_wait(lm, recorded):
     assert [graph.kind[0] for graph in lm.backbone.graphs._free] == list(range(3, MOST + 3))
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one task", "mixed, then one task"])
+def test_many_rows_record_nothing_twice(graphed, plain, caption, text, recorded, mixed):
+    """300 rows need ten graphs, more than wait whatever they hold; once fewer than 64 are left the mixture ends."""
+    rooms = [300, 256, 128, 64, 32, 16, 8, 4, 2, 1]
+    with torch.inference_mode():
+        said = Row(BASE, graphed.backbone.embedding(text[1, :4]), 1)
+        (drawn,) = drawing_rows(graphed, caption[:1])
+        rows = [replace(drawn if mixed and i >= 64 and i % 2 else said, steps=1) for i in range(300)]
+        rows = [replace(row, steps=1 + sum(i < room for room in rooms)) for i, row in enumerate(rows)]
+        if mixed:  # the last drawing is one of 64 rows, and leaves room for 64 of one task
+            rows = [replace(row, steps=row.steps + (i < 64)) for i, row in enumerate(rows)]
+            rows[63] = replace(drawn, steps=rows[64].steps + 1)
+            rooms.insert(3, 64)
+        expected = generate(plain, rows, GREEDY)
+        recorded.clear()
+        for again in (rooms, [], []):
+            same(generate(graphed, rows, GREEDY), expected)
+            assert recorded == again
+            recorded.clear()
+
+
+def test_what_waits_has_no_more_rows_than_a_generation(lm):
+    """Of many rows only as many graphs as that allows, but MOST in any case: their states take memory."""
+    lm.backbone.graphs = StepGraphs(devices=("cpu",))
+    for rows in (*range(1, 20), 100, *range(60, 80)):
+        generate_text(lm, torch.zeros(rows, 1, dtype=torch.long), 2)
+        free = [graph.kind[0] for graph in lm.backbone.graphs._free]
+        assert len(free) <= MOST or sum(free) <= 4 * max(free)
+        assert free[-1] == rows
+
+
 def test_a_copy_starts_without_graphs(graphed, caption):
     draw(graphed, caption)
     copied = copy.deepcopy(graphed)
