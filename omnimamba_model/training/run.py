@@ -83,7 +83,7 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, say: S
     if logs is not None and logs.lacks:
         say(logs.lacks)
     bar = tqdm(total=steps, initial=trainer.done, unit="step", disable=not (first and progress), desc=out.name)
-    begun, tokens, whole = time.perf_counter(), 0, False
+    begun, tokens, whole, interrupted = time.perf_counter(), 0, False, False
     try:
         while trainer.done < steps:
             rate = trainer.phase.rate(trainer.done)
@@ -103,25 +103,31 @@ def _go(trainer: Trainer, settings: Run, out: Path, words: TextTokenizer, say: S
             if trainer.done % settings.save_every == 0 or trainer.done == steps:
                 checkpoints.keep(trainer, out, settings.keep, words.to_json())
         whole = True
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:  # after Ctrl-C or an error too; then the other processes are not waited for
         bar.close()
         own = together(trainer.lessons)
         reasons = trainer.ranks.add(own) if whole else own
         if logs is not None:
             logs.close(reasons)
-            for line in ([logs.lacks] if logs.lacks else []) + _summary(reasons):
+            alone = trainer.ranks.world == 1
+            for line in ([logs.lacks] if logs.lacks else []) + _summary(reasons, whole or alone):
                 say(line)
             if not whole:
-                kept = checkpoints.kept(out)
-                say(f"stopped after step {trainer.done}; the same command goes on after {kept[-1][0] if kept else 0}")
+                kept = [0, *(step for step, _ in checkpoints.kept(out))][-1]
+                on = f"the same command goes on after {kept}" if interrupted else f"the last one kept is {kept}"
+                say(f"stopped after step {trainer.done}; {on}")
 
 
-def _summary(passed_over: Counter[str]) -> list[str]:
-    """For the end of a run, when what was told on the way is out of sight."""
+def _summary(passed_over: Counter[str], by_all: bool = True) -> list[str]:
+    """For the end of a run, when what was told on the way is out of sight. ``by_all``: not by this process alone."""
     if not passed_over:
         return []
     rest = len(passed_over) - _TOLD
-    lines = [f"passed over {sum(passed_over.values()):,} times, a record or a whole file each:"]
+    here = "" if by_all else "counted on this process, "
+    lines = [f"passed over {sum(passed_over.values()):,} times, {here}a record or a whole file each:"]
     lines += [f"{count:>9,} x {reason}" for reason, count in passed_over.most_common(_TOLD)]
     return lines + ([f"and for {rest:,} reasons more: see {FILE}"] if rest > 0 else [])
 

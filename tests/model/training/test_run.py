@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from omnimamba_model.omnimamba import trained_in
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.text_tokenizer import WordTokenizer
 from omnimamba_model.training import Trainer, checkpoints
+from omnimamba_model.training.lessons import Lesson
 from omnimamba_model.training.parallel import Ranks
-from omnimamba_model.training.run import _claim, _lessons, _summary, run
+from omnimamba_model.training.run import _claim, _go, _lessons, _summary, run
 from omnimamba_model.training.settings import read
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -206,6 +208,39 @@ def test_a_summary_lists_the_most_frequent_reasons_and_counts_the_others():
     assert lines[0].startswith("passed over 276 times") and lines[1].split() == ["23", "x", "reason", "23"]
     assert len(lines) == 22 and lines[-1] == "and for 3 reasons more: see metrics.jsonl"
     assert _summary(Counter()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("step 4 is not finite")], ids=repr)
+def test_the_same_command_is_named_where_it_goes_on(settings, values, monkeypatch, error):
+    """After Ctrl-C it does; after an error it meets the same one."""
+    taken, said = Trainer.step, []
+
+    def step(self):
+        if self.done == 3:
+            raise error
+        return taken(self)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(type(error)):
+        run(settings(), said.append)
+    goes_on = isinstance(error, KeyboardInterrupt)
+    rest = "the same command goes on after 2" if goes_on else "the last one kept is 2"
+    assert said[-1] == f"stopped after step 3; {rest}"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_of_many_processes_one_that_is_stopped_tells_its_own_count(settings, words, tmp_path, world):
+    def step():
+        raise KeyboardInterrupt
+
+    lesson, said = Lesson([], 2), []
+    lesson.passed_over["a reason"] = 3
+    ranks, phase = SimpleNamespace(first=True, world=world), SimpleNamespace(steps=9, rate=lambda step: 0.1)
+    trainer = SimpleNamespace(phase=phase, ranks=ranks, lessons={"t2i": lesson}, done=3, step=step)
+    with pytest.raises(KeyboardInterrupt):
+        _go(trainer, settings(), tmp_path, words, said.append, progress=False)
+    assert any(line.startswith("passed over 3 times, ") for line in said)
+    assert any("counted on this process" in line for line in said) == (world > 1)
 
 
 def test_cutting_a_batch_into_pieces_changes_nothing(settings, values, tmp_path):
