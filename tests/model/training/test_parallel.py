@@ -51,7 +51,8 @@ def furthest(found: list[float], truth: list[float]) -> float:
 
 def test_halves_of_stage_one_in_two_processes(values, data, config, tmp_path):
     """Losses are one process's; what is frozen gets no gradient and stays bit for bit; a killed run goes on exactly in
-    as many processes, and in one. Both tasks in bf16 with layers computed again: the bits that they have without, and
+    as many processes, and in one; one process's in two, where nothing reaches some parameters, which then have no
+    moments. Both tasks in bf16 with layers computed again: the bits that they have without, and
     at most twice as far from fp32's losses as one process's."""
     torch.manual_seed(0)
     model = OmniMamba(config)
@@ -69,9 +70,14 @@ def test_halves_of_stage_one_in_two_processes(values, data, config, tmp_path):
     stopped = settings("stopped", "t2i")
     killed_after([*LAUNCH, "-m", "omnimamba_model", "train", stopped], tmp_path / "stopped", 2)
     shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
+    run(read(settings("half", "joint", mmu=None)), lambda line: None)
+    shutil.copytree(tmp_path / "half", tmp_path / "half again")
+    for _, later in checkpoints.kept(tmp_path / "half again")[2:]:
+        shutil.rmtree(later)
     bf16 = {name: {"precision": "bf16", "recompute": name == "again"} for name in ("kept", "again")}
     files = [settings(stage, stage) for stage in STAGES] + [stopped]
     files += [settings(name, "joint", **changes) for name, changes in bf16.items()]
+    files += [settings("half again", "joint", mmu=None)]
     launch = [*LAUNCH, str(Path(__file__).parent / "launched.py"), *files]
     done = subprocess.run(launch, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -91,6 +97,11 @@ def test_halves_of_stage_one_in_two_processes(values, data, config, tmp_path):
     assert len(losses(tmp_path / "alone")) == values["steps"]
     for one, two in zip(losses(tmp_path / "alone"), losses(tmp_path / "t2i"), strict=True):
         assert one == pytest.approx(two, rel=2e-4)
+    for one, two in zip(losses(tmp_path / "half"), losses(tmp_path / "half again"), strict=True):
+        assert one == pytest.approx(two, rel=2e-4)
+    learned = set(json.loads((tmp_path / "half again" / "gradients.json").read_text()))
+    found, left = load(tmp_path / "half again" / "model").state_dict(), {n for n in begun if trained_in("mmu", n)}
+    assert left and not left & learned and all(torch.equal(found[name], begun[name]) for name in begun.keys() - learned)
     exact, once = "exact", "bf16 in one"
     run(read(settings(exact, "joint")), lambda line: None)
     run(read(settings(once, "joint", **bf16["again"])), lambda line: None)
