@@ -78,6 +78,11 @@ class PatchTokenizer(nn.Module):
         levels = (self.decode(tokens.to(self.codebook.device)).float().clamp(0, 1) * 255).round().to(torch.uint8)
         return [Image.fromarray(grey) for grey in levels.cpu().numpy()]
 
+    ready = True
+
+    def prepare(self) -> None:
+        """There is nothing to load."""
+
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size to features; the enlarged pixels of a drawing shrink back exactly."""
         return self.features(self._grey(images))

@@ -55,8 +55,19 @@ class ImageTokenizer(Protocol):
         """Square pictures to image tokens (b, image_tokens)."""
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether ``look`` need load nothing first, as ``prepare`` does."""
+        ...
+
+    def prepare(self) -> None: ...
+
     def look(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures to the feature vectors of understanding (b, image_features, feature_dim)."""
+        """Pictures to the feature vectors of understanding (b, image_features, feature_dim).
+
+        In training a thread looks beside the step, whose dropout draws from torch's generator of the whole process:
+        nothing here may draw from it, or two runs differ.
+        """
         ...
 
     def describe(self) -> str:

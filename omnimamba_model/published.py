@@ -41,11 +41,21 @@ class PublishedPixels:
 
     @cached_property
     def vision(self) -> VisionEncoder:
-        return VisionEncoder.from_pretrained(*self.encoders).to(self.vq.quant_conv.weight.device)
+        with torch.random.fork_rng(devices=[]):  # when they are loaded changes nothing that is drawn
+            return VisionEncoder.from_pretrained(*self.encoders).to(self.vq.quant_conv.weight.device)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the encoders are loaded."""
+        return "vision" in self.__dict__
+
+    def prepare(self) -> None:
+        """Load the encoders, from the hub perhaps. transformers sets the process's default dtype meanwhile."""
+        _ = self.vision
 
     def to(self, device: str | torch.device) -> PublishedPixels:
         self.vq.to(device)
-        if "vision" in self.__dict__:  # loaded already
+        if self.ready:
             self.vision.to(device)
         return self
 

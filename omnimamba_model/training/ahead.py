@@ -3,7 +3,8 @@ texts tokenized in a thread of its own.
 
 A batch is a function of its place, so that it does not matter when it is made: order, place and losses are those of a
 run that makes each within its step. What was passed over is counted when the batch is taken, so that a checkpoint never
-counts ahead; an error waits for the step that it belongs to.
+counts ahead; an error waits for the step that it belongs to. What must be loaded first, such as the encoders, the main
+thread loads once a batch needs it: Ctrl-C ends that at once, and no step is taken meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING
 
-from .lessons import Lesson, Made
+from .lessons import Lesson, Made, Unprepared
 from .phase import Batch
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Ahead:
 
     def __init__(self, lesson: Lesson, depth: int, end: int) -> None:
         self.lesson, self.depth, self.end = lesson, depth, end
-        self._over = Event()
+        lesson.threaded, self._over = True, Event()
         self._thread = ThreadPoolExecutor(1, "batches")  # started by the first batch
         self._waiting: deque[tuple[int, Future[Made]]] = deque()
 
@@ -39,13 +40,19 @@ class Ahead:
             made = self._thread.submit(self.lesson.make, following, self._over.is_set)
             self._waiting.append((following, made))
         _, made = self._waiting.popleft()
-        return self.lesson.take(made.result())
+        try:
+            return self.lesson.take(made.result())
+        except Unprepared:
+            self._forget()
+        self.lesson.prepare()
+        return self(place)
 
     def close(self) -> None:
         """Stop at the next record, and wait until it has."""
         self._over.set()
         self._forget()
         self._thread.shutdown()
+        self.lesson.threaded = False
 
     def _forget(self) -> None:
         for _, made in self._waiting:

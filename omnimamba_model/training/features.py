@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import clear_temporaries, write_whole
+from .records import BadRecord
 
 _ABANDONED = 3600.0
 """Seconds after which nobody is still writing a file of the cache."""
@@ -70,6 +72,26 @@ class RecentFeatures:
             _, oldest = self._kept.popitem(last=False)
             self._size -= oldest.nbytes
         return found
+
+
+def read_bytes(path: Path) -> bytes:
+    if not path.is_file():  # a device would never end
+        raise BadRecord(f"{path} cannot be read: it is no file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRecord(f"{path} cannot be read: {error.strerror}") from error
+
+
+def decoded(picture: bytes, name: object) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError as error:  # names an object in memory
+        raise BadRecord(f"image {name} is no picture") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadRecord(f"image {name} cannot be decoded: {error}") from error
 
 
 def look_at(image: Image.Image, look: Callable[[list[Image.Image]], Tensor]) -> Tensor:

@@ -7,7 +7,6 @@ record that cannot be used is passed over, counted, and the next one of the epoc
 
 from __future__ import annotations
 
-import io
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..config import OmniMambaConfig
 from ..omnimamba import IGNORE
 from ..pipeline import ImageTokenizer
 from ..text_tokenizer import TextTokenizer
-from .features import FeatureCache, RecentFeatures, look_at
+from .features import FeatureCache, RecentFeatures, decoded, look_at, read_bytes
 from .parallel import ALONE, Ranks
 from .phase import Batch
 from .records import PICTURE, BadRecord, Records
@@ -37,8 +35,16 @@ Made = tuple[Batch, Counter[str]]
 """A batch, and why records were passed over for it."""
 
 
+class Unprepared(Exception):
+    """A thread cannot make the batch before ``Lesson.prepare`` has been called."""
+
+
 class Lesson:
     """Batches of one task. ``example(record, draw)`` makes one row, ``join(rows)`` a batch; a lesson is callable."""
+
+    threaded = False
+    """Whether a thread makes the batches. It loads nothing, which can take minutes and change the process's defaults
+    under a step: where something has to be loaded first, ``make`` raises Unprepared."""
 
     def __init__(self, records: Records, batch: int, *, seed: int = 0, ranks: Ranks = ALONE) -> None:
         self.records, self.size, self.seed, self.ranks = records, batch, seed, ranks
@@ -54,6 +60,9 @@ class Lesson:
         first, passed_over = place * self.size, Counter()
         rows = [self._row(first + i, passed_over, over) for i in range(self.mine.start, self.mine.stop)]
         return self.join(rows), passed_over
+
+    def prepare(self) -> None:
+        """Load what batches are made with."""
 
     def take(self, made: Made) -> Batch:
         """Count what was passed over for the batch, which is learned now."""
@@ -197,11 +206,14 @@ class Understanding(Lesson):
         return self._features(record), ids, labels
 
     def join(self, rows: list[Any]) -> Batch:
-        """Text is padded on the right to the longest row, as far as a batch needs."""
+        """Text is padded on the right to the longest row, as far as a batch needs; features stay as narrow as they come
+        from the cache, for as long as the batch waits, and the model widens them."""
         text = _padded([ids for _, ids, _ in rows], self.config.tokens.pad)
         labels = _padded([marks for _, _, marks in rows], IGNORE)
-        features = torch.stack([seen for seen, _, _ in rows]).float()
-        return "mmu", {"features": features, "text": text, "labels": labels}
+        return "mmu", {"features": torch.stack([seen for seen, _, _ in rows]), "text": text, "labels": labels}
+
+    def prepare(self) -> None:
+        self.pixels.prepare()
 
     def _caption(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         ids = [*_encode(self.words, turns[1::2][-1][1]), self.config.tokens.eos][: self.text_length]
@@ -228,10 +240,13 @@ class Understanding(Lesson):
         if picture is None:
             if not isinstance(record.get("image"), str):
                 raise BadRecord("image must name a file")
-            picture = _bytes_of(self.images / record["image"])
+            picture = read_bytes(self.images / record["image"])
 
         def look() -> Tensor:
-            return look_at(_open(picture, record.get("image")), self.pixels.look)
+            image = decoded(picture, record.get("image"))
+            if self.threaded and not self.pixels.ready:
+                raise Unprepared
+            return look_at(image, self.pixels.look)
 
         if self.cache is None:
             return self.recent.get(picture, look)
@@ -272,26 +287,6 @@ def _encode(words: TextTokenizer, text: str) -> list[int]:
 @lru_cache(maxsize=4096)
 def _ids(words: TextTokenizer, text: str) -> tuple[int, ...]:
     return tuple(words.encode(text))
-
-
-def _bytes_of(path: Path) -> bytes:
-    if not path.is_file():  # a device would never end
-        raise BadRecord(f"{path} cannot be read: it is no file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadRecord(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _open(picture: bytes, name: object) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(picture)) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError as error:  # names an object in memory
-        raise BadRecord(f"image {name} is no picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"image {name} cannot be decoded: {error}") from error
 
 
 def together(lessons: dict[str, Callable[[int], Batch]]) -> Counter[str]:

@@ -184,6 +184,19 @@ def test_encoders_that_are_loaded_move_too(folder, encoders):
     assert {p.device.type for part in (pixels.vq, pixels.vision) for p in part.parameters()} == {"meta"}
 
 
+def test_loading_and_looking_draw_nothing(folder, monkeypatch):
+    """Both happen beside or within a step, whose dropout draws from torch's generator."""
+    begin, drawn = VisionEncoder.from_pretrained, []
+    drawing = staticmethod(lambda *given: drawn.append(torch.rand(3)) or begin(*given))
+    monkeypatch.setattr(VisionEncoder, "from_pretrained", drawing)
+    pixels, before = PublishedPixels.load(folder), torch.get_rng_state()
+    assert not pixels.ready
+    for _ in range(2):
+        pixels.prepare()
+    assert pixels.ready and len(drawn) == 1 and len(pixels.look([picture(0)])) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_converted_folder_knows_its_encoders(folder, encoders, tmp_path, monkeypatch):
     """Named by relative paths, one of them inside the folder, which then moves; asked from elsewhere."""
     PublishedPixels(VQ16(SMALL), 8).save(folder)

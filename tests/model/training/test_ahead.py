@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from omnimamba_model import load
+from omnimamba_model import OmniMamba, load
 from omnimamba_model.training import checkpoints
 from omnimamba_model.training.ahead import Ahead, ahead
-from omnimamba_model.training.lessons import Drawing, Lesson
+from omnimamba_model.training.features import FeatureCache, look_at
+from omnimamba_model.training.lessons import Drawing, Lesson, Understanding
 from omnimamba_model.training.loop import Trainer
 from omnimamba_model.training.phase import Phase
 from omnimamba_model.training.records import BadRecord, open_records
@@ -128,9 +130,9 @@ def written(path, values):
 
 
 def test_a_run_is_the_same_however_far_ahead(values, data, tmp_path):
-    """Bit for bit, through a stop, with accumulation; kept counts do not know what was made ahead."""
+    """Bit for bit, through a stop, with accumulation and dropout; kept counts do not know what was made ahead."""
     (data / "3.png").write_bytes(b"no picture")
-    values |= {"accumulate": 2, "save_every": 1, "keep": 9}
+    values |= {"accumulate": 2, "save_every": 1, "keep": 9, "fresh": values["fresh"] | {"lora_dropout": 0.3}}
     run(written(tmp_path / "s.yaml", values | {"out": str(tmp_path / "plain"), "prefetch": 0}), print)
     taken = Trainer.step
 
@@ -187,3 +189,49 @@ def test_a_real_lesson_knows_nothing_of_it(data, config, words):
         (_, a), (_, b) = made(place), lesson(place)
         assert all(torch.equal(a[name], b[name]) for name in b)
     made.close()
+
+
+class Encoders:
+    """Patches as what is loaded before it looks; the threads that did either are noted."""
+
+    def __init__(self, pixels):
+        self.pixels, self.ready, self.loaded, self.looked = pixels, False, [], []
+
+    def prepare(self):
+        self.loaded.append(threading.current_thread())
+        self.ready = True
+
+    def look(self, images):
+        assert self.ready
+        self.looked.append(threading.current_thread())
+        return self.pixels.look(images)
+
+
+@pytest.mark.parametrize("kept", [None, 0, 3, 6], ids=["no cache", "an empty one", "a part", "all"])
+def test_encoders_are_loaded_by_the_main_thread_where_one_is_needed(data, config, words, pixels, tmp_path, kept):
+    """A picture that is none needs no encoder; what waits is as narrow as the cache, and the model makes the same of
+    it as of the same numbers in fp32."""
+    (data / "6.png").write_bytes(b"no picture")
+    for i in range(kept or 0):
+        picture = data / f"{i}.png"
+        with Image.open(picture) as image:
+            features = look_at(image, pixels.look)
+        FeatureCache(tmp_path / "cache", "patches").get(picture.read_bytes(), lambda features=features: features)
+    records, encoders = open_records([data / "mmu.json"])[0], Encoders(pixels)
+    caches = [None if kept is None else FeatureCache(tmp_path / name, "patches") for name in ("cache", "plain")]
+    lesson, plain = (
+        Understanding(records, 2, config, words, eyes, images=data, text_length=24, seed=1, cache=cache)
+        for eyes, cache in zip((encoders, pixels), caches, strict=True)
+    )
+    made, model = Ahead(lesson, 2, 12), OmniMamba(config)
+    for place in range(12):
+        (_, found), (_, expected) = made(place), plain(place)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert found["features"].dtype == (torch.float32 if kept is None else torch.float16)
+        assert lesson.passed_over == plain.passed_over
+    made.close()
+    assert not lesson.threaded and plain.passed_over
+    assert encoders.loaded == ([] if kept == 6 else [threading.current_thread()])
+    assert threading.current_thread() not in encoders.looked and bool(encoders.looked) == (kept != 6)
+    wide = found | {"features": found["features"].float()}
+    assert torch.equal(model("mmu", **found).loss, model("mmu", **wide).loss)
