@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -135,14 +136,36 @@ def test_the_reading_says_what_the_run_measured():
     assert "900 GFLOP/s bf16 matmul" in report.bench(content)
 
 
+@pytest.mark.parametrize("noise", [(1.0,), (1.0, 3.0, 2.0), (3.0, 3.0, 1.0, 1.0, 2.0, 2.0)])
 @pytest.mark.parametrize("who", [PEER, UNCACHED])
-def test_a_transformers_dtype_is_the_faster_one_at_its_own_length(who, monkeypatch):
-    """16 bits begin slower here and grow less."""
-    cost = {"float32": (1.0, 2e-3), "bfloat16": (4.0, 1e-3)}
-    monkeypatch.setattr(generators, "step_time", lambda who, dtype, at: cost[dtype][0] + cost[dtype][1] * at)
-    found = [generators.dtype_of(who, context) for context in (256, 2900, 3100, 131072)]
-    assert found == 2 * ["float32"] + 2 * ["bfloat16"]
+def test_a_transformers_dtype_is_the_faster_one_at_its_own_length(who, noise, monkeypatch):
+    """16 bits begin slower here and grow less, and any step but one of each may be disturbed. What is drawn from
+    shorter contexts says nothing of a row, but without a cache, where a step of it takes too long."""
+    cost = {"float32": (1e-3, 2e-6), "bfloat16": (4e-3, 1e-6)}
+    contexts, disturbed, taken = [256, 2900, 3100, 4096, 131072], itertools.cycle(noise), []
+    monkeypatch.setattr(generators, "decoder", lambda who, dtype, context: (dtype, context))
+
+    def seconds(step: tuple[str, int]) -> float:
+        taken.append(step)
+        return next(disturbed) * (cost[step[0]][0] + cost[step[0]][1] * step[1])
+
+    monkeypatch.setattr(generators, "seconds", seconds)
+    generators.faster.cache_clear()
+    found = [generators.dtype_of(who, context) for _ in range(2) for context in contexts]
+    assert found == 2 * [*2 * ["float32"], *3 * ["bfloat16"]]
+    tried = contexts[:4] if who == UNCACHED else contexts
+    assert taken == [(dtype, context) for context in tried for dtype in 3 * ("bfloat16", "float32")]
     assert generators.dtype_of(generators.OURS, 5) == "bfloat16"
+    generators.faster.cache_clear()
+
+
+def test_steps_that_take_seconds_are_tried_once(monkeypatch):
+    monkeypatch.setattr(generators, "decoder", lambda who, dtype, context: dtype)
+    cost, taken = {"float32": 1.5, "bfloat16": 1.4}, []
+    monkeypatch.setattr(generators, "seconds", lambda step: taken.append(step) or cost[step])
+    generators.faster.cache_clear()
+    assert generators.dtype_of(UNCACHED, 2048.0) == "bfloat16" and taken == ["bfloat16", "float32"]
+    generators.faster.cache_clear()
 
 
 def test_the_cached_rate_is_of_steps_in_one_dtype():
