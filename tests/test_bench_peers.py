@@ -21,6 +21,7 @@ from bench import (  # noqa: E402
     generators,
     peers,
     plain,
+    rates,
 )
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.measure import Contender  # noqa: E402
@@ -98,12 +99,16 @@ def values(case) -> tuple:
     return getattr(case, "values", case)
 
 
-def test_a_length_without_a_cache_that_is_not_run_says_why(monkeypatch):
-    small = Transformer(128, 2, 64, 50)
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e6), ("bfloat16", 3e6)])
+def test_a_length_without_a_cache_that_is_not_run_says_why(dtype, rate, monkeypatch):
+    """At the matrix rate of the dtype that it would run in."""
+    small, known = Transformer(128, 2, 64, 50), {torch.float32: 1e6, torch.bfloat16: 3e6}
     monkeypatch.setattr(generators, "model", lambda who, dtype: small)
+    monkeypatch.setattr(bench_generation, "dtype_of", lambda who, context: dtype)
+    monkeypatch.setattr(rates, "torch_matmul_rate", lambda dtype, rows: known[dtype])
 
     class Rates:
-        sample = staticmethod(lambda kind: 1e6)
+        sample = staticmethod(lambda kind: {"sgemm": 1e6, "bf16 gemm": 3e6}[kind])
 
     class Bench:
         rates = Rates
@@ -111,5 +116,5 @@ def test_a_length_without_a_cache_that_is_not_run_says_why(monkeypatch):
     said = bench_generation.too_long(Bench, 32768)
     assert said.startswith("the 3 steps of a round would take ") and said.endswith(" days")
     days = float(said.split()[-2])
-    exact = sum(bench_generation.pass_flops(n + 1) for n in range(0, 32768, 512)) * 512 / 1e6 / 86400
+    exact = sum(bench_generation.pass_flops(n + 1) for n in range(0, 32768, 512)) * 512 / rate / 86400
     assert days == pytest.approx(exact, rel=0.1)
