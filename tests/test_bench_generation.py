@@ -14,7 +14,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import claims, generators, integrated, published, tables  # noqa: E402
+from bench import bench_generation, claims, generators, integrated, published, tables  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.results import Row  # noqa: E402
 from omnimamba_model import OmniMamba, OmniMambaConfig  # noqa: E402
@@ -133,6 +133,24 @@ def test_without_a_cache_hundreds_of_tokens_are_checked(small, monkeypatch):
     monkeypatch.setattr(small, "last", lambda ids: asked.append(ids.shape[1]) or small.plain_last(ids[:, 1:]))
     assert generators.step_error(generators.UNCACHED, "float32") > 1e-3 and asked == [512]
     generators.step_error.cache_clear()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_generation_that_is_timed_has_its_memory(quick, monkeypatch):
+    """Without a cache too, where one pass over all the tokens is the whole of it."""
+    who, asked = list(published.names([])), []
+    bench = SimpleNamespace(
+        quick=quick,
+        compare=lambda *_, **__: [Row("whole generation", "4096 tokens in all", name, 1.0) for name in who],
+        peaks=lambda _, rows, task, context, steps, dtype: asked.append((rows[0].who, task, context, steps, dtype)),
+    )
+    for name in ("generating", "work"):
+        monkeypatch.setattr(bench_generation, name, lambda *_: None)
+    monkeypatch.setattr(bench_generation, "model", lambda *_: Transformer(width=128, layers=2, hidden=64, vocab=50))
+    monkeypatch.setattr(bench_generation, "dtype_of", lambda name, context: f"{name} at {context:.0f}")
+    bench_generation.test_whole(bench, None, 4096)
+    wanted = [(name, "generation", 4095, steps, f"{name} at 2048") for name, steps in zip(who, (2, 2, 1), strict=True)]
+    assert asked == ([] if quick else wanted)
 
 
 def test_a_cache_is_filled_to_its_end():
