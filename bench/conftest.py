@@ -223,7 +223,7 @@ class _Progress:
 
 
 def _line(row: results.Row) -> str:
-    shown = tables.time_of(row), tables.floor_of(row), tables.ratio_of(row)
+    shown = tables.explained(row), tables.floor_of(row), tables.ratio_of(row)
     return f"{row.group}, {row.case}: {row.who}: " + ", ".join(filter(None, shown))
 
 

@@ -110,8 +110,7 @@ def beside(rows: list[Row]) -> list[Published]:
     return found if any(p.without_cache or p.with_cache for p in found) else []
 
 
-def images_a_second(rows: list[Row]) -> float | None:
-    """Of the 1.3B shape, AT_ONCE of them at once, by the fastest of ours."""
+def drawing_at_once(rows: list[Row]) -> Row | None:
+    """The fastest of ours that draws AT_ONCE images at once, in the 1.3B shape."""
     cases = (at_once_case("1.3B"), gpu_images_case("1.3B", 256))
-    times = [row.seconds for row in rows if row.case in cases and row.seconds]
-    return AT_ONCE / min(times) if times else None
+    return min((row for row in rows if row.case in cases and row.seconds), key=lambda row: row.seconds, default=None)

@@ -40,9 +40,20 @@ def rounds_of(row: Row) -> str:
     return f"{row.rounds} of {row.rounds_taken}" if row.seconds and row.rounds_taken else ""
 
 
+def measured_parts(row: Row) -> str:
+    """What its note says of the parts that a time was summed from; empty where the whole was timed."""
+    return next((said for said in row.note.split("; ") if " measured" in said), "")
+
+
 def summed(row: Row) -> str:
     """A mark before a time that some of its parts were measured for."""
-    return "~" if " measured" in row.note else ""
+    return "~" if measured_parts(row) else ""
+
+
+def explained(row: Row) -> str:
+    """The time, and of one that is summed the mark and which parts were measured."""
+    parts = measured_parts(row) if row.seconds else ""
+    return f"~{time_of(row)} ({parts})" if parts else time_of(row)
 
 
 def ratio_of(row: Row) -> str:
@@ -71,7 +82,7 @@ def ops(content: Content) -> str:
     for row in content["rows"]:
         if not row.group.startswith(("layer", *MODEL_GROUPS)) and not cold(row):
             peak = f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else ""
-            cells = [time_of(row), rate_of(row, gpu), floor_of(row), ratio_of(row), rounds_of(row), peak]
+            cells = [explained(row), rate_of(row, gpu), floor_of(row), ratio_of(row), rounds_of(row), peak]
             lines.append([row.group, row.case, row.who, *cells, *(of_the_chip(row) if gpu else ())])
     header = ["operation", "case", "by", "time", "rate", "floor", "against ours", "rounds", "peak memory"]
     return table([*header, *(OF_THE_CHIP if gpu else ())], lines)
@@ -139,13 +150,11 @@ def paper(content: Content) -> str:
         return ""
     header = ["the paper's", "claimed", "ours, its protocol: no cache", "ours, fair: static KV cache"]
     claims = table(header, [[p.what, p.claimed, p.without_cache or "", p.with_cache or ""] for p in found])
-    images = published.images_a_second(content["rows"])
-    theirs = ", ".join(f"{who} {rate}" for who, rate in published.TABLE_3.items())
-    drawn = (
-        f"Images a second, {published.AT_ONCE} at once, 1.3B: {images:.3g} here; the paper's: {theirs}."
-        if images
-        else ""
-    )
+    drawing = published.drawing_at_once(content["rows"])
+    theirs, drawn = ", ".join(f"{who} {rate}" for who, rate in published.TABLE_3.items()), ""
+    if drawing:
+        here = f"{summed(drawing)}{published.AT_ONCE / drawing.seconds:.3g} here"
+        drawn = f"Images a second, {published.AT_ONCE} at once, 1.3B: {here}; the paper's: {theirs}."
     return "\n\n".join(filter(None, [claims, figure_1(content), drawn]))
 
 
