@@ -173,6 +173,8 @@ def _model(rows: list[Row]) -> list[Claim]:
     what = "130M, decode with int8 weights, against llama.cpp Q8_0, reordered or not, the faster"
     int8 = _least(what, 1.4, _llama(rows, "130M decode", "int8"), "x")
     int8.measured += "".join(f"; reordered: not timed, {row.reason}" for row in stopped)
+    if stopped and int8.passed:  # the one that was not timed may be the faster
+        int8.passed = None
     prefill = [r.times_ours for r in _pick(rows, "130M prefill", "2048", "transformers")]
     decode = [r.times_ours for r in _pick(rows, "130M decode", "bf16", "transformers")]
     floor = [r.floor_share for r in _pick(rows, "130M decode", "bf16", ours=True)]
