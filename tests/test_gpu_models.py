@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from bench import gpu_board, gpu_check, gpu_claims, gpu_clock, gpu_ops, measure, peers  # noqa: E402
 from bench.baselines.attention import Attention  # noqa: E402
 from bench.gpu_clock import Clock  # noqa: E402
-from bench.gpu_problems import Problem, models, prefill  # noqa: E402
+from bench.gpu_problems import Problem, generation, models, prefill  # noqa: E402
 from bench.gpu_problems.common import Parts  # noqa: E402
 from bench.gpu_run import as_row  # noqa: E402
 from bench.tables import of_the_chip  # noqa: E402
@@ -108,6 +108,17 @@ def test_the_numbers_of_int8_weights_are_the_ones_that_are_checked():
     assert 1e-4 < measure.relative_error(narrow, whole) < 0.2
     rounded = models.exact_logits(CPU, ids, rounded=True)
     assert torch.equal(rounded, whole)  # on a CPU all are fp32
+
+
+def test_a_model_that_is_cast_as_a_whole_is_held_against_rounded_vectors(problems, monkeypatch):
+    """mamba_ssm's and transformers', in each group that has them; ours keeps its vectors as they are."""
+    logits = {rounded: torch.full((1, 128), 1.0 + rounded) for rounded in (False, True)}
+    monkeypatch.setattr(models, "exact_logits", lambda *_, rounded=False: logits[rounded])
+    monkeypatch.setattr(models, "exact_step", lambda *_, rounded=False: logits[rounded])
+    for problem in (problems[0], next(iter(prefill.problems(CPU))), next(iter(generation.problems(CPU)))):
+        assert problem.error(logits[False]) == 0.0
+        for who in {models.MAMBA_SSM, peers.label()} & {models.MAMBA_SSM, *problem.errors}:
+            assert problem.errors[who](logits[True]) == 0.0
 
 
 def test_attentions_check_makes_its_mask_where_its_input_is():

@@ -40,7 +40,7 @@ def _generation(
     who = named(models.size(device))
     contenders = {who.ours: lambda: _ours(device, steps), who.cached: lambda: _cached(device, total, steps)}
     if device.type == "cuda":
-        contenders["mamba_ssm"] = lambda: _theirs(device, steps)
+        contenders[models.MAMBA_SSM] = lambda: _theirs(device, steps)
     if everyone or total <= models.LONGEST_UNCACHED:
         contenders[who.uncached] = lambda: _uncached(device, steps)
     needed = {kind: _summed(device, kind, steps) for kind in (models.OURS, models.CACHED, models.UNCACHED)}
@@ -48,6 +48,7 @@ def _generation(
     errors = {
         who.cached: functools.partial(models.cached_error, device, total, last),
         who.uncached: functools.partial(models.uncached_error, device, last),
+        models.MAMBA_SSM: functools.partial(models.rounded_error, device),
     }
     return Problem(
         group, case, *needed[models.OURS], contenders,

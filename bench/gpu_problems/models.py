@@ -37,6 +37,7 @@ LONGEST_ATTENTION = {False: 2**20, True: 131072}
 LONGEST_UNCACHED = 16384
 LAST, LONGEST_END = 16, 131072
 """Positions at the end of attention's forward that are checked too, up to the length whose keys in fp64 fit."""
+MAMBA_SSM = "mamba_ssm"
 OURS, INT8, CACHED, UNCACHED = "ours", "ours, int8 weights", "Transformer, KV cache", "Transformer, no cache"
 TINY = MambaConfig(d_model=64, n_layer=2, vocab_size=128, d_state=16, headdim=32)
 SMALL = MambaConfig(d_model=64, n_layer=2, d_state=16, headdim=32)
@@ -106,6 +107,11 @@ def exact_step(device: torch.device, int8: bool = False, rounded: bool = False) 
     return exact_logits(device, torch.cat([prompt(device, PROMPT), _token(device)[None]], dim=1), int8, rounded)
 
 
+def rounded_error(device: torch.device, found: Tensor) -> float:
+    """Logits of the same step in a model that is cast as a whole, vectors and convolutions too."""
+    return relative_error(found, exact_step(device, rounded=True))
+
+
 @torch.inference_mode()
 def exact_logits(device: torch.device, ids: Tensor, int8: bool = False, rounded: bool = False) -> Tensor:
     """After ids (1, l), in fp32 on the reference, with the numbers that the weights stand for.
@@ -124,7 +130,7 @@ def exact_logits(device: torch.device, ids: Tensor, int8: bool = False, rounded:
 
 
 def mamba_ssm(device: torch.device) -> nn.Module:
-    """mamba_ssm's model on our weights."""
+    """mamba_ssm's model on our weights, all of them in one dtype: its vectors and convolutions are rounded."""
     from mamba_ssm.models.config_mamba import MambaConfig as Config
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -238,13 +244,14 @@ def _decode(device: torch.device, context: int) -> Problem:
         contenders[INT8] = functools.partial(_ours, device, context, int8=True)
         contenders[peers.label()] = lambda: step_of_transformers(device, mamba2(device))
     if device.type == "cuda":
-        contenders["mamba_ssm"] = lambda: step_of_theirs(device, mamba_ssm(device), context)
+        contenders[MAMBA_SSM] = lambda: step_of_theirs(device, mamba_ssm(device), context)
     contenders[CACHED] = functools.partial(_cached, device, context)
     if context <= LONGEST_UNCACHED:
         contenders[UNCACHED] = functools.partial(_uncached, device, context)
     errors = {
         INT8: lambda found: relative_error(found, exact_step(device, int8=True)),
-        peers.label(): lambda found: relative_error(found, exact_step(device, rounded=True)),
+        peers.label(): functools.partial(rounded_error, device),
+        MAMBA_SSM: functools.partial(rounded_error, device),
         CACHED: functools.partial(cached_error, device, context + 1, context),
         UNCACHED: functools.partial(uncached_error, device, context),
     }

@@ -66,13 +66,14 @@ def _prefill(device: torch.device, length: int) -> Problem:
     total = lambda parts: (sum(p.bytes for p in parts), sum(p.flops for p in parts))  # noqa: E731
     contenders = {own: partial(_ours, device, length)}
     if large:
-        contenders["mamba_ssm"] = partial(_mamba_ssm, device, length)
+        contenders[models.MAMBA_SSM] = partial(_mamba_ssm, device, length)
     if length <= LONGEST_FALLBACK:
         contenders[peers.label()] = partial(_transformers, device, length)
     contenders[TRANSFORMER] = partial(_transformer, device, length)
     exact = functools.cache(lambda rounded=False: models.exact_logits(device, ids, rounded=rounded))
     errors = {
         peers.label(): lambda found: relative_error(found, exact(True)),
+        models.MAMBA_SSM: lambda found: relative_error(found, exact(True)),
         TRANSFORMER: partial(models.uncached_error, device, length - 1),
     }
     return Problem(
