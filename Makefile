@@ -38,6 +38,8 @@ gpu-check:  ## all kernel tests on the GPU, then every operation against its pee
 	started=$$(date +%s) && $(PYTHON) setup.py -q build_ext --inplace && \
 	    $(PYTHON) -m bench.gpu_check --out $(OUT) --started $$started
 
+# Without llama-cpp-python, an extra that is built from source (README), llama.cpp's rows are left out and the
+# three promises about it are not judged.
 bench: $(VENV)/.peers  ## every table of the README
 	$(NATIVE)
 	$(BIN)/python -m pytest bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -118,3 +119,13 @@ def test_without_the_package_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="cannot run: llama-cpp-python is not installed"):
         LlamaCpp(Path("model.gguf"), 16)
+
+
+def test_what_mends_it_is_said_in_the_same_words_and_for_the_version_that_is_pinned():
+    (pin,) = re.findall(r"^llama-cpp-python==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    line = (
+        'CXXFLAGS="-include $PWD/bench/llama_cpp_amx.h" .venv/bin/pip install --no-cache-dir --force-reinstall '
+        f'--no-deps "llama-cpp-python=={pin}"'
+    )
+    for name, before in (("README.md", ""), ("bench/llama_cpp_amx.h", "// ")):
+        assert f"\n{before}{line}\n" in (ROOT / name).read_text(), name
