@@ -86,8 +86,8 @@ class Session:
             judged = self.on_gpu.claims()
         else:
             judged = [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
-        if self.complete() and not self.quick:
-            judged.append(asdict(claims.in_time(time.perf_counter() - self.clock, self.minutes)))
+        if self.complete():
+            judged.append(asdict(claims.in_time(time.perf_counter() - self.clock, self.minutes, self.quick)))
         return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.clock, 1),

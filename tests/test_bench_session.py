@@ -22,9 +22,10 @@ from bench.measure import Bench  # noqa: E402
 from bench.results import Row  # noqa: E402
 
 
-@pytest.fixture
-def session(tmp_path) -> conftest.Session:
-    options = {"--quick": False, "--device": "cpu", "--results": str(tmp_path), "--minutes": None}
+@pytest.fixture(params=[False])
+def session(tmp_path, request) -> conftest.Session:
+    """A whole run, or a quick one."""
+    options = {"--quick": request.param, "--device": "cpu", "--results": str(tmp_path), "--minutes": None}
     found = conftest.Session(SimpleNamespace(getoption=options.get))
     found.collected = conftest.files(gpu=False)
     found.total = 2
@@ -66,6 +67,21 @@ def test_what_left_something_out_is_partial(session, change):
     assert session.complete()
     vars(session).update(change)
     assert not session.complete()
+
+
+@pytest.mark.parametrize(
+    ("session", "what", "minutes"), [(False, "a whole run", 30), (True, "a quick run", 3)], indirect=["session"]
+)
+def test_a_run_of_either_kind_is_held_to_its_minutes(session, what, minutes, monkeypatch):
+    """Once all of it is done; before that nothing is said of it."""
+    judged = lambda: [c for c in session.content()["claims"] if "run of the benchmarks" in c["what"]]  # noqa: E731
+    assert judged() == []
+    session.done, start = session.total, session.clock
+    for over, met in ((-1, True), (1, False)):
+        monkeypatch.setattr(time, "perf_counter", lambda over=over: start + 60 * minutes + over)
+        (claim,) = judged()
+        assert (claim["what"], claim["required"]) == (f"{what} of the benchmarks", f"at most {minutes} min")
+        assert claim["passed"] is met
 
 
 def test_a_folder_that_takes_no_results_is_told_at_once(tmp_path):
