@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +39,11 @@ PIECE = {OURS: 16384, PEER: 768}
 TRAINING_BYTES = {OURS: 70_000, PEER: 40_000}
 """Held for a token by a forward that is to be differentiated, and by its backward: about."""
 SLICE, LAST = 256, 16
-"""Positions at the beginning that a check compares; at the end, of what attention returned while it was timed."""
+"""Positions at the beginning that a check compares; at the end, of what was returned while it was timed."""
+SEGMENT, CHUNK = 2048, 64
+"""Positions that the definition of ours takes in at a time up to the end, and in a chunk of its own."""
+States = tuple[torch.Tensor, torch.Tensor]
+"""Of one layer, the convolution's and the scan's."""
 full = pytest.mark.full
 
 
@@ -70,7 +75,7 @@ def contender(name: str, u: torch.Tensor, training: bool, expected: float) -> Co
     """Checked on the first positions: the output there, or the gradient of what the output there sums to.
 
     Ours runs over the whole length for that, in training over 16K tokens; attention above 8K over the first 4K: to save
-    minutes. What attention returns while it is timed is looked at afterwards, at the end of the whole length.
+    minutes. What either returns while it is timed is looked at afterwards, at the end of the whole length.
     """
     layer = layers()[name]
     checked = u[:, :4096] if name == PEER and u.shape[1] > 8192 else u[:, :16384] if training else u
@@ -95,29 +100,58 @@ def contender(name: str, u: torch.Tensor, training: bool, expected: float) -> Co
 
     mine = work(name, u.shape[1], training)
     bound = inputs.BOUND[torch.float32]
-    after = functools.partial(end_error, u, training) if name == PEER else None
+    after = functools.partial(end_error, name, u, training)
     return Contender(name, run, check, bound, work=mine, expected=expected, peer=name == PEER, after=after)
 
 
-def end_error(u: torch.Tensor, training: bool, found: torch.Tensor | tuple[torch.Tensor, ...]) -> float:
-    """Attention over all of u at its last positions, against the definition in fp64. Of training the input's gradient:
+def end_error(name: str, u: torch.Tensor, training: bool, found: torch.Tensor | tuple[torch.Tensor, ...]) -> float:
+    """A layer over all of u at its last positions, against the definition in fp64. Of training the input's gradient:
     a position's reaches no output but its own and later ones."""
-    layer, most = copy.deepcopy(layers()[PEER]).double(), min(LAST, u.shape[1])
-    before, end = u[:, :-most].double(), u[:, -most:].double().requires_grad_(training)
+    most = min(LAST, u.shape[1])
+    end = u[:, -most:].double().requires_grad_(training)
     with torch.set_grad_enabled(training):
-        true = layer.plain(torch.cat([before, end], dim=1), most)
+        true = exact_end(name, u[:, :-most], end)
         if training:
             (true,) = torch.autograd.grad(true.square().sum(), end)
     return worst_error(((found[0] if training else found)[:, -most:],), (true,))
 
 
-def segment(u: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], fresh: bool) -> torch.Tensor:
+def exact_end(name: str, before: torch.Tensor, end: torch.Tensor, states: States | None = None) -> torch.Tensor:
+    """The layer's outputs at ``end``, in fp64, after all that came before. Ours from ``states``, which it changes, or
+    zero, in segments that hand them on in fp32."""
+    layer = copy.deepcopy(layers()[name])
+    if name == PEER:
+        return layer.double().plain(torch.cat([before.double(), end], dim=1), end.shape[1])
+    layer.config, states = replace(layer.config, chunk_size=CHUNK), states or new_states()
+    with use_backend("reference"):
+        with torch.no_grad():
+            for piece in before.split(SEGMENT, dim=1):
+                layer.prefill(piece, BASE, *states, False)
+        return layer.double().prefill(end, BASE, *states, False)
+
+
+def segment(u: torch.Tensor, states: States, fresh: bool) -> torch.Tensor:
     """Ours on the next tokens of a sequence; ``states`` are brought up to date."""
     return layers()[OURS].prefill(u, BASE, *states, fresh)
 
 
-def new_states() -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one layer, the convolution's and the scan's."""
+@torch.no_grad()
+def next_segment(u: torch.Tensor, states: States, begun: States, at: int) -> torch.Tensor:
+    """``segment`` at any position; ``begun`` keeps the states that it came after, which are small beside it."""
+    for old, new in zip(begun, states, strict=True):
+        old.copy_(new)
+    return segment(u, states, False)
+
+
+@torch.no_grad()
+def segment_error(u: torch.Tensor, begun: States, found: torch.Tensor) -> float:
+    """The last positions of our segment ``u`` after the states ``begun``, against the definition."""
+    true = exact_end(OURS, u[:, :-LAST], u[:, -LAST:].double(), tuple(state.clone() for state in begun))
+    return worst_error((found[:, -LAST:],), (true,))
+
+
+def new_states() -> States:
+    """Of zeros."""
     state = MambaBackbone(MambaConfig.preset("130m", n_layer=1, vocab_size=8)).new_state(1)
     return state.conv[0], state.ssm[0]
 
@@ -147,16 +181,16 @@ def in_pieces(name: str, length: int, expected: float) -> Contender:
     size = PIECE[name]
     u = torch.randn(1, size, WIDTH, generator=torch.Generator().manual_seed(length))
     if name == OURS:
-        states = new_states()
-        step = torch.no_grad()(lambda at: segment(u, states, False))
+        states, begun = new_states(), new_states()
+        step = functools.partial(next_segment, u, states, begun)
+        after = functools.partial(segment_error, u, begun)
     else:
         caches = new_caches(length)
         step = torch.no_grad()(lambda at: layers()[PEER].block(u, at, *caches))
+        after = functools.partial(block_error, u, positions(length)[-1][0], *caches)
     steps = [(weight / size, functools.partial(step, at)) for at, weight in positions(length)]
     bound, mine = inputs.BOUND[torch.float32], work(name, length, False)
-    taken, after = expected * 3 * size / length, None
-    if name == PEER:
-        after = functools.partial(block_error, u, positions(length)[-1][0], *caches)
+    taken = expected * 3 * size / length
     check = functools.partial(pieces_error, name)
     return sampled(name, steps, check, bound, work=mine, expected=taken, peer=name == PEER, after=after)
 

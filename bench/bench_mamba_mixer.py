@@ -20,7 +20,8 @@ from .rates import product
 
 SPLIT, TRAINING, STEP = "mamba_mixer sequence", "mamba_mixer sequence + backward", "mamba_mixer step"
 LAYERS = 24
-SLICE = 256
+SLICE, LAST = 256, 16
+"""Positions at the beginning of every row that a check compares, and at the end of the last one."""
 full = pytest.mark.full
 
 
@@ -51,6 +52,10 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def ends(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return y[:, :SLICE], y[-1:, -LAST:]
+
+
 def tensors(values: dict) -> dict[str, torch.Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -65,17 +70,17 @@ def functions(weights: dict, own: list[str]) -> dict[str, Callable[[], Callable[
 
 @pytest.mark.parametrize(("b", "l", "h", "dtype"), SEQUENCES)
 def test_sequence(bench, benchmark, b, l, h, dtype):
-    """Checked on its first positions, which the rest cannot change. The reference runs in the first case only."""
+    """Checked at both ends. The reference is timed in the first case only."""
     row, weights = drawn(b, l, width(h), dtype=dtype, seed=l), inputs.mixer(h)
     run = torch.no_grad()(lambda make, row, weights: make()(row, **tensors(weights)))
     own = inputs.own_backends() if (b, l, h, dtype) == SEQUENCES[0] else inputs.own_backends()[:1]
     made = functions(weights, own)
-    exact = run(functions(weights, ["reference"])["reference"], row[:, :SLICE].double(), inputs.double(weights))
+    exact = run(functions(weights, ["reference"])["reference"], row.double(), inputs.double(weights))
     contenders = [
         Contender(
             name,
             lambda make=make: run(make, row, weights),
-            lambda make=make: worst_error((run(make, row, weights)[:, :SLICE],), (exact,)),
+            lambda make=make: worst_error(ends(run(make, row, weights)), ends(exact)),
             inputs.BOUND[dtype],
         )
         for name, make in made.items()
@@ -88,22 +93,21 @@ def test_sequence(bench, benchmark, b, l, h, dtype):
 @full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training(bench, benchmark, dtype, b=1, l=1024, h=24):
-    """Gradients of the row and of every weight. Checked with an output gradient that is zero after the first positions,
-    so that they alone, in fp64, have the same gradients."""
+    """Gradients of the row, checked at both ends, and of every weight."""
     weights, upstream = inputs.mixer(h), drawn(b, l, h * inputs.HEADDIM, dtype=dtype)
     values = {"zxbcdt": drawn(b, l, width(h), dtype=dtype, seed=l), **tensors(weights)}
-    few = upstream.clone()
-    few[:, SLICE:] = 0
 
     def run(make, values, upstream):
         return inputs.gradients(make(), inputs.with_gradients(values), upstream)
 
-    start = inputs.double({**values, "zxbcdt": values["zxbcdt"][:, :SLICE]})
-    exact = run(functions(weights, ["reference"])["reference"], start, upstream[:, :SLICE].double())
+    exact = run(functions(weights, ["reference"])["reference"], inputs.double(values), upstream.double())
+
+    def parts(found):
+        y, gradient, *others = found
+        return *ends(y), *ends(gradient), *others
 
     def error(make):
-        y, gradient, *rest = run(make, values, few)
-        return worst_error((y[:, :SLICE], gradient[:, :SLICE], *rest), exact)
+        return worst_error(parts(run(make, values, upstream)), parts(exact))
 
     own = inputs.own_backends() if dtype == torch.float32 else inputs.own_backends()[:1]
     contenders = [

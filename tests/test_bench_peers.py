@@ -69,6 +69,26 @@ def test_a_mixer_that_forgets_its_gate_is_found_out(checks, monkeypatch):
         assert error > bound
 
 
+@pytest.mark.parametrize(("row", "position"), [(0, 0), (-1, -1)])
+def test_a_mixer_that_is_wrong_at_one_end_is_found_out(checks, row, position, monkeypatch):
+    """At the first row's beginning, and at the last one's end."""
+    whole = bench_mamba_mixer.mamba_split_conv1d_scan_combined
+
+    def wrong(zxbcdt, *rest, **named):
+        y = whole(zxbcdt, *rest, **named)
+        kept = torch.ones_like(y)
+        kept[row, position] = 0 if y.dtype == torch.float32 else 1
+        return y * kept
+
+    for test, size in ((bench_mamba_mixer.test_sequence, (2, 300, 2)), (bench_mamba_mixer.test_training, (2, 300, 2))):
+        arguments = (*size, torch.float32) if test is bench_mamba_mixer.test_sequence else (torch.float32, *size)
+        for function, passes in ((whole, True), (wrong, False)):
+            monkeypatch.setattr(bench_mamba_mixer, "mamba_split_conv1d_scan_combined", function)
+            test(checks, None, *arguments)
+            error, bound = checks.checked[bench_mamba_mixer.inputs.own_backends()[0]]
+            assert (error <= bound) == passes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_the_convolution_in_plain_torch(checks, dtype):
     bench_causal_conv1d.test_update(checks, None, 2, dtype)

@@ -171,6 +171,30 @@ def test_attention_is_looked_at_where_it_was_timed(training):
         assert timed.after(timed.run()) > timed.bound
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_ours_is_looked_at_where_it_was_timed_too(training):
+    """A layer that loses its state after the positions that are checked before is found out at the end."""
+    layer, u = bench_layer.layers()[bench_layer.OURS], torch.randn(1, 300, bench_layer.WIDTH)
+    timed = bench_layer.contender(bench_layer.OURS, u, training, 0.0)
+    assert timed.check() < 1e-5 and timed.after(timed.run()) < 1e-5
+
+    def forgets(u, task):
+        return torch.cat([type(layer).forward(layer, part, task) for part in u.split(290, dim=1)], dim=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "forward", forgets)
+        assert timed.check() < 1e-5 and timed.after(timed.run()) > timed.bound
+
+
+def test_a_segment_of_ours_is_looked_at_where_it_was_timed(monkeypatch):
+    monkeypatch.setitem(bench_layer.PIECE, bench_layer.OURS, 100)
+    timed = bench_layer.in_pieces(bench_layer.OURS, 400, 0.0)
+    timed.take()
+    assert timed.after(timed.found) < 1e-5
+    timed.after.args[1][1].add_(1.0)  # the scan's state that it begins with
+    assert timed.after(timed.found) > timed.bound
+
+
 def test_a_block_of_attention_is_looked_at_where_it_was_timed(monkeypatch):
     monkeypatch.setitem(bench_layer.PIECE, bench_layer.PEER, 8)
     timed = bench_layer.in_pieces(bench_layer.PEER, 400, 0.0)
