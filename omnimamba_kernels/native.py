@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from math import prod
@@ -100,16 +100,20 @@ def floats(*shape: int) -> Tensor:
 
 
 @contextmanager
-def use_instruction_set(name: str) -> Iterator[None]:
+def _within(variable: ContextVar[Any], value: object) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def use_instruction_set(name: str) -> AbstractContextManager[None]:
     """Within the block, and in this thread, the native kernels are those compiled for ``name``."""
     reason = instruction_sets().get(name, f"unknown instruction set {name!r}")
     if reason:
         raise RuntimeError(f"native: {reason}")
-    token = _chosen.set(name)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+    return _within(_chosen, name)
 
 
 def has_vnni() -> bool:
@@ -121,14 +125,9 @@ def may_use_vnni() -> bool:
     return _vnni.get()
 
 
-@contextmanager
-def without_vnni() -> Iterator[None]:
+def without_vnni() -> AbstractContextManager[None]:
     """Within the block, and in this thread, the native kernels run as on a processor without AVX-512 VNNI."""
-    token = _vnni.set(False)
-    try:
-        yield
-    finally:
-        _vnni.reset(token)
+    return _within(_vnni, False)
 
 
 @cache
@@ -141,14 +140,9 @@ def may_use_amx() -> bool:
     return _amx.get() and has_amx() and instruction_set() == "avx512"
 
 
-@contextmanager
-def without_amx() -> Iterator[None]:
+def without_amx() -> AbstractContextManager[None]:
     """Within the block, and in this thread, the native kernels run as on a processor without matrix registers."""
-    token = _amx.set(False)
-    try:
-        yield
-    finally:
-        _amx.reset(token)
+    return _within(_amx, False)
 
 
 class CannotCapture(RuntimeError):
@@ -169,14 +163,9 @@ class Recording:
         self._program = self._module.Program()
         self._alive: list[Any] = []
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> AbstractContextManager[None]:
         """Within the block, and in this thread, kernels are recorded instead of run."""
-        token = _recording.set(self)
-        try:
-            yield
-        finally:
-            _recording.reset(token)
+        return _within(_recording, self)
 
     def take(self, kernel: str, fields: dict[str, Any]) -> Any:
         if not self._program.add(kernel, **fields):
