@@ -93,6 +93,7 @@ class Settings:
         shared = dict(
             learning_rate=self.learning_rate, weight_decay=self.weight_decay, warmup=50, seed=seed,
             device="cpu", threads=1, save_every=500, keep=1, tensorboard=False,
+            prefetch=0,  # pictures this small are soon read, and two processes leave no core to a thread beside them
         )  # fmt: skip
         return {
             name: {"out": str(folder / name), **values, **shared, "side_by_side": _worth_a_process(values)}

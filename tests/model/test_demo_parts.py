@@ -157,6 +157,7 @@ def test_settings_make_the_trainers(pixels, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
         runs[name] = read(tmp_path / f"{name}.yaml")
         assert runs[name].seed == 3 and Path(runs[name].out) == tmp_path / name
+        assert runs[name].prefetch == 0, "a thread beside two processes on two cores takes steps from them"
     assert [runs[name].stage for name in staged] == ["base", "mmu", "t2i", "joint"]
     assert runs["stage0"].t2i.caption_dropout == 1 and 0 < runs["stage2"].t2i.caption_dropout < 0.5
     assert sum(runs[name].steps for name in staged) == runs["one-stage"].steps
