@@ -50,7 +50,7 @@ class Cost:
 
 def score(folder: Path, dtype: str | None) -> dict[str, Scored]:
     """Both tasks over the demo's exam, captions and questions as they come, with matrices cast to ``dtype``."""
-    made = Pipeline.load(folder, dtype=None if dtype is None else getattr(torch, dtype))
+    made = Pipeline.load(folder, dtype=None if dtype is None else getattr(torch, dtype), fold=False)
     found = predictions(made, folder / WORK / EXAM)
     return {task: Scored(p.logits.float(), p.loss.item()) for task, p in found.items()}
 

@@ -47,8 +47,8 @@ def test_whole(bench, benchmark, total):
     room = (machine.memory() or 2**34) / 2
     dtype = functools.partial(dtype_of, context=total / 2)
     held = lambda dtype: model(PEER, dtype).new_cache(1, 1).nbytes * total  # noqa: E731
-    needed = held("bfloat16")
-    if needed < room:  # else neither is tried: that too takes a cache
+    needed = 1.5 * held("bfloat16")  # half of the positions in both dtypes, to choose by
+    if needed < room:
         needed = held(dtype(PEER))
     contenders = [generating(bench, OURS, total)]
     if needed < room:

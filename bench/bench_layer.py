@@ -119,14 +119,16 @@ def end_error(name: str, u: torch.Tensor, training: bool, found: torch.Tensor | 
 
 def exact_end(name: str, before: torch.Tensor, end: torch.Tensor, states: States | None = None) -> torch.Tensor:
     """The layer's outputs at ``end``, in fp64, after all that came before. Ours from ``states``, which it changes, or
-    zero, in segments that hand them on in fp32."""
+    from zero REACH positions ago, in segments that hand them on in fp32."""
     layer = copy.deepcopy(layers()[name])
     if name == PEER:
         return layer.double().plain(torch.cat([before.double(), end], dim=1), end.shape[1])
-    layer.config, states = replace(layer.config, chunk_size=CHUNK), states or new_states()
+    layer.config = replace(layer.config, chunk_size=CHUNK)
+    if states is None:
+        before, states = before[:, -REACH:], new_states()
     with use_backend("reference"):
         with torch.no_grad():
-            for piece in before[:, -REACH:].split(SEGMENT, dim=1):
+            for piece in before.split(SEGMENT, dim=1):
                 layer.prefill(piece, BASE, *states, False)
         return layer.double().prefill(end, BASE, *states, False)
 
@@ -202,14 +204,12 @@ def block_error(u: torch.Tensor, at: int, keys: torch.Tensor, values: torch.Tens
     definition in fp64, head by head."""
     layer, end = copy.deepcopy(layers()[PEER]).double(), at + u.shape[1]
     q, k, v = layer.project(u.double(), rotary(torch.arange(at, end)))
-    own = [
-        attended(
-            q[:, [h], -1:], *(torch.cat([old[:, [h], :at].double(), new[:, [h]]], 2) for old, new in both), end - 1
-        )
-        for h in range(layer.heads)
-        for both in [((keys, k), (values, v))]
-    ]
-    return worst_error((found[:, -1:],), (layer.join(torch.cat(own, 1)),))
+    last = q[:, :, -1:]
+    heads = []
+    for h in range(layer.heads):
+        held = [torch.cat([old[:, [h], :at], new[:, [h]].float()], 2) for old, new in ((keys, k), (values, v))]
+        heads.append(attended(last[:, [h]], *(t.double() for t in held), end - 1))
+    return worst_error((found[:, -1:],), (layer.join(torch.cat(heads, 1)),))
 
 
 def predicted(bench, name: str, length: int, group: str) -> float | None:

@@ -54,18 +54,25 @@ def model(who: str, dtype: str) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def decoder(who: str, dtype: str, context: int) -> Callable[[], torch.Tensor]:
-    """A function that takes one more token in at position ``context`` and returns its logits (1, vocabulary)."""
+def decoder(who: str, dtype: str, context: int, cache: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+    """A function that takes one more token in at position ``context`` and returns its logits (1, vocabulary); with a
+    cache of its own where that needs one and none is given."""
     network = model(who, dtype)
     if who == UNCACHED:
         return lambda: network.last(ids(context + 1))
     if who == PEER:
-        return functools.partial(network.step, TOKEN, filled(network.new_cache(1, context + 1)), context)
+        held = cache_of(who, dtype, context + 1) if cache is None else cache
+        return functools.partial(network.step, TOKEN, held, context)
     state = network.backbone.new_state(1)
     state.ssm.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     state.position = context
     step = network.backbone.bind_step(state)
     return torch.inference_mode()(lambda: network.head(step(network.backbone.embedding(TOKEN))))
+
+
+def cache_of(who: str, dtype: str, length: int) -> torch.Tensor | None:
+    """A cache of so many positions, full of noise, where there is one."""
+    return filled(model(who, dtype).new_cache(1, length)) if who == PEER else None
 
 
 def filled(cache: torch.Tensor) -> torch.Tensor:
@@ -131,10 +138,10 @@ def bound(who: str, dtype: str) -> float:
 
 def contender(who: str, context: int) -> Contender:
     dtype = dtype_of(who, context)
-    decode, after = decoder(who, dtype, context), None
+    cache, after = cache_of(who, dtype, context + 1), None
+    decode = decoder(who, dtype, context, cache)
     if who == PEER:
-        cache, at = decode.args[1:]
-        after = lambda found: cached_error(dtype, cache, at, found[-1])  # noqa: E731
+        after = lambda found: cached_error(dtype, cache, context, found[-1])  # noqa: E731
     run = lambda: [decode() for _ in range(TOKENS)]  # noqa: E731
     check = functools.partial(step_error, who, dtype)
     return Contender(who, run, check, bound(who, dtype), work=work(who, dtype, context, TOKENS), after=after)
@@ -168,17 +175,13 @@ def weight_bytes(network: torch.nn.Module) -> int:
 def generating(bench, who: str, total: int) -> Sampled:
     """The generation of ``total`` tokens; one cache of all positions serves every sampled step."""
     dtype = dtype_of(who, total / 2)
-    network = model(who, dtype)
-    cache = filled(network.new_cache(1, total)) if who == PEER else None
-    steps, each, expected = [], FEW if total < LONG else 1, 0.0
-    for at, stands_for in positions(total):
-        step = decoder(who, dtype, at) if who != PEER else functools.partial(network.step, TOKEN, cache, at)
-        steps.append((stands_for, step))
+    cache, each, expected = cache_of(who, dtype, total), FEW if total < LONG else 1, 0.0
+    steps = [(stands_for, decoder(who, dtype, at, cache)) for at, stands_for in positions(total)]
     if who == UNCACHED:
         each, speed = 1, 0.6 * bench.rates.sample("sgemm")
         expected = sum(pass_flops(at + 1) for at, _ in positions(total)) / speed
     check = functools.partial(step_error, who, dtype)
     mine = work(who, dtype, total / 2, total)
-    after = functools.partial(cached_error, dtype, cache, at) if who == PEER else None
+    after = functools.partial(cached_error, dtype, cache, positions(total)[-1][0]) if who == PEER else None
     return sampled(who, steps, check, bound(who, dtype), work=mine, each=each, expected=expected,
                    once=who == UNCACHED, after=after)  # fmt: skip

@@ -34,14 +34,9 @@ class Sampled(Contender):
     each: int = 1
 
     def take(self) -> None:
-        self.times.append(sum(weight * seconds(lambda s=s: self._some(s)) / self.each for weight, s in self.steps))
-
-    def _some(self, step: Callable[[], Any]) -> None:
-        """What is kept is of the last step."""
-        self.found = None
-        for _ in range(self.each):
-            found = step()
-        self.keep(found)
+        self.times.append(
+            sum(weight * seconds(lambda s=s: self.again(s, self.each)) / self.each for weight, s in self.steps)
+        )
 
 
 def sampled(
@@ -49,5 +44,5 @@ def sampled(
 ) -> Sampled:
     """A contender whose ``run``, which warms up and tells how many rounds are paid for, is what a round measures."""
     found = Sampled(name, lambda: None, check, bound, steps=steps, **more)
-    found.run = lambda: [found._some(step) for _, step in steps]
+    found.run = lambda: [found.again(step, found.each) for _, step in steps]
     return found

@@ -105,13 +105,15 @@ class Contender:
         self.times.append(seconds(self.repeat) / self.calls)
 
     def repeat(self) -> None:
-        self.found = None
-        for _ in range(self.calls):
-            found = self.run()
-        self.keep(found)
+        self.again(self.run, self.calls)
 
-    def keep(self, found: Any) -> None:
-        self.found = found if self.after else None
+    def again(self, run: Callable[[], Any], calls: int) -> None:
+        """The call so many times; what the last of them returned is kept where ``after`` asks for it."""
+        for _ in range(calls):
+            self.found = None  # before the next, which may then have its memory
+            found = run()
+            self.found = found if self.after else None
+            del found
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 transformers keeps each step of its Mamba-2 mixer as a function of modeling_mamba2 with a fallback in plain torch.
 That fallback is what its users run on a CPU, so it is timed by itself, with the library's own arguments: no
-projection, no norm.
+projection, and a norm in the mixer's rows alone, where ours has one.
 """
 
 from __future__ import annotations
