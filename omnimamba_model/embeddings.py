@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import MambaBackbone, activation_dtype
-from .config import TASKS, OmniMambaConfig
-from .layers import Linear, Table
+from .config import BASE, TASKS, OmniMambaConfig
+from .layers import Linear, Table, Task
 
 
 class Projector(nn.Module):
@@ -61,7 +61,7 @@ class ImageEmbeddings(nn.Module):
         self.register_buffer("folded", None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.folded is not None:
+        if self.folded is not None and not torch.is_grad_enabled():
             return F.embedding(tokens, self.folded)
         return self.project_in(self.word_embeddings(tokens))
 
@@ -107,10 +107,24 @@ class OmniBackbone(MambaBackbone):
         self.mmu_pos_embed = nn.Parameter(torch.empty(1, config.mmu_positions, size.d_model))
         for table in (self.pos_embed, self.mmu_pos_embed):
             nn.init.normal_(table, std=0.02)
+        self.register_load_state_dict_pre_hook(_unfold)
+
+    def forward(self, embeddings: Tensor, task: Task = BASE) -> Tensor:
+        """As MambaBackbone's; one with gradients is of a model that learns, whose tables are not looked up from now on:
+        the weights that they were folded from change, be it by another task."""
+        if torch.is_grad_enabled():
+            self.unfold()
+        return super().forward(embeddings, task)
+
+    def train(self, mode: bool = True) -> OmniBackbone:
+        """As ``nn.Module.train``; what learns is no longer looked up."""
+        if mode:
+            self.unfold()
+        return super().train(mode)
 
     def embed_caption(self, ids: Tensor) -> Tensor:
         """Text ids (b, l) that open a drawing, at positions 0 to l - 1: (b, l, d_model)."""
-        folded = self.caption_embed.folded
+        folded = None if torch.is_grad_enabled() else self.caption_embed.folded
         words = self.caption_embed(self.embedding(ids)) if folded is None else F.embedding(ids, folded)
         return words + self.pos_embed[:, : ids.shape[1]]
 
@@ -119,7 +133,8 @@ class OmniBackbone(MambaBackbone):
         return self.img_embeddings(tokens) + self.pos_embed[:, start : start + tokens.shape[1]]
 
     def fold(self) -> None:
-        """Pass both tables through what follows them, once: drawing then looks up and no longer multiplies.
+        """Pass both tables through what follows them, once: drawing then looks up and no longer multiplies, until a
+        pass with gradients, ``train`` or ``load_state_dict``.
 
         The tables as trained stay, for the heads and for ``save``.
         """
@@ -141,3 +156,8 @@ class OmniBackbone(MambaBackbone):
         last = self.mmu_pos_embed.shape[1] - 1
         places = torch.arange(start, start + vectors.shape[1], device=vectors.device).clamp(max=last)
         return vectors + self.mmu_pos_embed[:, places]
+
+
+def _unfold(backbone: OmniBackbone, *_: object) -> None:
+    """Before other weights are loaded, into the backbone or into what holds it."""
+    backbone.unfold()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,20 +115,9 @@ class OmniMamba(Pretrained, nn.Module):
         return torch.tensor(rows, dtype=torch.long, device=self.backbone.pos_embed.device)
 
     def fold(self) -> None:
-        """For drawing: look up what image MLP and caption_embed make of every token (``OmniBackbone.fold``), until the
-        model is trained or loads other weights."""
+        """For drawing: look up what image MLP and caption_embed make of every token (``OmniBackbone.fold``), until a
+        pass with gradients, ``train`` or ``load_state_dict``."""
         self.backbone.fold()
-
-    def train(self, mode: bool = True) -> OmniMamba:
-        """As ``nn.Module.train``; what learns is no longer looked up."""
-        if mode:
-            self.backbone.unfold()
-        return super().train(mode)
-
-    def load_state_dict(self, *given: Any, **options: Any) -> Any:
-        """As ``nn.Module.load_state_dict``; tables folded from the weights before are dropped."""
-        self.backbone.unfold()
-        return super().load_state_dict(*given, **options)
 
     def merge(self, task: int) -> None:
         """For one task's latency: add its adapters (MMU or T2I) to the weights, in place; the model then serves it

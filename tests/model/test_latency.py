@@ -1,6 +1,7 @@
 """What is computed once for latency: folded tables, an adapter merged into the weights."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -131,11 +132,36 @@ def test_what_a_cpu_folds_unasked(size, quick):
     assert (image + caption <= embeddings_module.QUICK_TO_FOLD) == quick
 
 
-@pytest.mark.parametrize("change", ["trained", "other weights"])
-def test_folded_tables_do_not_outlive_their_weights(model, caption, image, change):
-    model.fold()
+def learned(model, rate=0.1):
+    """A step of somebody's own loop, on the gradients that there are."""
+    torch.optim.SGD(model.parameters(), rate).step()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "change", ["trained", "by a loop of one's own", "by it with words", "other weights", "the backbone's alone"]
+)
+def test_folded_tables_do_not_outlive_their_weights(model, caption, image, text, change):
+    """``train`` is never called in a loop of one's own; words teach the table that captions are looked up in too."""
+    model.eval().fold()
     stale = draw(model, caption)
-    if change == "trained":
+    if change == "by a loop of one's own":
+        plain = copy.deepcopy(model)
+        plain.backbone.unfold()
+        for each in (model, plain):
+            each.t2i(caption, image).loss.backward()
+        for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (found.grad is None) == (expected.grad is None), name
+            assert found.grad is None or torch.equal(found.grad, expected.grad), name
+        assert model.backbone.img_embeddings.project_in.projector[0].weight.grad.any()
+        assert model.backbone.caption_embed.cap_proj.fc1.weight.grad.any()
+        learned(model)
+        expected = copy.deepcopy(model)
+    elif change == "by it with words":
+        model.text(text[:, :-1], text[:, 1:]).loss.backward()
+        learned(model, 10.0)
+        expected = copy.deepcopy(model)
+    elif change == "trained":
         trainer = Trainer(
             model, Phase("", "t2i", ("t2i",), 3, 0.1), {"t2i": lambda _: ("t2i", {"caption": caption, "image": image})}
         )
@@ -146,6 +172,34 @@ def test_folded_tables_do_not_outlive_their_weights(model, caption, image, chang
     else:
         torch.manual_seed(5)
         expected = type(model)(model.config).eval()
-        model.load_state_dict(expected.state_dict())
+        alone = change == "the backbone's alone"
+        (model.backbone if alone else model).load_state_dict((expected.backbone if alone else expected).state_dict())
     assert model.backbone.img_embeddings.folded is model.backbone.caption_embed.folded is None
     assert torch.equal(draw(model, caption), draw(expected, caption)) and not torch.equal(draw(model, caption), stale)
+
+
+def test_what_unfolds_and_what_does_not(model, caption, image, text):
+    """A copy and a pickle of a model have hooks of their own; what neither learns nor changes goes on looking up."""
+
+    def looked_up(one):
+        held = [table.folded is not None for table in (one.backbone.img_embeddings, one.backbone.caption_embed)]
+        assert held[0] == held[1]
+        return held[0]
+
+    model.eval().fold()
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    copies = [copy.deepcopy(model), torch.load(written, weights_only=False)]
+    with torch.inference_mode():
+        model.t2i(caption, image)
+        model.text(text)
+    draw(model, caption)
+    assert looked_up(model.eval()) and all(map(looked_up, copies))
+    for one in copies:
+        one.backbone.load_state_dict(model.backbone.state_dict())
+        assert not looked_up(one) and looked_up(model)
+    for change in (model.train, model.backbone.train, lambda: model.text(text), lambda: model.t2i(caption, image)):
+        model.eval().fold()
+        change()
+        assert not looked_up(model)
