@@ -17,7 +17,7 @@ from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
 from .pipeline import ImageTokenizer, check_together, disagreements, has_pixels, load_pixels, seen_through
 from .places import Place, text_beside
-from .published import PublishedPixels, read_official_vq
+from .published import PublishedPixels
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import TOKENIZER, CheckpointError, read_tokenizer, save
 
@@ -160,7 +160,7 @@ def _pixels(beside: Path, model: OmniMamba | MambaLM, official: str | Path | Non
     becomes one."""
     if official is not None:
         found = locate(official, wanted=(OFFICIAL_VQ,))
-        return PublishedPixels(read_official_vq(found / OFFICIAL_VQ if found.is_dir() else found))
+        return load_pixels(found / OFFICIAL_VQ if found.is_dir() else found)
     return load_pixels(beside) if isinstance(model, OmniMamba) and has_pixels(beside) else None
 
 

@@ -181,12 +181,19 @@ def with_pixels(text: str, folder: str | Path, config: OmniMambaConfig) -> tuple
     return words, pixels
 
 
-def load_pixels(folder: str | Path) -> ImageTokenizer:
-    """The image tokenizer of a folder, LlamaGen's own file included; CheckpointError where it is missing or damaged."""
-    kinds = [kind for kind in (PublishedPixels, PatchTokenizer) if (Path(folder) / kind.file).exists()]
-    if not kinds and (Path(folder) / OFFICIAL_VQ).exists():
-        return PublishedPixels(read_official_vq(Path(folder) / OFFICIAL_VQ))
-    return (kinds or [PatchTokenizer])[0].load(folder)
+def load_pixels(place: str | Path) -> ImageTokenizer:
+    """The image tokenizer of a folder, LlamaGen's own file included, or the very one of a file, which is LlamaGen's
+    where its name is none of this package's; CheckpointError where it is missing or damaged."""
+    path = Path(place)
+    if not path.is_dir():
+        for kind in (PublishedPixels, PatchTokenizer):
+            if path.name in kind.files:
+                return kind.load(path.parent)
+        return PublishedPixels(read_official_vq(path))
+    kinds = [kind for kind in (PublishedPixels, PatchTokenizer) if (path / kind.file).exists()]
+    if not kinds and (path / OFFICIAL_VQ).exists():
+        return load_pixels(path / OFFICIAL_VQ)
+    return (kinds or [PatchTokenizer])[0].load(path)
 
 
 def has_pixels(folder: str | Path) -> bool:

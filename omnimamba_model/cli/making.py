@@ -69,12 +69,10 @@ def _train(arguments: argparse.Namespace) -> None:
 def _tokenize(arguments: argparse.Namespace) -> None:
     from ..hub import locate
     from ..pipeline import PIXELS, load_pixels
-    from ..places import folder_of
     from ..training.tokenize import tokenize
     from ..weights import usable
 
-    folder = folder_of(locate(arguments.tokenizer, wanted=PIXELS))
-    pixels = load_pixels(folder).to(usable(arguments.device))
+    pixels = load_pixels(locate(arguments.tokenizer, wanted=PIXELS)).to(usable(arguments.device))
     written, passed_over = tokenize(arguments.images, arguments.out, pixels, arguments.captions)
     for reason in list(passed_over)[:20]:
         print(f"passed over: {reason}", file=sys.stderr)

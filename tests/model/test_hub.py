@@ -73,7 +73,7 @@ def test_llamagens_file_alone_in_a_folder_and_on_the_hub(folder, hub, tmp_path, 
         seen.append(path.read_text())
         raise CheckpointError("far enough")
 
-    monkeypatch.setattr("omnimamba_model.convert.read_official_vq", read)
+    monkeypatch.setattr("omnimamba_model.pipeline.read_official_vq", read)
     for i, place in enumerate((tmp_path / "vq", hub / "owner" / "vq")):
         place.mkdir(parents=True)
         (place / "vq_ds16_t2i.pt").write_text(f"file {i}")

@@ -52,6 +52,24 @@ def test_an_image_tokenizer_of_the_hub(pictures, data, hub, pixels, tmp_path):
     assert [path.name for path in (tmp_path / "cache" / "owner" / "pixels").iterdir()] == [pixels.file]
 
 
+@pytest.mark.parametrize("name", ["image_tokenizer.safetensors", "vq16.safetensors", "vq_ds16_t2i.pt", "mine.bin"])
+def test_a_file_is_the_one_that_is_named_whatever_lies_beside_it(pictures, data, pixels, tmp_path, monkeypatch, name):
+    torch.manual_seed(0)
+    sizes = dict(codebook_dim=4, channels=8, groups=4, z_channels=8)
+    ours, theirs = (PublishedPixels(VQ16(VQConfig(codes, **sizes))) for codes in (20, 30))
+    monkeypatch.setattr("omnimamba_model.published.VQConfig", lambda *_, **__: theirs.vq.config)
+    for file in ("vq_ds16_t2i.pt", "mine.bin"):
+        torch.save({"model": theirs.vq.state_dict()}, data / file)
+    if name == "vq16.safetensors":
+        monkeypatch.undo()
+    ours.save(data)
+    wanted = {pixels.file: pixels, ours.file: ours}.get(name, theirs)
+    out = tmp_path / "out.jsonl"
+    assert main(["tokenize", str(pictures), "--tokenizer", str(data / name), "--out", str(out)]) == 0
+    found = json.loads(out.read_text().splitlines()[0])["tokens"]
+    assert found == wanted.tokens_of([square(Image.open(pictures / "a.png"))])[0].tolist()
+
+
 def test_a_caption_that_cannot_be_read_is_passed_over(pictures, data, tmp_path, capsys):
     (pictures / "a.txt").write_bytes("ein Kätzchen".encode("latin-1"))
     (pictures / "c.txt").unlink()
