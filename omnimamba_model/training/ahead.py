@@ -47,10 +47,14 @@ class Ahead:
         self.lesson.prepare()
         return self(place)
 
-    def close(self) -> None:
-        """Stop at the next record, and wait until it has."""
+    def stop(self) -> None:
+        """Let the thread end at the next record."""
         self._over.set()
         self._forget()
+
+    def close(self) -> None:
+        """``stop``, and wait until the thread has ended."""
+        self.stop()
         self._thread.shutdown()
         self.lesson.threaded = False
 
@@ -74,5 +78,7 @@ def ahead(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.ahead = {}
+        for lesson in made.values():
+            lesson.stop()  # all, before one is waited for
         for lesson in made.values():
             lesson.close()

@@ -118,6 +118,25 @@ def test_the_end_of_a_run_does_not_wait_for_whole_batches():
     assert not any(thread.is_alive() for thread in watched.threads)
 
 
+def test_no_lesson_waits_for_another_to_be_told_that_the_run_is_over():
+    """One thread is within a record for as long as the other lesson has not been told."""
+    lessons, told, within = {"a": Watched(), "b": Watched()}, [], threading.Event()
+    trainer = type("", (), {"phase": Phase("", "base", ("a", "b"), 9, 1e-3), "lessons": lessons, "prefetch": 2})()
+
+    class Gate:
+        def wait(self, _):
+            if lessons["a"].made:  # the first batch is to be taken
+                within.set()
+                told.append(until(other._over.is_set, 10))
+
+    lessons["a"].gate = Gate()
+    with ahead(trainer):
+        other = trainer.ahead["b"]
+        trainer.ahead["a"](0)
+        assert within.wait(60)
+    assert told and all(told)
+
+
 def losses(out):
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "rate", "tokens", "passed over", "gradient")
