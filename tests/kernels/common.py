@@ -8,7 +8,7 @@ plus one rounding of the storage type and of float32.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -176,7 +176,7 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Calls ``function(**tensors)`` and names what comes out: "out 0", "out 1", and "grad NAME" for each of ``wanted``.
 
-    The gradients are those of a sum of the outputs weighted by fixed random numbers, the same in every precision.
+    The gradients are those of a sum of the outputs, each element times one of ``weights``.
     """
     leaves = {
         name: t.detach().requires_grad_() if t is not None and name in wanted else t for name, t in tensors.items()
@@ -186,11 +186,15 @@ def evaluate(
     found = {f"out {i}": out.detach() for i, out in enumerate(outputs)}
     present = [name for name in wanted if leaves[name] is not None]
     if present:
-        generator = torch.Generator().manual_seed(seed)
-        weights = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in outputs]
-        grads = torch.autograd.grad(outputs, [leaves[name] for name in present], weights)
+        grads = torch.autograd.grad(outputs, [leaves[name] for name in present], weights(outputs, seed))
         found |= {f"grad {name}": grad for name, grad in zip(present, grads, strict=True)}
     return found
+
+
+def weights(outputs: Iterable[Tensor], seed: int = 7) -> list[Tensor]:
+    """Fixed random numbers, the same in every precision, for the outputs to be summed with."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in outputs]
 
 
 def assert_within_budget(name: str, got: Tensor, low: Tensor, exact: Tensor) -> None:
