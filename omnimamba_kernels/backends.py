@@ -67,10 +67,15 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+@cache
+def _order(device: torch.device) -> tuple[str, ...]:
+    return _ORDER.get(device.type, ())
+
+
 def _runs_on(name: str, device: torch.device) -> bool:
     if name == "triton":
         return triton_launch.runs_on(device)
-    return cuda.runs_on(device) if name == "cuda" else name in _ORDER.get(device.type, ())
+    return cuda.runs_on(device) if name == "cuda" else name in _order(device)
 
 
 def _why_not(op: str, name: str, device: torch.device, tensors: tuple, options: dict) -> str | None:
@@ -100,7 +105,7 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, **option
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run: {reason}")
         return _module(op, wanted)
     reasons = []
-    for name in _ORDER.get(device.type, ()):
+    for name in _order(device):
         reason = _why_not(op, name, device, tensors, options)
         if reason is None:
             return _module(op, name)

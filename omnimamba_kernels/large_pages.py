@@ -24,7 +24,16 @@ SPARE = 8
 """The part of a tensor's size, one in so many, by which memory lent again may be too large."""
 KEPT = 80 * PAGE
 """Bytes kept at most while no tensor lies in them: two results of a layer of the 1.3B shape at 4,096 positions."""
-_idle: deque[mmap.mmap] = deque()
+
+
+class _Memory(mmap.mmap):
+    """A mapping, and where its first large page begins."""
+
+    first: int
+
+
+_idle: deque[_Memory] = deque()
+_lent: dict[int, tuple[weakref.ref[memoryview], _Memory]] = {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> Tensor:
@@ -40,8 +49,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> T
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     # The view lives as long as the last tensor on it; nothing else refers to it.
     view = memoryview(memory)
-    weakref.finalize(view, _give_back, memory).atexit = False
-    tensor = torch.frombuffer(view, dtype=dtype, count=count, offset=_first(view)).as_strided_(shape, strides)
+    loan = weakref.ref(view, _returned)
+    _lent[id(loan)] = loan, memory
+    tensor = torch.frombuffer(view, dtype=dtype, count=count, offset=memory.first).as_strided_(shape, strides)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
         tensor.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
     return tensor
@@ -52,7 +62,7 @@ def release() -> None:
     _idle.clear()
 
 
-def _taken(nbytes: int) -> mmap.mmap | None:
+def _taken(nbytes: int) -> _Memory | None:
     """The smallest idle memory that fits and is hardly too large: what is lent stays in use as a whole."""
     for memory in sorted(_idle, key=len):
         if nbytes + PAGE <= len(memory) <= nbytes + nbytes // SPARE + 2 * PAGE:
@@ -64,27 +74,27 @@ def _taken(nbytes: int) -> mmap.mmap | None:
     return None
 
 
-def _mapped(nbytes: int) -> mmap.mmap | None:
+def _mapped(nbytes: int) -> _Memory | None:
     """New memory, or None where the system has none left; what does not fill a large page stays in small ones."""
     size = -(-nbytes // PAGE) * PAGE + PAGE
     try:
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = _Memory(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
         release()
         return None
+    memory.first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
     try:
-        memory.madvise(mmap.MADV_HUGEPAGE, _first(memory), nbytes // PAGE * PAGE)
+        memory.madvise(mmap.MADV_HUGEPAGE, memory.first, nbytes // PAGE * PAGE)
     except OSError:
         pass  # a system without large pages
     return memory
 
 
-def _first(memory: mmap.mmap | memoryview) -> int:
-    """Where its first large page begins."""
-    return -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
+def _returned(loan: weakref.ref[memoryview]) -> None:
+    _give_back(_lent.pop(id(loan))[1])
 
 
-def _give_back(memory: mmap.mmap) -> None:
+def _give_back(memory: _Memory) -> None:
     if len(memory) > KEPT:
         return
     _idle.append(memory)

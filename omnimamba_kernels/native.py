@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
-from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -88,7 +87,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | Non
     Large results lie in large pages, lent again when they are free; not what a recording keeps.
     """
     if strides is None:
-        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= size
     if _recording.get() is not None:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     return large_pages.empty(shape, dtype, strides)
@@ -97,6 +99,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | Non
 def floats(*shape: int) -> Tensor:
     """Uninitialised float32 memory for a kernel, whatever the default dtype and device."""
     return empty(shape, torch.float32)
+
+
+def stored_as(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
+    """``t`` in ``dtype``, most often ``t`` itself, which torch is not asked for: that takes longer than small kernels."""
+    return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
 @contextmanager

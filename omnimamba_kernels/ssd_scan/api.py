@@ -10,6 +10,7 @@ from ..backends import choose
 from ..compile import traceable
 
 
+@checks.once_a_kind
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, chunk_size, dt_limit) -> None:
     checks.tensors(x=x, dt=dt, A=A, B=B, C=C)
     checks.rank("x", x, 4, letters="(b, l, h, p)")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import stored_as
 
 CHUNK = 64  # kChunk in csrc/ssd_scan/layout.h
 SHORT = 8  # kShort there: up to this length the plain recurrence is faster than a chunk
@@ -41,6 +42,7 @@ def forward(
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple]:
     b, l, h, p = x.shape
     n = B.shape[3]
+    sizes = _sizes(x, B)
     fields = _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit)
     y = native.empty(x.shape, fields["x"].dtype)
     final = native.floats(b, h, p, n)
@@ -48,22 +50,23 @@ def forward(
     fields |= dict(y=y, final_states=final, varlen_states=varlen)
     if l == 0:
         final.copy_(initial_states) if initial_states is not None else final.zero_()
-        return (y.to(x.dtype), final, varlen), (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, *[None] * 4)
+        saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, *[None] * 4)
+        return (stored_as(x.dtype, y), final, varlen), saved
     if l <= SHORT and seq_idx is None and cu_seqlens is None and not save:
-        native.call("ssd_scan_short", **fields)
-        return (y.to(x.dtype), final, None), ()
-    chunks, first, fields["max_chunks"] = _cut(b, l, seq_idx, cu_seqlens, initial_states is not None)
+        native.call("ssd_scan_short", **fields, **sizes)
+        return (stored_as(x.dtype, y), final, None), ()
+    chunks, first, sizes["max_chunks"] = _cut(b, l, seq_idx, cu_seqlens, initial_states is not None)
     fields |= dict(chunks=chunks, first_chunk=first)
     states = ungated = None
     if save:
-        floats = native.call("ssd_scan_state_floats", **fields)
-        states = native.floats(b, fields["max_chunks"] + 1, h, floats)
+        floats = native.call("ssd_scan_state_floats", **sizes)
+        states = native.floats(b, sizes["max_chunks"] + 1, h, floats)
         ungated = None if z is None else native.floats(b, l, h, p)
         fields |= dict(states=states, ungated=ungated)
-    workspace = native.floats(native.call("ssd_scan_forward_workspace", **fields))
-    native.call("ssd_scan_forward", workspace=workspace, **fields)
+    workspace = native.floats(native.call("ssd_scan_forward_workspace", states=states, **sizes))
+    native.call("ssd_scan_forward", workspace=workspace, **fields, **sizes)
     saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunks, first, states, ungated)
-    return (y.to(x.dtype), final, varlen), saved if save else ()
+    return (stored_as(x.dtype, y), final, varlen), saved if save else ()
 
 
 def backward(
@@ -78,10 +81,10 @@ def backward(
     *inputs, cu_seqlens, chunks, first, states, ungated = saved
     x, dt, A, B, C, D, z, dt_bias, initial_states = inputs
     b, l, h, p = x.shape
-    fields = _fields(*inputs, dt_softplus, dt_limit)
+    fields = _fields(*inputs, dt_softplus, dt_limit) | _sizes(x, B)
     storage = fields["x"].dtype
     types = storage, torch.float32, torch.float32
-    dy, dfinal, dvarlen = (None if t is None else _rows(t, dtype) for t, dtype in zip(grads, types, strict=True))
+    dy, dfinal, dvarlen = (_rows(dtype, t) for t, dtype in zip(grads, types, strict=True))
     made = {
         "dx": native.empty(x.shape, storage),
         "ddt": native.floats(*dt.shape),
@@ -115,35 +118,38 @@ def backward(
     return (*cast, None, None)
 
 
+def _sizes(x: Tensor, B: Tensor) -> dict[str, int]:
+    batch, length, heads, headdim = x.shape
+    groups, state = B.shape[2:]
+    return dict(batch=batch, length=length, heads=heads, headdim=headdim, groups=groups, state=state)
+
+
 def _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit) -> dict[str, Any]:
     """What forward and backward both tell the kernel: one storage type, rows without gaps, float32 for the rest."""
-    alike = all(t is None or t.dtype == x.dtype for t in (B, C, z))
-    storage = x.dtype if alike else torch.float32
-    if D is not None:
-        D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
-    rows = {name: _rows(t, storage) for name, t in dict(x=x, B=B, C=C, z=z).items()}
-    small = dict(dt=dt, A=A, dt_bias=dt_bias, initial_states=_rows(initial_states, torch.float32))
+    storage, plain = x.dtype, torch.float32
+    if not (B.dtype is C.dtype is storage and (z is None or z.dtype is storage)):
+        storage = plain
     return {
-        **rows,
-        **{name: None if t is None else t.float() for name, t in small.items()},
-        "D": D,
-        "batch": x.shape[0],
-        "length": x.shape[1],
-        "heads": x.shape[2],
-        "headdim": x.shape[3],
-        "groups": B.shape[2],
-        "state": B.shape[3],
+        "x": _rows(storage, x),
+        "dt": stored_as(plain, dt),
+        "A": stored_as(plain, A),
+        "B": _rows(storage, B),
+        "C": _rows(storage, C),
+        "D": stored_as(plain, D),
+        "z": _rows(storage, z),
+        "dt_bias": stored_as(plain, dt_bias),
+        "initial_states": _rows(plain, initial_states),
         "dt_softplus": dt_softplus,
         "dt_low": dt_limit[0],
         "dt_high": dt_limit[1],
     }
 
 
-def _rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _rows(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
     """``t`` in ``dtype`` with its last dimension side by side; most often ``t`` itself."""
     if t is None:
         return None
-    t = t.to(dtype)
+    t = stored_as(dtype, t)
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -158,10 +164,12 @@ def _empty_sequences(cu_seqlens: Tensor, initial_states: Tensor | None, h: int, 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must serve training too
 def _cut_evenly(b: int, l: int, continues: bool) -> tuple[Tensor, Tensor, int]:
-    start = torch.arange(0, l, CHUNK)
-    chunks = torch.stack([start, (l - start).clamp(max=CHUNK), torch.zeros_like(start), torch.full_like(start, -1)], 1)
-    chunks[0, 2] = CONTINUES if continues else FRESH
-    return chunks.repeat(b, 1), torch.arange(b + 1) * len(start), len(start)
+    with torch.device("cpu"):
+        start = torch.arange(0, l, CHUNK)
+        each = start, (l - start).clamp(max=CHUNK), torch.zeros_like(start), torch.full_like(start, -1)
+        chunks = torch.stack(each, 1)
+        chunks[0, 2] = CONTINUES if continues else FRESH
+        return chunks.repeat(b, 1), torch.arange(b + 1) * len(start), len(start)
 
 
 def _cut(
@@ -172,9 +180,9 @@ def _cut(
     Returns the rows (start, length, kind, sequence of cu_seqlens that ends here or -1), each batch row's first chunk,
     and the most chunks of a row. ``continues``: there are initial states, which belong to sequence 0.
     """
+    if seq_idx is None and cu_seqlens is None:
+        return _cut_evenly(b, l, continues)
     with torch.device("cpu"):
-        if seq_idx is None and cu_seqlens is None:
-            return _cut_evenly(b, l, continues)
         return _cut_at_changes(b, l, seq_idx, cu_seqlens, continues)
 
 
