@@ -135,12 +135,11 @@ void output(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& 
   });
 }
 
-// next = exp(c_q) state + B^T (w x), which overwrites x; without a state, the chunk's own part alone. A strip of B's states
-// serves every panel before the next comes into the first cache level.
+// next = exp(c_q) state + B^T (w x) with w x in x's place; without a state, the chunk's own part alone. A strip of B's
+// states serves every panel before the next comes into the first cache level.
 void advance(const Forward& f, const Unit& u, const Scratch& s, const GroupPack& pack, const float* state, float* next,
              Ahead& ahead) {
   const float whole = s.decay->whole;
-  for (int j = 0; j < f.z.panels; j++) weigh(s.x + j * panel_floats(), *s.decay, u.chunk.length);
   each_tile(f.z.n, [&](auto height, int i) {
     const float *strip = pack.B_states + i * u.chunk.length, *x = s.x;
     int64_t at = i * kTileColumns;
@@ -208,8 +207,10 @@ void scan_unit(const Forward& f, const Unit& u, const Unit* then, int thread, Wo
     const View& final = f.q.final_states;
     ahead.add(final.at<float>(u.b, u.h), final.stride[2] * 4, f.z.n * 4, f.z.p);
   }
-  for (int j = 0; j < f.z.panels && work != Work::States; j++)
-    output<T>(f, u, s, pack, state ? state + j * f.z.state_panel : nullptr, j, ahead);
+  for (int j = 0; j < f.z.panels; j++) {
+    if (work != Work::States) output<T>(f, u, s, pack, state ? state + j * f.z.state_panel : nullptr, j, ahead);
+    if (work != Work::Rest) weigh(s.x + j * panel_floats(), *s.decay, u.chunk.length);
+  }
   if (work != Work::Rest) advance(f, u, s, pack, work == Work::All ? state : nullptr, next, ahead);
 }
 
