@@ -102,7 +102,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def stored_as(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
-    """``t`` in ``dtype``, most often ``t`` itself, which torch is not asked for: that takes longer than small kernels."""
+    """``t`` in ``dtype``, most often ``t`` itself: to ask torch for that takes longer than some kernels."""
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 

@@ -75,7 +75,9 @@ def test_memory_is_lent_again_only_when_no_tensor_lies_in_it():
     del first
     second = empty(COUNT).fill_(1.0)
     assert second.data_ptr() != address and part.tolist() == [7.0, 7.0]
+    lent = len(large_pages._lent)
     del part
+    assert len(large_pages._lent) == lent - 1
     third = empty(COUNT)
     assert third.data_ptr() == address
     half = empty(COUNT)
@@ -119,7 +121,7 @@ def test_where_no_memory_is_left_what_is_kept_goes_back_and_torch_is_asked(monke
     def none_left(*_: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(large_pages.mmap, "mmap", none_left)
+    monkeypatch.setattr(large_pages, "_Memory", none_left)
     t = empty(3 * COUNT).fill_(1.0)
     assert t.numel() == 3 * COUNT and not large_pages._idle
 

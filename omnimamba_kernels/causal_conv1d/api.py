@@ -20,6 +20,22 @@ def _check_filter(weight: Tensor, bias: Tensor | None, channels: int, activation
     checks.one_of("activation", activation, None, "silu", "swish")
 
 
+@checks.once_a_kind
+def _check(x, weight, bias, seq_idx, initial_states, final_states_out, activation) -> None:
+    checks.rank("x", x, 3, letters="(b, d, l)")
+    b, d, l = x.shape
+    _check_filter(weight, bias, d, activation)
+    w = weight.shape[1]
+    checks.shape("seq_idx", seq_idx, b, l, letters="(b, l)")
+    checks.shape("initial_states", initial_states, b, d, w - 1, letters="(b, d, w - 1)")
+    checks.shape("final_states_out", final_states_out, b, d, w - 1, letters="(b, d, w - 1)")
+    checks.floating(x=x, weight=weight, bias=bias, initial_states=initial_states, final_states_out=final_states_out)
+    checks.integer(seq_idx=seq_idx)
+    checks.same_device(
+        x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states, final_states_out=final_states_out
+    )
+
+
 def _fake(x, weight, bias, initial_states, seq_idx, activation, return_final_states, backend) -> list[Tensor]:
     b, d, _ = x.shape
     final = torch.empty(b, d, weight.shape[1] - 1, dtype=x.dtype, device=x.device)
@@ -80,18 +96,7 @@ def causal_conv1d_fn(
 
     Source: Mamba (arXiv 2312.00752), section 3.4; the function of the same name in causal-conv1d.
     """
-    checks.rank("x", x, 3, letters="(b, d, l)")
-    b, d, l = x.shape
-    _check_filter(weight, bias, d, activation)
-    w = weight.shape[1]
-    checks.shape("seq_idx", seq_idx, b, l, letters="(b, l)")
-    checks.shape("initial_states", initial_states, b, d, w - 1, letters="(b, d, w - 1)")
-    checks.shape("final_states_out", final_states_out, b, d, w - 1, letters="(b, d, w - 1)")
-    checks.floating(x=x, weight=weight, bias=bias, initial_states=initial_states, final_states_out=final_states_out)
-    checks.integer(seq_idx=seq_idx)
-    checks.same_device(
-        x=x, weight=weight, bias=bias, seq_idx=seq_idx, initial_states=initial_states, final_states_out=final_states_out
-    )
+    _check(x, weight, bias, seq_idx, initial_states, final_states_out, activation)
     asked = return_final_states or final_states_out is not None
     outputs = _causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, asked, backend)
     if not asked:

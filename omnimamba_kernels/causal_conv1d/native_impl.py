@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import stored_as
 from .layout import add_final_states, dense_strides, final_states, laid_out, like, padded_ids, sizes
 
 
@@ -26,8 +27,8 @@ def forward(
 ) -> tuple[tuple[Tensor, Tensor | None], tuple]:
     w = weight.shape[1]
     x = laid_out(x)
-    taps = weight.float().t().contiguous()
-    offset = None if bias is None else bias.float().contiguous()
+    taps = stored_as(torch.float32, weight).t().contiguous()
+    offset = None if bias is None else stored_as(torch.float32, bias).contiguous()
     before = None if initial_states is None else like(initial_states.to(x.dtype), x)
     live = None if seq_idx is None else _live_bits(seq_idx, w)
     y = _new(x)
