@@ -15,8 +15,8 @@ from .gguf import SUFFIX, save_gguf
 from .hub import OFFICIAL_VQ, locate
 from .image_tokenizer import PatchTokenizer
 from .omnimamba import OmniMamba
-from .pipeline import ImageTokenizer, check_together, disagreements, has_pixels, load_pixels, seen_through
-from .places import Place, text_beside
+from .pipeline import ImageTokenizer, check_together, disagreements, load_pixels, pixels_in, seen_through
+from .places import Place
 from .published import PublishedPixels
 from .text_tokenizer import BpeTokenizer, TextTokenizer, read_text_tokenizer
 from .weights import TOKENIZER, CheckpointError, read_tokenizer, save
@@ -36,7 +36,8 @@ def convert(
 ) -> str:
     """Write ``source`` into the folder ``target``, or into the file ``target`` where its name ends in .gguf, and say in
     a line what it holds. All is read and checked before the first file is written. Tokenizers that the folder held and
-    that do not fit what is now written there are removed, and named in the line.
+    that do not fit what is now written there are removed, those that lie beside a source that is a file and do not fit
+    it are left out: the line names them.
 
     ``base`` and ``task``: source is a PEFT adapter, target becomes ``base`` with it in the task's place. ``task``
     alone: target becomes source's adapter for PEFT. ``as_omnimamba``: source is a Mamba-2, what it lacks is fresh.
@@ -62,8 +63,9 @@ def convert(
         model = grown(model, source)
     if dtype is not None:
         model = cast_matrices(model, getattr(torch, dtype))
-    pixels = _pixels(place.tokenizers, model, image_tokenizer)
+    pixels = _pixels(place, model, image_tokenizer)
     text, added = _text(place, model, tokenizer, as_omnimamba)
+    left = _left_out(place, model, text, pixels)
     if isinstance(model, OmniMamba):
         words = None if text is None else _words(text, source)
         check_together(target, model.config, words if added else None, None if image_tokenizer is None else pixels)
@@ -73,7 +75,7 @@ def convert(
         raise ValueError(
             f"{source} holds a {type(model).__name__}, which has no use for an image tokenizer or encoders"
         )
-    return _write(model, Path(target), text, pixels)
+    return _write(model, Path(target), text, pixels) + left
 
 
 def _write(model: OmniMamba | MambaLM, target: Path, text: str | None, pixels: ImageTokenizer | None) -> str:
@@ -88,7 +90,7 @@ def _write(model: OmniMamba | MambaLM, target: Path, text: str | None, pixels: I
     said = f"{target}: {type(model).__name__}, {count:,} parameters"
     if unfit:
         said += f"; removed {', '.join(unfit)}, which did not fit"
-    there = {"--tokenizer": (target / TOKENIZER).exists(), "--image-tokenizer": has_pixels(target)}
+    there = {"--tokenizer": (target / TOKENIZER).exists(), "--image-tokenizer": pixels_in(target) is not None}
     if isinstance(model, OmniMamba) and not all(there.values()):
         said += f"; to draw and answer it needs {' and '.join(name for name, held in there.items() if not held)}"
     return said
@@ -155,13 +157,21 @@ def grown(model: OmniMamba | MambaLM, source: object = "this") -> OmniMamba:
     return out.eval()
 
 
-def _pixels(beside: Path, model: OmniMamba | MambaLM, official: str | Path | None) -> ImageTokenizer | None:
+def _pixels(place: Place, model: OmniMamba | MambaLM, official: str | Path | None) -> ImageTokenizer | None:
     """The image tokenizer of LlamaGen's file, alone, in a folder or on the hub; or the one beside an OmniMamba, or what
-    becomes one."""
+    becomes one; not one that lies beside a file and does not fit."""
     if official is not None:
         found = locate(official, wanted=(OFFICIAL_VQ,))
         return load_pixels(found / OFFICIAL_VQ if found.is_dir() else found)
-    return load_pixels(beside) if isinstance(model, OmniMamba) and has_pixels(beside) else None
+    if not isinstance(model, OmniMamba) or pixels_in(place.tokenizers) is None:
+        return None
+    try:
+        pixels = load_pixels(place.tokenizers)
+    except (CheckpointError, OSError):
+        if not place.loose:
+            raise
+        return None
+    return None if place.loose and disagreements(model.config, None, pixels) else pixels
 
 
 def _words(text: str, source: str) -> TextTokenizer:
@@ -178,7 +188,19 @@ def _text(place: Place, model: OmniMamba | MambaLM, tokenizer: str | None, grown
     if tokenizer is not None:
         return BpeTokenizer.published(tokenizer).to_json(), True
     additions = isinstance(model, OmniMamba) and (grown or place.additions)
-    return text_beside(place.tokenizers, additions), additions
+    text = place.text(additions)
+    if place.loose and text is not None and disagreements(model.config, read_text_tokenizer(text), None):
+        return None, False
+    return text, additions
+
+
+def _left_out(place: Place, model: OmniMamba | MambaLM, text: str | None, pixels: ImageTokenizer | None) -> str:
+    """What lies beside an OmniMamba's source, or what becomes one, and is in neither place, in words."""
+    names = [TOKENIZER] if text is None and (place.tokenizers / TOKENIZER).exists() else []
+    found = pixels_in(place.tokenizers)
+    if pixels is None and found is not None and isinstance(model, OmniMamba):
+        names.append(found.name)
+    return f"; left out {', '.join(names)}, found beside it, which did not fit" if names else ""
 
 
 def _expect_omnimamba(model: OmniMamba | MambaLM, source: str) -> None:

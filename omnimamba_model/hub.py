@@ -34,18 +34,18 @@ class Pretrained:
         Reads what ``save_pretrained`` wrote and what ``omnimamba convert`` reads; strict: CheckpointError lists every
         tensor that is missing, unknown or mis-shaped. ``dtype`` casts the matrices; ``torch.int8`` quantizes them, for
         decode. Pickles are read as tensors only. GPT-NeoX's tokenizer.json beside the official OmniMamba gets the
-        published model's additions.
+        published model's additions; another one beside a file is not the model's, whose ``tokenizer`` is None then.
         """
         from .foreign import read_any
         from .omnimamba import OmniMamba
-        from .places import Place, text_beside
+        from .places import Place
         from .weights import CheckpointError
 
         place = Place.at(locate(name_or_path, revision, local_files_only))
         model = read_any(place.model, device, dtype)
         if not isinstance(model, cls):
             raise CheckpointError(f"{name_or_path} holds a {type(model).__name__}, not a {cls.__name__}")
-        model.tokenizer = text_beside(place.tokenizers, place.additions and isinstance(model, OmniMamba))
+        model.tokenizer = place.text(place.additions and isinstance(model, OmniMamba))
         return model
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:

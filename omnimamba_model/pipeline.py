@@ -185,19 +185,18 @@ def load_pixels(place: str | Path) -> ImageTokenizer:
     """The image tokenizer of a folder, LlamaGen's own file included, or the very one of a file, which is LlamaGen's
     where its name is none of this package's; CheckpointError where it is missing or damaged."""
     path = Path(place)
-    if not path.is_dir():
-        for kind in (PublishedPixels, PatchTokenizer):
-            if path.name in kind.files:
-                return kind.load(path.parent)
-        return PublishedPixels(read_official_vq(path))
-    kinds = [kind for kind in (PublishedPixels, PatchTokenizer) if (path / kind.file).exists()]
-    if not kinds and (path / OFFICIAL_VQ).exists():
-        return load_pixels(path / OFFICIAL_VQ)
-    return (kinds or [PatchTokenizer])[0].load(path)
+    if path.is_dir():
+        path = pixels_in(path) or path / PatchTokenizer.file
+    for kind in (PublishedPixels, PatchTokenizer):
+        if path.name in kind.files:
+            return kind.load(path.parent)
+    return PublishedPixels(read_official_vq(path))
 
 
-def has_pixels(folder: str | Path) -> bool:
-    return any((Path(folder) / name).exists() for name in (PublishedPixels.file, PatchTokenizer.file, OFFICIAL_VQ))
+def pixels_in(folder: str | Path) -> Path | None:
+    """The file that ``load_pixels`` reads of a folder."""
+    files = (Path(folder) / name for name in (PublishedPixels.file, PatchTokenizer.file, OFFICIAL_VQ))
+    return next((path for path in files if path.exists()), None)
 
 
 def seen_through(pixels: ImageTokenizer | None, encoders: tuple[str, str], config: OmniMambaConfig) -> PublishedPixels:

@@ -20,9 +20,21 @@ class Place(NamedTuple):
     additions: bool
     """Whether another project wrote it: tokenizer.json is GPT-NeoX's own, which the published OmniMamba adds to."""
 
+    loose: bool
+    """Whether the model is a file: what lies beside it may be anybody's."""
+
     @classmethod
     def at(cls, path: Path) -> Place:
-        return cls(path, folder_of(path), is_foreign(path))
+        return cls(path, folder_of(path), is_foreign(path), path.is_file())
+
+    def text(self, additions: bool) -> str | None:
+        """``text_beside``; None too where the model is a file and what lies beside it does not fit."""
+        try:
+            return text_beside(self.tokenizers, additions)
+        except (CheckpointError, OSError):
+            if not self.loose:
+                raise
+            return None
 
 
 def folder_of(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 
 from omnimamba_model import CheckpointError, OmniMamba, Sampling, load, save
 from omnimamba_model.cli import main
+from omnimamba_model.image_tokenizer import PatchTokenizer
 from omnimamba_model.pipeline import Pipeline
 from omnimamba_model.published import PublishedPixels
 from omnimamba_model.text_tokenizer import WordTokenizer
@@ -139,6 +141,42 @@ def test_the_official_release_is_saved_with_its_whole_tokenizer(official, tmp_pa
     (release / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="gives no tokenizer"):
         OmniMamba.from_pretrained(release)
+
+
+@pytest.mark.parametrize("text", ["{", WordTokenizer(["few"]).to_json(), None], ids=["damaged", "of words", "another"])
+@pytest.mark.parametrize("pixels", ["image_tokenizer.safetensors", "vq_ds16_t2i.pt"])
+def test_what_lies_beside_a_file_and_is_not_its_own_is_left_out_by_name(official, tmp_path, capsys, text, pixels):
+    """A file may lie among anybody's: it is converted and loaded without them. A folder is taken as a whole."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model, release = official
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    (release / "tokenizer.json").write_text(library.to_str() if text is None else text)
+    if pixels == PatchTokenizer.file:
+        PatchTokenizer(16, 2, (4, 6)).save(release)
+    else:
+        (release / pixels).write_bytes(b"half of it")
+    file, out = release / "OmniMamba-1.3b.pth", tmp_path / "out"
+    assert main(["convert", str(file), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "to draw and answer it needs --tokenizer and --image-tokenizer; left out" in said
+    assert f"; left out tokenizer.json, {pixels}, found beside it, which did not fit" in said
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+    loaded = OmniMamba.from_pretrained(file)
+    assert loaded.tokenizer is None and torch.equal(loaded.backbone.pos_embed, model.backbone.pos_embed)
+    assert main(["convert", str(release), str(tmp_path / "whole")]) == 2 and not (tmp_path / "whole").exists()
+    with pytest.raises(CheckpointError):
+        OmniMamba.from_pretrained(release)
+
+
+def test_a_text_tokenizer_that_fits_another_vocabulary_is_left_out_beside_a_file(official, tmp_path, capsys):
+    model, release = official
+    neox(release)
+    wider = OmniMamba(replace(model.config, backbone=replace(model.config.backbone, vocab_size=50304)))
+    names = {n: n if n.startswith("projector.") else f"llm_backbone.mamba.{n}" for n in wider.state_dict()}
+    torch.save({names[n]: t for n, t in wider.state_dict().items()}, release / "OmniMamba-1.3b.pth")
+    assert main(["convert", str(release / "OmniMamba-1.3b.pth"), str(tmp_path / "out")]) == 0
+    assert "; left out tokenizer.json, found beside it" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_tokenizers_that_fit_stay_in_a_converted_folder(folder, tmp_path, capsys):
