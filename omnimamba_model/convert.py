@@ -90,7 +90,9 @@ def _write(model: OmniMamba | MambaLM, target: Path, text: str | None, pixels: I
     said = f"{target}: {type(model).__name__}, {count:,} parameters"
     if unfit:
         said += f"; removed {', '.join(unfit)}, which did not fit"
-    there = {"--tokenizer": (target / TOKENIZER).exists(), "--image-tokenizer": pixels_in(target) is not None}
+    found = pixels_in(target)  # what did not fit is gone by now, but for LlamaGen's file, which is not ours to remove
+    drawn = found is not None and (pixels is not None or _fits(model.config, lambda: (None, load_pixels(found))))
+    there = {"--tokenizer": (target / TOKENIZER).exists(), "--image-tokenizer": drawn}
     if isinstance(model, OmniMamba) and not all(there.values()):
         said += f"; to draw and answer it needs {' and '.join(name for name, held in there.items() if not held)}"
     return said

@@ -220,6 +220,20 @@ def test_what_does_not_fit_a_converted_folder_is_removed_by_name(official, lm, t
         assert held == (set() if more else {"tokenizer.json"}) and ("removed tokenizer.json" in said) == bool(more)
 
 
+@pytest.mark.parametrize("codes, needed", [(40, False), (41, True)])
+def test_llamagens_file_in_a_converted_folder_is_of_use_where_it_fits(
+    official, tmp_path, monkeypatch, capsys, codes, needed
+):
+    _, release = official
+    out = tmp_path / "out"
+    out.mkdir()
+    official_vq(small_vq(codes), out, monkeypatch)
+    assert main(["convert", str(release), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert ("it needs --tokenizer and --image-tokenizer" in said) == needed and "it needs --tokenizer" in said
+    assert (out / "vq_ds16_t2i.pt").exists() and "removed" not in said
+
+
 def test_a_converted_folder_keeps_nothing_of_another_model(folder, official, tmp_path):
     _, release = official
     out = tmp_path / "out"
