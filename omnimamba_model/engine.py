@@ -108,7 +108,8 @@ class _Batch:
         self.at = torch.tensor([ends[i] for i in pick], device=hidden.device)
         self._bind()
         self.logits = self._logits(hidden)
-        self.drawn = {task: torch.zeros_like(logits, dtype=torch.bool) for task, logits in self.logits.items()}
+        marked = self.logits if sampling.repetition_penalty != 1.0 else {}
+        self.drawn = {task: torch.zeros_like(logits, dtype=torch.bool) for task, logits in marked.items()}
 
     def _bind(self) -> None:
         self.groups = {task: _Group.of(task, self.tasks, self.rows, self.at.device) for task in sorted(set(self.tasks))}
@@ -159,10 +160,11 @@ class _Batch:
         self.state, self.at = self.state.take(pick), self.at[pick]
         self.room = min(self.room, 1 << (len(pick) - 1).bit_length())
         self.step.release(keep=False)
-        own = {task: [k for k, row in enumerate(self.rows) if row.task == task] for task in self.drawn}
-        living = set(keep)
-        kept = {task: [n for n, k in enumerate(places) if k in living] for task, places in own.items()}
-        self.drawn = {task: self.drawn[task][places] for task, places in kept.items() if places}
+        if self.drawn:
+            living = torch.zeros(len(self.rows), dtype=torch.bool, device=self.at.device)
+            living[keep] = True
+            kept = {task: drawn[living[self.groups[task].own]] for task, drawn in self.drawn.items()}
+            self.drawn = {task: drawn for task, drawn in kept.items() if len(drawn)}
         self.tasks = [self.tasks[i] for i in pick]
         self.rows, self.alive = ([v[k] for k in keep] for v in (self.rows, self.alive))
         self._bind()

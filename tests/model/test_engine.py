@@ -50,6 +50,18 @@ def test_each_row_has_its_own_guidance_and_its_own_penalty(model, caption, featu
     assert any(not torch.equal(a, b) for a, b in zip(free, together, strict=True))
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_what_a_row_has_drawn_is_kept_for_a_penalty_alone(model, rows, penalty):
+    """A mask as large as the logits, which every end of a row would copy."""
+    with torch.inference_mode():
+        batch = engine._Batch(model, rows, Sampling(temperature=0.0, repetition_penalty=penalty), None)
+        batch.advance(batch.draw())
+        held = {task: drawn.sum(1).tolist() for task, drawn in batch.drawn.items()}
+        places = {task: [i for i, row in enumerate(batch.rows) if row.task == task] for task in batch.groups}
+        batch.step.release()
+    assert held == ({} if penalty == 1.0 else {task: [1] * len(own) for task, own in places.items()})
+
+
 def test_guided_rows_that_end_at_different_times_keep_their_own_null_prompt(model, caption):
     with torch.inference_mode():
         rows = drawing_rows(model, caption, guidance=3.0)
