@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import stored_as
 from .int8 import GROUP
 from .routing import tasks_of_rows
 
@@ -117,7 +118,7 @@ def _most_few_rows(x: Tensor, weight: Tensor) -> int:
 def _few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale: float) -> Tensor:
     rows, width = x.shape
     out = weight.shape[0]
-    y = x.new_empty(rows, out)
+    y = native.empty((rows, out), x.dtype)
     rank = 0 if task is None else lora_A.shape[1]
     amx = _by_tiles(x, weight)
     if amx:
@@ -175,11 +176,11 @@ def _matmul(a: Tensor, b: Tensor, start: Tensor | None = None, dtype: torch.dtyp
     own = (
         start is not None and m > 1 and start.stride(0) == n and wanted == torch.float32
     )  # no bias, the same for all rows
-    c = start if own else a.new_empty(m, n, dtype=wanted)
+    c = start if own else native.empty((m, n), wanted)
     native.call(
         "matmul", a=a, b=b, c=c, start=start, workspace=native.floats(_matmul_floats(a, b, amx)), m=m, n=n, k=k, amx=amx
     )
-    return c.to(dtype)
+    return stored_as(dtype, c)
 
 
 def _matmul_floats(a: Tensor, b: Tensor, amx: bool) -> int:
