@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backbone import MambaBackbone, MambaLM
 from .config import BASE, MMU, T2I
-from .layers import Task
+from .layers import Task, wide
 from .omnimamba import OmniMamba
 from .sampling import LARGEST, Sampling, penalised, sample
 from .state import MambaState
@@ -112,7 +112,8 @@ class _Batch:
         self.drawn = {task: torch.zeros_like(logits, dtype=torch.bool) for task, logits in marked.items()}
 
     def _bind(self) -> None:
-        self.groups = {task: _Group.of(task, self.tasks, self.rows, self.at.device) for task in sorted(set(self.tasks))}
+        given = self.tasks, self.rows, self.at.device, wide(self.model.backbone.dtype)
+        self.groups = {task: _Group.of(task, *given) for task in sorted(set(self.tasks))}
         mixed = len(self.groups) > 1
         self.task: Task = torch.tensor(self.tasks, device=self.at.device) if mixed else self.tasks[0]
         self.twins = [k for k, row in enumerate(self.rows) if row.null is not None]
@@ -175,7 +176,7 @@ class _Batch:
         for task, group in self.groups.items():
             found = _head(self.model, task)(hidden if len(self.groups) == 1 else hidden[group.places])
             if len(group.guided):
-                found, free = found[: len(group.own)].float(), found[len(group.own) :].float()
+                found, free = found.to(wide(found.dtype)).split([len(group.own), len(group.guided)])
                 asked = found[group.guided]
                 found[group.guided] = free.lerp(asked, group.scales).clamp(-LARGEST, LARGEST)
             logits[task] = found
@@ -202,14 +203,14 @@ class _Group:
     guided: Tensor
     """Those of its rows that have a twin, counted among its rows."""
     scales: Tensor
-    """Their guidance (guided, 1), in fp32."""
+    """Their guidance (guided, 1), in fp32 at least."""
 
     @classmethod
-    def of(cls, task: int, tasks: list[int], rows: list[Row], device: torch.device) -> _Group:
+    def of(cls, task: int, tasks: list[int], rows: list[Row], device: torch.device, dtype: torch.dtype) -> _Group:
         places = [i for i, other in enumerate(tasks) if other == task]
         own = [i for i in places if i < len(rows)]
         guided = [n for n, i in enumerate(own) if rows[i].null is not None]
-        scales = torch.tensor([[rows[own[n]].guidance] for n in guided], dtype=torch.float32, device=device)
+        scales = torch.tensor([[rows[own[n]].guidance] for n in guided], dtype=dtype, device=device)
         return cls(*(torch.tensor(v, dtype=torch.long, device=device) for v in (places, own, guided)), scales)
 
 

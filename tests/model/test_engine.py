@@ -62,6 +62,20 @@ def test_what_a_row_has_drawn_is_kept_for_a_penalty_alone(model, rows, penalty):
     assert held == ({} if penalty == 1.0 else {task: [1] * len(own) for task, own in places.items()})
 
 
+def test_guidance_is_as_exact_as_the_model(model, caption, monkeypatch):
+    given, real = [], engine.sample
+    monkeypatch.setattr(engine, "sample", lambda logits, *rest: given.append(logits.clone()) or real(logits, *rest))
+    with torch.inference_mode():
+        (row,) = drawing_rows(model.double(), caption[:1], guidance=2.3)
+        ends = [
+            model.image_head(model.backbone.prefill(prompt[None], model.backbone.new_state(1), row.task))
+            for prompt in (row.prompt, row.null)
+        ]
+    alone(model, row)
+    asked, free = ends
+    torch.testing.assert_close(given[0], free + 2.3 * (asked - free), rtol=1e-9, atol=1e-12)
+
+
 def test_guided_rows_that_end_at_different_times_keep_their_own_null_prompt(model, caption):
     with torch.inference_mode():
         rows = drawing_rows(model, caption, guidance=3.0)
