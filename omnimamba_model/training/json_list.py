@@ -81,6 +81,16 @@ class _Text:
             if self._at < len(self._held) or not self._more():
                 return self.next
 
+    def passed(self, pattern: re.Pattern[bytes]) -> bytes:
+        """As ``skip``; what was passed."""
+        parts = []
+        while True:
+            found = pattern.match(self._held, self._at)
+            parts.append(found[0])
+            self._at = found.end()
+            if self._at < len(self._held) or not self._more():
+                return b"".join(parts)
+
     def string(self) -> bool:
         """Pass a string, which begins here; False where the file ends within it, and then that is passed."""
         while (found := _STRING.match(self._held, self._at)) is None:
@@ -118,9 +128,8 @@ def _item(text: _Text, wrong: str) -> bool:
 
 
 def _scalar(text: _Text, wrong: str) -> None:
-    said, begun = text.show(), text.place
-    text.skip(_SCALAR)
+    said = text.show()
     try:
-        json.loads(said[: text.place - begun])
+        json.loads(text.passed(_SCALAR).decode("utf-8", "replace"), parse_int=str)  # an int of any length
     except ValueError as error:
         raise ValueError(f"{wrong}: {said!r}: {error}") from None

@@ -165,7 +165,7 @@ def test_a_list_is_found_in_pieces_of_any_size(tmp_path, monkeypatch, piece):
         if kind < 2:
             return "".join(draw.choices('ab"\\\\{}[],: \n画\u2028', k=draw.randrange(9)))
         if kind < 4:
-            return draw.choice([True, None, -1.5e-30, 12345678901234567, 0])
+            return draw.choice([True, None, -1.5e-30, 12345678901234567, 1.2345678901234567e-10, 0])
         inner = [value(depth - 1) for _ in range(draw.randrange(4))]
         return inner if kind == 4 else {str(value(0)): part for part in inner}
 
@@ -179,6 +179,20 @@ def test_a_list_is_found_in_pieces_of_any_size(tmp_path, monkeypatch, piece):
             assert [json.loads(part) for part in found] == items
         path.write_bytes(whole[: draw.randrange(1, len(whole))])
         with pytest.raises(ValueError, match="cut off after|is not JSON after"):
+            list(json_list.list_items(path))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
+def test_a_number_may_have_any_length(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(json_list, "PIECE", piece)
+    numbers = ["1.2345678901234567e-10", "-" + "7" * 5000, "0." + "1" * 99 + "e-12"]
+    path = tmp_path / "a.json"
+    path.write_text(f"[{', '.join(numbers)}]")
+    whole = path.read_text()
+    assert [whole[at : at + size] for at, size in json_list.list_items(path)] == numbers
+    for wrong in ("1" * 30 + "x", "1." + "0" * 30 + "e", "true" * 9):
+        path.write_text(f"[3, {wrong}, 4]")
+        with pytest.raises(ValueError, match="is not JSON after 1 records: '"):
             list(json_list.list_items(path))
 
 
