@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING
@@ -33,6 +33,14 @@ class Ahead:
         self._waiting: deque[tuple[int, Future[Made]]] = deque()
 
     def __call__(self, place: int) -> Batch:
+        try:
+            return self._take(place)
+        except Unprepared:
+            wait(self._forget())  # what the thread is about is no batch of anybody's, and nothing runs beside a load
+        self.lesson.prepare()
+        return self._take(place)
+
+    def _take(self, place: int) -> Batch:
         if self._waiting and self._waiting[0][0] != place:
             self._forget()
         last = max(place, min(place + self.depth, self.end - 1))
@@ -40,12 +48,7 @@ class Ahead:
             made = self._thread.submit(self.lesson.make, following, self._over.is_set)
             self._waiting.append((following, made))
         _, made = self._waiting.popleft()
-        try:
-            return self.lesson.take(made.result())
-        except Unprepared:
-            self._forget()
-        self.lesson.prepare()
-        return self(place)
+        return self.lesson.take(made.result)
 
     def stop(self) -> None:
         """Let the thread end at the next record."""
@@ -58,10 +61,11 @@ class Ahead:
         self._thread.shutdown()
         self.lesson.threaded = False
 
-    def _forget(self) -> None:
-        for _, made in self._waiting:
-            made.cancel()
+    def _forget(self) -> list[Future[Made]]:
+        """Let no batch wait; the one that the thread is making just now, which cannot be called off."""
+        running = [made for _, made in self._waiting if not made.cancel()]
         self._waiting.clear()
+        return running
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .records import NoneUsable
+
 if TYPE_CHECKING:
     from .loop import Trainer
 
@@ -64,6 +66,8 @@ class Beside:
         except (EOFError, ConnectionResetError):
             code = self.process.wait()
             raise RuntimeError(f"the process that learns {self.name!r} ended with status {code}") from None
+        if isinstance(answer, NoneUsable):
+            self.lesson.passed_over.update(answer.passed_over)
         if isinstance(answer, Exception):
             raise answer
         loss, self.tokens, reached, passed_over = answer

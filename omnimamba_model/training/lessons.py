@@ -25,7 +25,7 @@ from ..text_tokenizer import TextTokenizer
 from .features import FeatureCache, RecentFeatures, decoded, look_at, read_bytes
 from .parallel import ALONE, Ranks
 from .phase import Batch
-from .records import PICTURE, BadRecord, Records
+from .records import PICTURE, BadRecord, NoneUsable, Records
 
 FORMS = ("caption", "instruct")
 TEXT_ALONE = "text alone: understanding is learned from records with an image"
@@ -53,7 +53,7 @@ class Lesson:
         """Why records could not be used, and how often one was met."""
 
     def __call__(self, place: int) -> Batch:
-        return self.take(self.make(place))
+        return self.take(lambda: self.make(place))
 
     def make(self, place: int, over: Callable[[], bool] = lambda: False) -> Made:
         """The batch, nothing counted yet. Where ``over()`` it ends at the next record: a CancelledError."""
@@ -64,9 +64,13 @@ class Lesson:
     def prepare(self) -> None:
         """Load what batches are made with."""
 
-    def take(self, made: Made) -> Batch:
-        """Count what was passed over for the batch, which is learned now."""
-        batch, passed_over = made
+    def take(self, made: Callable[[], Made]) -> Batch:
+        """Count what was passed over for the batch, which is learned now, or for want of which the run ends."""
+        try:
+            batch, passed_over = made()
+        except NoneUsable as error:
+            self.passed_over.update(error.passed_over)
+            raise
         self.passed_over.update(passed_over)
         return batch
 
@@ -88,8 +92,7 @@ class Lesson:
                 return self.example(self.records[int(order[(at + step) % len(order)])], draw)
             except BadRecord as error:
                 passed_over[str(error)] += 1
-        worst = "; ".join(list(passed_over)[:3])
-        raise ValueError(f"none of {len(self.records)} records can be used, for example: {worst}")
+        raise NoneUsable.of(len(self.records), passed_over)
 
 
 class Reading(Lesson):

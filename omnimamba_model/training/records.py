@@ -19,6 +19,7 @@ import re
 import tarfile
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, islice
@@ -34,6 +35,20 @@ PICTURE = "picture bytes"
 
 class BadRecord(ValueError):
     """A record that cannot be used; training passes it over and counts it."""
+
+
+class NoneUsable(ValueError):
+    """Not one of a lesson's records can be used."""
+
+    passed_over: Counter[str]
+    """Why not, and how often that was met for the batch."""
+
+    @classmethod
+    def of(cls, count: int, passed_over: Counter[str]) -> NoneUsable:
+        worst = "; ".join(list(passed_over)[:3])
+        error = cls(f"none of {count} records can be used, for example: {worst}")
+        error.passed_over = passed_over
+        return error
 
 
 class Records(Protocol):

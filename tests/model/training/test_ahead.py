@@ -1,6 +1,7 @@
 """Batches made by a thread: made early, taken in order, counted when they are learned, gone when the run is over."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,10 +20,10 @@ from omnimamba_model import OmniMamba, load
 from omnimamba_model.training import checkpoints
 from omnimamba_model.training.ahead import Ahead, ahead
 from omnimamba_model.training.features import FeatureCache, look_at
-from omnimamba_model.training.lessons import Drawing, Lesson, Understanding
+from omnimamba_model.training.lessons import Drawing, Lesson, Understanding, Unprepared
 from omnimamba_model.training.loop import Trainer
 from omnimamba_model.training.phase import Phase
-from omnimamba_model.training.records import BadRecord, open_records
+from omnimamba_model.training.records import BadRecord, NoneUsable, open_records
 from omnimamba_model.training.run import run
 from omnimamba_model.training.settings import read
 
@@ -208,6 +209,57 @@ def test_a_real_lesson_knows_nothing_of_it(data, config, words):
         (_, a), (_, b) = made(place), lesson(place)
         assert all(torch.equal(a[name], b[name]) for name in b)
     made.close()
+
+
+class Late(Watched):
+    """Its batch 1 cannot be made before ``prepare``, which helps or does not; batch 2 takes its time."""
+
+    def __init__(self, helps):
+        super().__init__()
+        self.helps, self.ready, self.within, self.seen, self.begun = helps, False, False, [], threading.Event()
+
+    def make(self, place, over=lambda: False):
+        if not self.ready and place == 1:
+            raise Unprepared
+        if not self.ready and place == 2:
+            self.within = True
+            self.begun.set()
+            time.sleep(0.3)
+            self.within = False
+        return super().make(place, over)
+
+    def prepare(self):
+        self.seen.append(self.within)
+        self.ready = self.helps
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_what_is_loaded_is_loaded_once_and_nothing_is_made_meanwhile(helps):
+    late, plain = Late(helps), Watched()
+    made = Ahead(late, depth=2, end=9)
+    assert torch.equal(made(0)[1]["ids"], plain(0)[1]["ids"]) and late.begun.wait(60)
+    if helps:
+        assert all(torch.equal(made(place)[1]["ids"], plain(place)[1]["ids"]) for place in range(1, 9))
+    else:
+        with pytest.raises(Unprepared):
+            made(1)
+    made.close()
+    assert late.seen == [False]
+
+
+@pytest.mark.parametrize("way", ["by itself", "ahead"])
+def test_why_no_record_can_be_used_is_counted(way):
+    lesson = Watched()
+    lesson.example = lambda record, draw: (_ for _ in ()).throw(BadRecord(f"one of {record % 2}"))
+    made = lesson if way == "by itself" else Ahead(lesson, depth=2, end=9)
+    with pytest.raises(NoneUsable, match="none of 100 records can be used, for example: one of"):
+        made(0)
+    assert lesson.passed_over == {"one of 0": 50, "one of 1": 50}
+    if made is not lesson:
+        made.close()
+    with pytest.raises(NoneUsable) as told:
+        raise pickle.loads(pickle.dumps(NoneUsable.of(3, lesson.passed_over)))
+    assert told.value.passed_over == lesson.passed_over and str(told.value).startswith("none of 3")
 
 
 class Encoders:

@@ -108,8 +108,10 @@ def test_sixteen_bits_layers_computed_again_and_accumulation_go_together(values,
 def test_what_goes_wrong_over_there_is_raised_here(values, data, tmp_path):
     for i in range(7):
         (data / f"{i}.png").unlink()
+    said = []
     with pytest.raises(ValueError, match="none of 7 records can be used, for example: .*png cannot be read"):
-        run(read_settings(tmp_path / "s.yaml", values | {"side_by_side": True}), print)
+        run(read_settings(tmp_path / "s.yaml", values | {"side_by_side": True}), said.append)
+    assert "passed over 7 times, a record or a whole file each:" in said, "as it was counted there"
 
 
 @pytest.mark.parametrize("ranks", [Ranks(0, 2), Ranks(device=torch.device("meta"))], ids=["two", "no CPU"])
