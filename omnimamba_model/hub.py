@@ -66,7 +66,7 @@ def locate(
 ) -> Path:
     """A local path as it is; a hub repository's name as the folder to which its ``wanted`` files were downloaded.
 
-    FileNotFoundError where it is neither, or the hub cannot be asked.
+    FileNotFoundError where it is neither, or the hub cannot be asked; ImportError where that needs huggingface_hub.
     """
     path = Path(name_or_path)
     if path.exists():
