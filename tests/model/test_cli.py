@@ -26,7 +26,7 @@ def calls(monkeypatch):
             return ["It is a seven."]
 
     def load(cls, folder, *place, fold=False):
-        seen.append((Path(folder).name, *place))
+        seen.append((Path(folder).name, *place, fold))
         return Recorder()
 
     monkeypatch.setattr(Pipeline, "load", classmethod(load))
@@ -46,9 +46,15 @@ def test_generate_passes_its_options_on(calls, tmp_path):
     options += "--repetition-penalty 1.5 --dtype float16 --device cuda:1 --exact".split()
     assert cli.main(["generate", "--checkpoint", "trained", "--prompt", "a seven", "--out", str(out), *options]) == 0
     sampling = Sampling(0.8, 40, 0.9, 5, 0.1, 1.5)
-    assert calls == [("trained", "cuda:1", torch.float16), (["a seven"], sampling, 2.5, 3, True)]
+    assert calls == [("trained", "cuda:1", torch.float16, None), (["a seven"], sampling, 2.5, 3, True)]
     with Image.open(out) as image:
         assert image.size == (3 * 136 - 8, 128) and image.getpixel((2 * 136, 0)) == 60
+
+
+@pytest.mark.parametrize("option, folded", [("--fold", True), ("--no-fold", False)])
+def test_tables_are_folded_as_the_command_says(calls, tmp_path, option, folded):
+    assert cli.main(["generate", "--checkpoint", "c", "--prompt", "a", "--out", str(tmp_path / "a.png"), option]) == 0
+    assert calls[0] == ("c", "cpu", None, folded)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,7 @@ def test_ask_prints_the_answer(calls, tmp_path, capsys):
     assert cli.main(["ask", "--checkpoint", "c", "--image", str(tmp_path / "a.png"), "--question", "Which digit?",
                      "--dtype", "int8"]) == 0  # fmt: skip
     assert capsys.readouterr().out == "It is a seven.\n"
-    assert calls == [("c", "cpu", torch.int8), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None, 256)]
+    assert calls == [("c", "cpu", torch.int8, False), ([(20, 10)], ["Which digit?"], Sampling(0.0, seed=0), None, 256)]
 
 
 def test_evaluate_passes_its_options_on(calls, tmp_path, capsys):
@@ -120,7 +126,7 @@ def test_evaluate_passes_its_options_on(calls, tmp_path, capsys):
     assert cli.main(["evaluate", "pope", *place, "--ending", " Yes or no?", "--format", "user", "--top-k", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["mean"]["accuracy"] == 100
     asked = ([(20, 10)], ["Is it a seven? Yes or no?"], Sampling(0.0, 3, seed=0), "user")
-    assert calls == [("c", "cpu", None), asked]
+    assert calls == [("c", "cpu", None, False), asked]
 
 
 def test_drawings_of_captions_by_command(calls, monkeypatch, tmp_path, capsys):
