@@ -37,10 +37,10 @@ WRITTEN = [op for op in OPS if (KERNELS / op / "triton_impl.py").exists()]
 
 
 def representative(op: str) -> list[ahead.Job]:
-    """Of each own kernel the first large bfloat16 launch for every chip; for Hopper the first float32 launch and, where
-    a call without gradients differs, that, and a gated and packed one; for the chip with the least the widest heads
-    and states; where float16 is computed as float32, that for the chips with the least, and there the states after
-    packed sequences."""
+    """Of each own kernel the first large bfloat16 launch for every chip, those with float32 and int8 weights too; for
+    Hopper the first float32 launch and, where a call without gradients differs, that, and a gated and packed one; for
+    the chip with the least the widest heads and states; where float16 is computed as float32, that for the chips with
+    the least, and there the states after packed sequences. The same code but for sizes is compiled once."""
     all_calls = list(calls(op))
     large = [call for call in all_calls if call.large]
     large.sort(key=lambda call: not call.name.startswith("1 x "))  # of one row the scan is cut into segments
@@ -48,6 +48,7 @@ def representative(op: str) -> list[ahead.Job]:
         "bf16": ([call for call in large if call.name.endswith("bf16")], TARGETS),
         "fp32": ([call for call in all_calls if not call.large and call.name.endswith("fp32")], ["sm_90"]),
         "inference": ([call for call in large if call.name.endswith("inference, bf16")], ["sm_90"]),
+        "fp32 weights": ([call for call in large if call.name.endswith("weight fp32, bf16")], TARGETS),
         "int8": ([call for call in large if call.name.endswith("int8 weights, bf16")], TARGETS),
         "packed": ([call for call in all_calls if call.name == "packed by offsets, inference, fp16"], ["sm_80"]),
         "all at once": ([call for call in large if call.name == "1 x 4096 packed, 64 heads, bf16"], ["sm_90"]),
@@ -59,7 +60,19 @@ def representative(op: str) -> list[ahead.Job]:
         for job in ahead.jobs(wanted, archs):
             if job.module.split(".")[1] == op:  # an operation made of others starts their kernels too
                 found.setdefault((job.kernel, job.arch, kind), job)
-    return list({(job.kernel, job.arch, job.kinds, job.constants, job.options): job for job in found.values()}.values())
+    first: dict[tuple, ahead.Job] = {}
+    for job in found.values():
+        first.setdefault(code(job), job)
+    return list(first.values())
+
+
+def code(job: ahead.Job) -> tuple:
+    """What a kernel's registers, memory and products follow from: all but which numbers 16 divides, and sizes that are
+    cut into blocks. Loops run to those; where one is unrolled its blocks are counted by a constant of their own."""
+    cut = {name.removeprefix("BLOCK_") for name, _ in job.constants if name.startswith("BLOCK_")}
+    constants = [(name, value) for name, value in job.constants if name not in cut]
+    kinds = [(name, kind.removesuffix(" 16")) for name, kind in job.kinds]
+    return job.kernel, job.arch, (*kinds,), (*constants,), job.options
 
 
 @pytest.mark.parametrize("op", WRITTEN)
@@ -68,6 +81,13 @@ def test_kernels_fit_every_chip(op):
     assert {job.arch for job, _ in rows} == set(TARGETS)
     broken = {f"{j.kernel} for {j.arch}, {j.call}": faults for j, r in rows if (faults := table.faults(j, r))}
     assert not broken, broken
+
+
+def test_few_rows_are_compiled_with_weights_of_every_type():
+    few = [job for job in representative("lora_linear") if job.kernel == "few_rows_kernel"]
+    for arch in TARGETS:
+        types = {dict(job.kinds)["weight"].split()[0] for job in few if job.arch == arch}
+        assert types == {"*bf16", "*fp32", "*i8"}
 
 
 AMPERE = {"sm_86": resources.Chip(48, 16, 102_400, 1024, 65_536, 1, 256),
