@@ -121,6 +121,18 @@ def test_a_model_that_is_cast_as_a_whole_is_held_against_rounded_vectors(problem
             assert problem.errors[who](logits[True]) == 0.0
 
 
+def test_the_definition_of_a_step_is_computed_once_for_all_contexts(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(models, "exact_logits", lambda _, ids, *kind: lengths.append(ids.shape[1]) or torch.empty(0))
+    nowhere = torch.device("meta")
+    for kind in ({}, {"int8": True}, {"rounded": True}) * 2:
+        models.exact_step(nowhere, **kind)
+    assert lengths == [models.PROMPT + 1] * 3
+    monkeypatch.setattr(models, "PROMPT", 1)
+    models.exact_step(nowhere)
+    assert lengths[3:] == [2]
+
+
 def test_attentions_check_makes_its_mask_where_its_input_is():
     with torch.device("meta"):
         layer, u = Attention(64), torch.empty(1, 8, 64)

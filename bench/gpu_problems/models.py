@@ -103,8 +103,13 @@ def step_of_ours(device: torch.device, model: MambaLM, context: int) -> Call:
 
 
 def exact_step(device: torch.device, int8: bool = False, rounded: bool = False) -> Tensor:
-    """The logits of the same step by the definition: the whole sequence on the reference."""
-    return exact_logits(device, torch.cat([prompt(device, PROMPT), _token(device)[None]], dim=1), int8, rounded)
+    """The logits of the same step by the definition: the whole sequence on the reference, once for all contexts."""
+    return _exact_step(device, PROMPT, int8, rounded)
+
+
+@functools.cache
+def _exact_step(device: torch.device, count: int, int8: bool, rounded: bool) -> Tensor:
+    return exact_logits(device, torch.cat([prompt(device, count), _token(device)[None]], dim=1), int8, rounded)
 
 
 def rounded_error(device: torch.device, found: Tensor) -> float:
