@@ -10,6 +10,7 @@ whole cache or sequence.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
@@ -75,12 +76,15 @@ def language(device: torch.device, int8: bool = False) -> MambaLM:
     return cast_matrices(model, torch.int8 if int8 else dtype_of(device)).eval()
 
 
+def decoder(device: torch.device) -> Decoder:
+    """The Transformer's sizes: as many parameters as ours."""
+    return Decoder(2048, 24, 8192) if device.type == "cuda" else Decoder(64, 2, 128, 128)
+
+
 def transformer(device: torch.device) -> Transformer:
     torch.manual_seed(0)
-    large = device.type == "cuda"
     with device:
-        model = Transformer(2048, 24, 8192) if large else Transformer(64, 2, 128, 128)
-    return model.to(dtype_of(device)).eval()
+        return Transformer(*dataclasses.astuple(decoder(device))).to(dtype_of(device)).eval()
 
 
 def _token(device: torch.device) -> Tensor:
@@ -108,8 +112,8 @@ def exact_step(device: torch.device, int8: bool = False, rounded: bool = False) 
 
 
 @functools.cache
-def _exact_step(device: torch.device, count: int, int8: bool, rounded: bool) -> Tensor:
-    return exact_logits(device, torch.cat([prompt(device, count), _token(device)[None]], dim=1), int8, rounded)
+def _exact_step(device: torch.device, count: int, *kind: bool) -> Tensor:
+    return exact_logits(device, torch.cat([prompt(device, count), _token(device)[None]], dim=1), *kind)
 
 
 def rounded_error(device: torch.device, found: Tensor) -> float:
@@ -214,19 +218,27 @@ def uncached_step(device: torch.device, model: Transformer, context: int) -> Cal
     return lambda: model.last(ids)
 
 
+def _total(parts: list[counts.Part]) -> tuple[float, float]:
+    return sum(p.bytes for p in parts), sum(p.flops for p in parts)
+
+
 def needs(device: torch.device, context: float) -> dict[str, tuple[float, float]]:
     """Bytes and FLOPs of a token: ours every matrix once and the state there and back, a Transformer's its matrices
     and its cache, or without one the whole sequence again."""
-    size = torch.empty((), dtype=dtype_of(device)).element_size()
-    large = device.type == "cuda"
-    ours, theirs = language_config(device), Decoder(2048, 24, 8192) if large else Decoder(64, 2, 128, 128)
-    total = lambda parts: (sum(p.bytes for p in parts), sum(p.flops for p in parts))  # noqa: E731
+    ours, size = language_config(device), dtype_of(device).itemsize
     return {
-        OURS: total(counts.mamba_step(ours, 1, size)),
-        INT8: total(counts.mamba_step(ours, 1, 1)),
-        CACHED: total(counts.decoder_step(theirs, 1, context, size)),
-        UNCACHED: total(counts.decoder_pass(theirs, 1, int(context) + 1, size)),
+        OURS: _total(counts.mamba_step(ours, 1, size)),
+        INT8: _total(counts.mamba_step(ours, 1, 1)),
+        CACHED: _total(counts.decoder_step(decoder(device), 1, context, size)),
+        UNCACHED: pass_needs(device, int(context) + 1)[UNCACHED],
     }
+
+
+def pass_needs(device: torch.device, length: int) -> dict[str, tuple[float, float]]:
+    """Bytes and FLOPs of a whole sequence taken in at once."""
+    rest = 1, length, dtype_of(device).itemsize
+    theirs = _total(counts.decoder_pass(decoder(device), *rest))
+    return {OURS: _total(counts.mamba_pass(language_config(device), *rest)), UNCACHED: theirs}
 
 
 def cached_error(device: torch.device, total: int, context: int, found: Tensor) -> float:

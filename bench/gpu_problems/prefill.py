@@ -12,8 +12,7 @@ from functools import partial
 
 import torch
 
-from .. import counts, inputs, peers
-from ..counts import Decoder
+from .. import inputs, peers
 from ..measure import relative_error
 from . import models
 from .common import Call, Parts, Problem, backends, dtype_of, sizes
@@ -59,13 +58,9 @@ def _transformer(device: torch.device, length: int) -> Call:
 
 def _prefill(device: torch.device, length: int) -> Problem:
     own, ids = backends(device)[0], models.prompt(device, length)
-    size = torch.empty((), dtype=dtype_of(device)).element_size()
-    large = device.type == "cuda"
-    config, decoder = models.language_config(device), Decoder(2048, 24, 8192) if large else Decoder(64, 2, 128, 128)
-    needed, theirs = counts.mamba_pass(config, 1, length, size), counts.decoder_pass(decoder, 1, length, size)
-    total = lambda parts: (sum(p.bytes for p in parts), sum(p.flops for p in parts))  # noqa: E731
+    needed = models.pass_needs(device, length)
     contenders = {own: partial(_ours, device, length)}
-    if large:
+    if device.type == "cuda":
         contenders[models.MAMBA_SSM] = partial(_mamba_ssm, device, length)
     if length <= LONGEST_FALLBACK:
         contenders[peers.label()] = partial(_transformers, device, length)
@@ -77,7 +72,8 @@ def _prefill(device: torch.device, length: int) -> Problem:
         TRANSFORMER: partial(models.uncached_error, device, length - 1),
     }
     return Problem(
-        PREFILL, models.case(device, f"{length} tokens"), *total(needed), contenders,
+        PREFILL, models.case(device, f"{length} tokens"), *needed[models.OURS], contenders,
         lambda found: relative_error(found, exact()), 2 * inputs.BOUND[dtype_of(device)], errors,
-        {TRANSFORMER: total(theirs)}, energy=length == sizes(device, LENGTHS, SMALL)[0], tokens=length, ours=(own,),
+        {TRANSFORMER: needed[models.UNCACHED]}, energy=length == sizes(device, LENGTHS, SMALL)[0], tokens=length,
+        ours=(own,),
     )  # fmt: skip
