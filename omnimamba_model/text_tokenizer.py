@@ -44,6 +44,15 @@ def read_text_tokenizer(text: str) -> TextTokenizer:
     return WordTokenizer.from_json(text) if values.get("type") == "words" else BpeTokenizer.from_json(text)
 
 
+def lacks_additions(text: str) -> bool:
+    """Whether a tokenizer.json's text is GPT-NeoX's own, which ends where the published model's additions begin."""
+    try:
+        words = read_text_tokenizer(text)
+    except ValueError:
+        return False
+    return isinstance(words, BpeTokenizer) and words.vocab_size == SpecialTokens().pad
+
+
 class BpeTokenizer:
     """A tokenizer of the ``tokenizers`` library whose special tokens frame sequences."""
 

@@ -26,10 +26,10 @@ from ..foreign import read_any
 from ..hub import locate
 from ..layers import wide
 from ..omnimamba import OmniMamba
-from ..pipeline import ImageTokenizer, load_tokenizers
+from ..pipeline import PIXELS, ImageTokenizer, load_tokenizers
 from ..places import Place
-from ..text_tokenizer import TextTokenizer
-from ..weights import TOKENIZER, load
+from ..text_tokenizer import TextTokenizer, lacks_additions
+from ..weights import CONFIG, TOKENIZER, load, read_tokenizer
 from . import checkpoints
 from .ahead import ahead
 from .beside import side_by_side
@@ -168,7 +168,7 @@ def _claim(out: Path, settings: Run) -> None:
 
 def _parts(settings: Run) -> tuple[OmniMamba, TextTokenizer, ImageTokenizer]:
     """The model to start from, in fp32 at least: 16 bits would lose small updates and moments; and both tokenizers."""
-    beside = None if settings.tokenizers is None else Place.at(locate(settings.tokenizers))
+    beside = None if settings.tokenizers is None else _tokenizers(settings.tokenizers)
     if settings.fresh is not None:
         model, additions = OmniMamba(OmniMambaConfig.from_dict(settings.fresh)), False
     else:
@@ -184,6 +184,14 @@ def _parts(settings: Run) -> tuple[OmniMamba, TextTokenizer, ImageTokenizer]:
         )
     words, pixels = load_tokenizers(beside.tokenizers, model.config, additions or beside.additions)
     return model, words, pixels
+
+
+def _tokenizers(name: str) -> Place:
+    """Where both lie. Of a hub's repository only encoders in folders of it come down with them, so that not its weights
+    but its size tells whether a text tokenizer is GPT-NeoX's own."""
+    place = Place.at(locate(name, wanted=(CONFIG, TOKENIZER, *PIXELS, "*/*.json", "*/*.safetensors")))
+    text = read_tokenizer(place.tokenizers)
+    return place._replace(additions=place.additions or (text is not None and lacks_additions(text)))
 
 
 def _lessons(

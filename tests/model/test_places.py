@@ -1,5 +1,6 @@
 """Whole checkpoints wherever they lie: commands by a hub's name, the official file as it is published, old folders."""
 
+import fnmatch
 import json
 import shutil
 from dataclasses import replace
@@ -113,6 +114,34 @@ def test_the_official_release_is_trained_and_converted_wherever_it_lies(official
         for text, pictures in ((pipeline.words, pipeline.pixels), (words, seen), fresh):
             assert text.vocab_size == 50287 and text.is_special(50282)
             assert torch.equal(pictures.vq.state_dict()["quantize.embedding.weight"], expected)
+
+
+def test_of_tokenizers_on_the_hub_no_weights_come_down(official, hub, tmp_path, monkeypatch):
+    """GPT-NeoX's own gets the published additions all the same; one that has them stays as it is. Encoders that lie in
+    the repository, which vision.json names, do."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    model, release = official
+    asked, fetch = [], huggingface_hub.snapshot_download
+
+    def snapshot_download(name, *, allow_patterns, **options):
+        asked.append([file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)])
+        return fetch(name, allow_patterns=allow_patterns, **options)
+
+    files = ["dino/config.json", "dino/model.safetensors", "model.safetensors", "model-00001-of-00002.safetensors"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    neox(release)
+    official_vq(pixels := small_vq(), release, monkeypatch)
+    shutil.copytree(release, hub / "owner" / "release")
+    assert main(["convert", str(release), str(hub / "owner" / "whole")]) == 0
+    for name, held in (
+        ("owner/release", {"tokenizer.json", "vq_ds16_t2i.pt"}),
+        ("owner/whole", {"config.json", "tokenizer.json", *PublishedPixels.files}),
+    ):
+        _, words, seen = starts(tmp_path / "run.yaml", fresh=model.config.to_dict(), tokenizers=name)
+        assert {path.name for path in (tmp_path / "cache" / name).iterdir()} == held
+        assert words.vocab_size == 50287 and words.is_special(50282)
+        assert seen.sizes() == pixels.sizes()
+    assert asked == [files[:2]] * 2
 
 
 def test_an_image_tokenizer_beside_a_plain_mamba2(lm, tmp_path, monkeypatch):
