@@ -2,7 +2,8 @@
 
 It looks through the whole language for what to replace at each call of a device function, though that is replaced
 already since the launch began; it builds its table of NumPy's types for each value, and each value's shape and type
-anew. What is kept here instead is looked up by what it was made from.
+anew. What is kept here instead is looked up by what it was made from. It finds the common type of two operands of one
+type, and computes each sum and product of integers once more in 64 bits for an assertion that only debugging makes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def quicken() -> None:
     tl.tensor.__init__ = _remembered_shape(tl)
     semantic = type(interpreter.interpreter_semantic)
     semantic.broadcast_impl_value = _broadcast_if_different(semantic.broadcast_impl_value)
+    semantic.binary_op_type_checking_impl = _alike_as_they_are(semantic.binary_op_type_checking_impl, tl)
+    semantic.binary_op_sanitize_overflow_impl = _only_to_debug(semantic.binary_op_sanitize_overflow_impl)
 
 
 def _once_a_launch(patch: Any, new_scope: Any, tl: Any) -> Any:
@@ -121,3 +124,39 @@ def _broadcast_if_different(broadcast: Any) -> Any:
         return broadcast(self, lhs, rhs)
 
     return broadcast_impl_value
+
+
+def _alike_as_they_are(convert: Any, tl: Any) -> Any:
+    """Operands of one type need no conversion; a number takes the type of a value that can hold it."""
+    types = {"int1", "int32", "int64", "fp32", "fp64"}  # halves become fp32 to be divided
+    limits = {"int32": 2**31, "int64": 2**63, "fp32": 2**63}
+
+    def binary_op_type_checking_impl(
+        self: Any,
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        if type(lhs) is tl.tensor and arithmetic_check:
+            dtype = lhs.type.scalar
+            if type(rhs) is tl.tensor:
+                if dtype.name == rhs.type.scalar.name and dtype.name in types:
+                    return self.broadcast_impl_value(lhs, rhs)
+            elif type(rhs) is int and -limits.get(dtype.name, 0) <= rhs < limits.get(dtype.name, 0):
+                return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, dtype=dtype))
+            elif type(rhs) is float and dtype.name == "fp32":
+                return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, dtype=dtype))
+        return convert(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    return binary_op_type_checking_impl
+
+
+def _only_to_debug(check: Any) -> Any:
+    def binary_op_sanitize_overflow_impl(self: Any, *operands: Any) -> None:
+        if self.builder.options.debug:
+            check(self, *operands)
+
+    return binary_op_sanitize_overflow_impl
