@@ -1,6 +1,6 @@
 import pytest
 
-from omnimamba_model.text_tokenizer import SPECIAL, WordTokenizer
+from omnimamba_model.text_tokenizer import SPECIAL, BpeTokenizer, WordTokenizer, lacks_additions
 
 WORDS = WordTokenizer.of_texts(["Which digit is this?", "a handwritten seven"])
 
@@ -36,3 +36,17 @@ def test_survives_json():
 def test_other_tokenizers_are_refused(text):
     with pytest.raises(ValueError, match="tokenizer.json"):
         WordTokenizer.from_json(text)
+
+
+def test_gpt_neoxs_own_is_known_by_where_it_ends():
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def of(count):
+        return tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+
+    assert lacks_additions(of(50277).to_str())
+    assert not lacks_additions(of(50276).to_str()) and not lacks_additions(of(50287).to_str())
+    assert not lacks_additions(BpeTokenizer.trained(["a cat"], 300).to_json())
+    words = WordTokenizer(f"w{i}" for i in range(50277 - 8))
+    assert words.vocab_size == 50277 and not lacks_additions(words.to_json())
+    assert not lacks_additions("{")
