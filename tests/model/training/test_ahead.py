@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from runs import losses, until, written
 
 from omnimamba_model import OmniMamba, load
 from omnimamba_model.training import checkpoints
@@ -55,13 +56,6 @@ class Watched(Lesson):
 
     def join(self, rows):
         return "text", {"ids": torch.tensor(rows)}
-
-
-def until(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return bool(condition())
 
 
 def test_the_same_batches_and_counts_made_before_they_are_asked_for():
@@ -136,17 +130,6 @@ def test_no_lesson_waits_for_another_to_be_told_that_the_run_is_over():
         trainer.ahead["a"](0)
         assert within.wait(60)
     assert told and all(told)
-
-
-def losses(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "loss", "rate", "tokens", "passed over", "gradient")
-    return [{k: v for k, v in line.items() if k.startswith(kept) and k != "tokens/s"} for line in lines]
-
-
-def written(path, values):
-    path.write_text(yaml.safe_dump(values))
-    return read(path)
 
 
 def test_a_run_is_the_same_however_far_ahead(values, data, tmp_path):

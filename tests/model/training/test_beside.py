@@ -2,40 +2,26 @@
 
 import dataclasses
 import io
-import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from runs import losses, until, written
 
 from omnimamba_model import OmniMamba, load
 from omnimamba_model.training import Phase, Trainer, beside, checkpoints
 from omnimamba_model.training.beside import side_by_side
 from omnimamba_model.training.parallel import Ranks
 from omnimamba_model.training.run import run
-from omnimamba_model.training.settings import read
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def losses(out) -> list[dict]:
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "loss", "rate", "passed over")
-    return [{k: v for k, v in line.items() if k.startswith(kept) or k == "tokens"} for line in lines]
-
-
-def read_settings(path, values):
-    path.write_text(yaml.safe_dump(values))
-    return read(path)
 
 
 def children(pid: int) -> list[int]:
@@ -49,21 +35,14 @@ def ended(pid: int) -> bool:
         return True
 
 
-def until(condition, seconds: float = 300) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return bool(condition())
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_the_same_bits_through_a_kill_and_no_process_or_file_stays(values, data, tmp_path):
     """With dropout, for which each step and lesson has its own seed; a bad picture is counted over there too."""
     (data / "3.png").write_bytes(b"no picture")
     values = values | {"steps": 8, "fresh": values["fresh"] | {"lora_dropout": 0.3}}
-    run(read_settings(tmp_path / "one.yaml", values | {"out": str(tmp_path / "one")}), print)
+    run(written(tmp_path / "one.yaml", values | {"out": str(tmp_path / "one")}), print)
     values |= {"side_by_side": True, "recompute": True}
-    settings = read_settings(tmp_path / "two.yaml", values)
+    settings = written(tmp_path / "two.yaml", values)
     command = [sys.executable, "-m", "omnimamba_model", "train", str(tmp_path / "two.yaml")]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -90,10 +69,10 @@ def test_the_same_bits_through_a_kill_and_no_process_or_file_stays(values, data,
 def test_sixteen_bits_layers_computed_again_and_accumulation_go_together(values, tmp_path, changes):
     """The bits of one process; with accumulation its sums in another order, so that the last bits differ."""
     values |= {"steps": 3, "fresh": values["fresh"] | {"lora_dropout": 0.3}, **changes}
-    run(read_settings(tmp_path / "one.yaml", values | {"out": str(tmp_path / "one")}), print)
+    run(written(tmp_path / "one.yaml", values | {"out": str(tmp_path / "one")}), print)
     plain = values | {"recompute": False, "precision": "fp32", "out": str(tmp_path / "wide")}
-    run(read_settings(tmp_path / "wide.yaml", plain), print)
-    run(read_settings(tmp_path / "two.yaml", values | {"side_by_side": True}), print)
+    run(written(tmp_path / "wide.yaml", plain), print)
+    run(written(tmp_path / "two.yaml", values | {"side_by_side": True}), print)
     one, two, wide = (losses(out) for out in (tmp_path / "one", values["out"], tmp_path / "wide"))
     assert one != wide, "16 bits are used"
     if "accumulate" not in changes:
@@ -110,7 +89,7 @@ def test_what_goes_wrong_over_there_is_raised_here(values, data, tmp_path):
         (data / f"{i}.png").unlink()
     said = []
     with pytest.raises(ValueError, match="none of 7 records can be used, for example: .*png cannot be read"):
-        run(read_settings(tmp_path / "s.yaml", values | {"side_by_side": True}), said.append)
+        run(written(tmp_path / "s.yaml", values | {"side_by_side": True}), said.append)
     assert "passed over 7 times, a record or a whole file each:" in said, "as it was counted there"
 
 
