@@ -148,10 +148,10 @@ class Reader:
         operands = [self[name] for name in re.findall(_NAME, right)]
         if operation in ("addi", "subi", "muli", "shli"):
             low, high = corners(operation, *operands)
+            self.checked += "i32" in kind
             value, wraps = full(kind), operands[0].wraps | operands[1].wraps
             if any(v.low == v.high and abs(v.low) > POSITION for v in operands):  # a factor or key of Philox
                 return value
-            self.checked += "i32" in kind
             if value.low <= low and high <= value.high:
                 return Value(low, high, wraps)
             return Value(value.low, value.high, wraps | ({line} if "i32" in kind else set()))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def limits(job: ahead.Job) -> dict[str, int]:
     return found
 
 
-def every_kernel(op: str) -> list[ahead.Job]:
+@cache
+def every_launch(op: str) -> list[ahead.Job]:
     """Of each kernel and each of its flags' values that calls have, the launch with the fewest constants."""
     found: dict[tuple, ahead.Job] = {}
     for job in ahead.jobs(calls(op), ["sm_90"]):
@@ -58,13 +60,19 @@ def every_kernel(op: str) -> list[ahead.Job]:
 
 
 def read(job: ahead.Job, most: dict[str, int]) -> Reader:
-    kinds = dict(job.kinds)
-    return Reader(ahead.first_form(job), [name for name in job.function().arg_names if name in kinds], most)
+    """What is found in the kernel, of whose arithmetic in 32 bits nothing was passed over."""
+    kinds, text = dict(job.kinds), ahead.first_form(job)
+    found = Reader(text, [name for name in job.function().arg_names if name in kinds], most)
+    assert found.checked == len(re.findall(r"= arith\.(?:add|sub|mul|shl)i .*: (?:tensor<[\dx]+x)?i32>?$", text, re.M))
+    return found
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_no_address_wraps(op):
-    for job in every_kernel(op):
+PARTS = {"ssd_scan": 4, "causal_conv1d": 2}  # which have most of the kernels
+
+
+@pytest.mark.parametrize(("op", "part"), [(op, part) for op in OPS for part in range(PARTS.get(op, 1))])
+def test_no_address_wraps(op, part):
+    for job in every_launch(op)[part :: PARTS.get(op, 1)]:
         found = read(job, limits(job))
         assert found.addresses and not found.faults, f"{job.kernel}, {job.call}: {found.faults}"
 
