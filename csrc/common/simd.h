@@ -29,7 +29,9 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));  // W halves, as bits
 
+#ifndef OM_INLINE
 #define OM_INLINE inline __attribute__((always_inline))
+#endif
 
 OM_INLINE vf splat(float a) { return a - vf{}; }
 OM_INLINE vi splat_int(int32_t a) { return a - vi{}; }
