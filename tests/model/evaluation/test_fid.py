@@ -12,7 +12,7 @@ from torch import nn
 from omnimamba_model import GREEDY, Sampling
 from omnimamba_model.evaluation import draw_captions, fid
 from omnimamba_model.evaluation.drawings import read_captions
-from omnimamba_model.evaluation.fid import read_features
+from omnimamba_model.evaluation.fid import _batches, pictures, read_features
 
 pytest.importorskip("torchmetrics")
 
@@ -38,14 +38,20 @@ def test_fid_is_the_distance_of_two_gaussians(tmp_path):
     assert fid(a, a, Means()) == pytest.approx(0, abs=1e-6)
 
     def features(path):
-        from omnimamba_model.evaluation.fid import _batches, pictures
-
         return Means()(next(_batches(pictures(path), 6))).numpy()
 
     x, y = features(a), features(b)
     cov_x, cov_y = np.cov(x.T), np.cov(y.T)
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * linalg.sqrtm(cov_x @ cov_y).real)
     assert fid(a, b, Means(), batch=4) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fid_resizes_bicubically(tmp_path):
+    path = folder(tmp_path / "a", 0) / "3.png"  # as wide as it is high
+    with Image.open(path) as image:
+        expected = np.array(image.resize((299, 299), Image.Resampling.BICUBIC))
+    (found,) = next(_batches([path], 1))
+    assert np.array_equal(found.permute(1, 2, 0), expected)
 
 
 def test_fid_looks_at_the_middle_of_a_picture(tmp_path):
@@ -140,7 +146,6 @@ def test_inceptions_weights_are_read_from_a_file(tmp_path, capsys, monkeypatch):
     """Through torchmetrics' own argument, by the command; the distance is that between the means and covariances of
     those 2048 features, whose eigenvalues are not worked out here."""
     from omnimamba_model import cli
-    from omnimamba_model.evaluation.fid import _batches, pictures
 
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", True)
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Inception)
