@@ -182,19 +182,20 @@ def test_only_so_many_wait(lm, recorded):
     assert [graph.kind[0] for graph in lm.backbone.graphs._free] == list(range(3, MOST + 3))
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["one task", "mixed, then one task"])
+@pytest.mark.parametrize("mixed", [0, 64, 128], ids="one task|mixed, then one task|mixed for less long".split("|"))
 def test_many_rows_record_nothing_twice(graphed, plain, caption, text, recorded, mixed):
-    """300 rows need ten graphs, more than wait whatever they hold; once fewer than 64 are left the mixture ends."""
+    """300 rows need ten graphs, more than wait whatever they hold; once fewer than ``mixed`` are left the mixture ends.
+    Where that is sooner all their rooms have 939 rows, more than three times those of the largest."""
     rooms = [300, 256, 128, 64, 32, 16, 8, 4, 2, 1]
     with torch.inference_mode():
         said = Row(BASE, graphed.backbone.embedding(text[1, :4]), 1)
         (drawn,) = drawing_rows(graphed, caption[:1])
-        rows = [replace(drawn if mixed and i >= 64 and i % 2 else said, steps=1) for i in range(300)]
+        rows = [replace(drawn if mixed and i >= mixed and i % 2 else said, steps=1) for i in range(300)]
         rows = [replace(row, steps=1 + sum(i < room for room in rooms)) for i, row in enumerate(rows)]
-        if mixed:  # the last drawing is one of 64 rows, and leaves room for 64 of one task
-            rows = [replace(row, steps=row.steps + (i < 64)) for i, row in enumerate(rows)]
-            rows[63] = replace(drawn, steps=rows[64].steps + 1)
-            rooms.insert(3, 64)
+        if mixed:  # the last drawing is one of so many rows, and leaves room for as many of one task
+            rows = [replace(row, steps=row.steps + (i < mixed)) for i, row in enumerate(rows)]
+            rows[mixed - 1] = replace(drawn, steps=rows[mixed].steps + 1)
+            rooms.insert(rooms.index(mixed), mixed)
         expected = generate(plain, rows, GREEDY)
         recorded.clear()
         for again in (rooms, [], []):
