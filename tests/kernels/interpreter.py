@@ -114,14 +114,26 @@ def _remembered_shape(tl: Any) -> Any:
 
 
 def _broadcast_if_different(broadcast: Any) -> Any:
-    """Types of one shape share it, see above; two scalars have none."""
+    """Types of one shape share it, see above; two scalars have none; a scalar becomes a block of a type made before."""
+    known: dict[tuple[int, str], Any] = {}
+
+    def filled(self: Any, scalar: Any, block: Any) -> Any:
+        dtype = scalar.type.scalar
+        place = id(block.shape), dtype.name
+        kind = known.get(place) or block.with_element_ty(dtype)  # which keeps the shape, and so its id
+        if not dtype.is_ptr():
+            known[place] = kind
+        return self.tensor(self.builder.create_splat(kind, scalar.handle), kind)
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
         left, right = lhs.type, rhs.type
-        blocks = left.is_block(), right.is_block()
-        if not any(blocks) or (all(blocks) and left.shape is right.shape):
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        if left.is_block() and right.is_block():
+            return (lhs, rhs) if left.shape is right.shape else broadcast(self, lhs, rhs)
+        if left.is_block():
+            return lhs, filled(self, rhs, left)
+        if right.is_block():
+            return filled(self, lhs, right), rhs
+        return lhs, rhs
 
     return broadcast_impl_value
 
