@@ -324,7 +324,7 @@ def ssd_back_chunks(
     per_group = heads // groups
     first_head = g * per_group + part * part_heads
     last_head = tl.minimum(first_head + part_heads, (g + 1) * per_group)
-    part_size += b * 0  # 64 bits wide
+    part_size = tl.cast(part_size, tl.int64)
     step_at, state_at = b * heads * chunk_count + chunk, (b * chunk_count + chunk) * heads
     start = chunk * CHUNK
     position = b * l + start

@@ -195,7 +195,7 @@ def ssd_walk(
                 if not NARROW and N_PARTS > 1:  # float32 is read again rather than held
                     C_tile = load_rows(C + (cs[:, None] * C_l + n_at[None]), keep, n_at < N, EVEN).to(tl.float32)
                 if SAVE:
-                    saved = states + (row * 0 + chunk // KEEP_EVERY) * h * (P * N)
+                    saved = states + tl.cast(chunk // KEEP_EVERY, tl.int64) * h * (P * N)
                     now = (chunk % KEEP_EVERY == 0) & p_in[:, None] & (n_at < N)[None]
                     tl.store(saved + ((i * P + ps[:, None]) * N + n_at[None]), part, mask=now)
                 out = tl.dot(part.to(C_tile.dtype), tl.trans(C_tile), out, input_precision=PRECISION)
