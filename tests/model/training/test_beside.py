@@ -142,8 +142,10 @@ def test_threads_are_dealt_out_unless_they_are_told(model, monkeypatch, had, ask
 
     monkeypatch.setattr(beside, "Beside", Noted)
     torch.set_num_threads(had)
-    with side_by_side(two_lessons(model), asked):
+    trainer = two_lessons(model)
+    trainer.prefetch = 3
+    with side_by_side(trainer, asked):
         assert torch.get_num_threads() == each
     assert torch.get_num_threads() == had
-    ((*_, threads),) = given
-    assert threads == each
+    ((*_, prefetch, threads),) = given
+    assert threads == each and prefetch == 3
