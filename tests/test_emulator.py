@@ -257,6 +257,7 @@ def test_a_fault_is_caught_and_a_right_kernel_is_not(name):
         ("hopper_no_publish", r"product_kernel, block .*thread .*tensor_load: its mbarrier was set up"),
         ("hopper_store_not_fenced", r"double_kernel, block .*thread .*tensor_load: over what thread \d+ has"),
         ("steps_registers_not_fenced", r"steps_kernel, block .*thread .*wgmma: no wgmma_fence\(\) since"),
+        ("registers_written", r"registers_kernel, block .*thread .*since the registers of A were written"),
         ("steps_left_out", r"steps_kernel, block .*thread .*a warp of its warpgroup has left out a product"),
         ("steps_not_waited_at_end", r"steps_kernel, block .*thread .*ended before its products were complete"),
         ("hopper_wrong_bytes", r"product_kernel: deadlock: .* wait for mbarrier phase"),

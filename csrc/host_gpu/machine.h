@@ -75,6 +75,12 @@ struct Thread {
 struct Tile;
 struct Issued;
 
+// Registers of A of the first lane, and what was in those of all lanes (16 x 16).
+struct Held {
+  const uint32_t* registers;
+  std::vector<float> values;
+};
+
 struct Warp {
   std::vector<Together> open;
   unsigned pause = 0;  // rounds it misses
@@ -82,9 +88,10 @@ struct Warp {
   // Its quarter of the products of its warpgroup, which wait for no other warp.
   std::vector<std::vector<std::shared_ptr<Issued>>> groups{1};  // committed ones, then the open one
   std::vector<std::shared_ptr<Tile>> tiles;
-  uint64_t products = 0;  // that it issued
-  bool fenced = false;    // since it last waited for any
-  bool working = false;   // some are left for the hardware to do
+  std::vector<Held> held;  // registers that its products have read since its last wgmma_fence()
+  uint64_t products = 0;   // that it issued
+  bool fenced = false;     // since it last waited for any
+  bool working = false;    // some are left for the hardware to do
 };
 
 // Four warps issue the same products, each in its own time.

@@ -29,7 +29,7 @@ void watch_shared() {
 }
 
 void note_write(const void* p, std::size_t bytes) {
-  constexpr std::size_t MANY = 8192;
+  constexpr std::size_t MANY = 256;
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(p) - watched->at(0));
   if (offset >= Shared::CAPACITY) return;
   std::vector<Piece>& written = self().written;

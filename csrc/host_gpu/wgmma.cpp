@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
-#include <map>
 
 namespace omnimamba::host_gpu {
 
@@ -30,11 +30,14 @@ struct Issued {
 
 namespace {
 
-// Registers of A that a warp's products have read since its last wgmma_fence(), and what was in them.
-using Held = std::map<const uint32_t*, std::vector<float>>;
-Held& held_by(const Warp& warp) {
-  static std::map<const Warp*, Held> all;
-  return all[&warp];
+// Stops with an error where the registers of A are not what an earlier product since the last wgmma_fence() read there.
+void check_held(Warp& warp, const uint32_t* registers, const std::vector<float>& a) {
+  const auto known =
+      std::find_if(warp.held.begin(), warp.held.end(), [=](const Held& h) { return h.registers == registers; });
+  if (known == warp.held.end())
+    warp.held.push_back({registers, a});
+  else if (std::memcmp(known->values.data(), a.data(), a.size() * sizeof(float)) != 0)  // NaN is what it was
+    fail("wgmma: no wgmma_fence() since the registers of A were written");
 }
 
 template <class Argument, class Compute>
@@ -193,9 +196,7 @@ void wgmma(const Product& mine) {
           const Place at = fragment::a16(lane, i);
           op->a[static_cast<std::size_t>(at.row * DEPTH + at.column)] = all[lane]->a[i];
         }
-      const auto known = held_by(warp).emplace(first.registers, op->a);
-      if (!known.second && known.first->second != op->a)
-        fail("wgmma: no wgmma_fence() since the registers of A were written");
+      check_held(warp, first.registers, op->a);
     }
     warp.groups.back().push_back(op);
     if (!warp.working) later([&warp] { work_off(warp); }, true);
@@ -207,7 +208,7 @@ void wgmma_fence() {
   int nothing = 0;
   together_in_warp("wgmma_fence", nothing, [](int**) {
     self().warp->fenced = true;
-    held_by(*self().warp).clear();
+    self().warp->held.clear();
   });
 }
 
