@@ -28,7 +28,7 @@ ORDER = (
     "bench_omnimamba.py",
 )  # fmt: skip
 """What promises rest on first, but for what takes long."""
-FULL_ROUNDS, ADDED_ROUNDS = 0.2, 0.7
+FULL_ROUNDS, ADDED_ROUNDS = 0.15, 0.6
 """Shares of them in which contenders are timed in as many rounds as their own budget pays for, then in few; and in
 which rounds are added where promises rest on too few quiet ones."""
 
