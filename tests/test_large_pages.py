@@ -64,6 +64,7 @@ def test_shape_and_dtype_are_as_asked(dtype):
     t = empty(2, 3, large_pages.LARGE, dtype=dtype)
     assert (t.shape, t.dtype, t.is_contiguous(), t._is_view()) == ((2, 3, large_pages.LARGE), dtype, True, False)
     t[-1, -1, -1] = 3  # the last element is there
+    assert t.data_ptr() % large_pages.PAGE == 0
     with torch.device("meta"):
         assert empty(COUNT).device.type == "cpu"
 

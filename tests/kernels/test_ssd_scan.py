@@ -293,3 +293,15 @@ def test_a_nan_shows(run, name):
     tensors[name] = torch.full_like(tensors[name], float("nan"))
     y = scan(case.options)(**tensors)[0]
     assert y[:, 1:].isnan().all()  # the first position sees no decay
+
+
+@pytest.mark.parametrize("name", GRADS)
+def test_one_tensor_may_be_of_another_dtype(run, name):
+    """It counts as the number that it holds."""
+    case = Case("all", 2, 70, 2, 16, n=16, skip=2, gate=True, initial_states=True)
+    function, tensors = scan(case.options), case.tensors()
+    narrow = tensors[name].bfloat16()
+    found, expected = (function(**(tensors | {name: t}))[0] for t in (narrow, narrow.float()))
+    assert found.dtype is (narrow.dtype if name == "x" else torch.float32)
+    margin = 2**-7 if name == "x" else 2**-17
+    torch.testing.assert_close(found.float(), expected, rtol=margin, atol=margin)
