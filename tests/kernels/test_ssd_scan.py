@@ -305,3 +305,14 @@ def test_one_tensor_may_be_of_another_dtype(run, name):
     assert found.dtype is (narrow.dtype if name == "x" else torch.float32)
     margin = 2**-7 if name == "x" else 2**-17
     torch.testing.assert_close(found.float(), expected, rtol=margin, atol=margin)
+
+
+@pytest.mark.parametrize("name", ["B", "C", "z"])
+def test_one_wider_tensor_keeps_its_digits(run, name):
+    if not run.startswith("native"):
+        pytest.skip("kernels of a GPU take these in x's dtype")
+    case = Case("all", 2, 70, 2, 16, n=16, skip=2, gate=True, initial_states=True)
+    function, wide = scan(case.options), case.tensors()
+    narrow = case.tensors(torch.bfloat16) | {name: wide[name]}
+    expected = function(**{k: t.float() for k, t in narrow.items() if t is not None})[0]
+    assert same_bits(function(**narrow)[0], expected.bfloat16())
