@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .backends import type_of
 
 
 class _Run(torch.autograd.Function):
@@ -51,17 +53,12 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
         _refuse_forward_mode(tensors)
         if recorded:
             return _Run.apply(implementation, options, *tensors)
-    device = _type_of(tensors[0].device)
+    device = type_of(tensors[0].device)
     # Arithmetic is float32 at least, whatever a caller's autocast says. Of meta tensors torch cannot say.
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return implementation.forward(*tensors, save=recorded, **options)[0]
     return implementation.forward(*tensors, save=recorded, **options)[0]
-
-
-@cache
-def _type_of(device: torch.device) -> str:
-    return device.type
 
 
 def _refuse_forward_mode(tensors: tuple[Tensor | None, ...]) -> None:

@@ -68,14 +68,15 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 @cache
-def _order(device: torch.device) -> tuple[str, ...]:
-    return _ORDER.get(device.type, ())
+def type_of(device: torch.device) -> str:
+    """``device.type``, which torch makes anew each time."""
+    return device.type
 
 
 def _runs_on(name: str, device: torch.device) -> bool:
     if name == "triton":
         return triton_launch.runs_on(device)
-    return cuda.runs_on(device) if name == "cuda" else name in _order(device)
+    return cuda.runs_on(device) if name == "cuda" else name in _ORDER.get(type_of(device), ())
 
 
 def _why_not(op: str, name: str, device: torch.device, tensors: tuple, options: dict) -> str | None:
@@ -105,7 +106,7 @@ def choose(op: str, backend: str | None, *tensors: torch.Tensor | None, **option
             raise RuntimeError(f"{op}: backend {wanted!r} cannot run: {reason}")
         return _module(op, wanted)
     reasons = []
-    for name in _order(device):
+    for name in _ORDER.get(type_of(device), ()):
         reason = _why_not(op, name, device, tensors, options)
         if reason is None:
             return _module(op, name)

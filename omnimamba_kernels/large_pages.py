@@ -49,7 +49,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int]) -> T
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     # The view lives as long as the last tensor on it; nothing else refers to it.
     view = memoryview(memory)
-    loan = weakref.ref(view, _returned)
+    loan = weakref.ref(view, _give_back)
     _lent[id(loan)] = loan, memory
     tensor = torch.frombuffer(view, dtype=dtype, count=count, offset=memory.first).as_strided_(shape, strides)
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
@@ -90,11 +90,8 @@ def _mapped(nbytes: int) -> _Memory | None:
     return memory
 
 
-def _returned(loan: weakref.ref[memoryview]) -> None:
-    _give_back(_lent.pop(id(loan))[1])
-
-
-def _give_back(memory: _Memory) -> None:
+def _give_back(loan: weakref.ref[memoryview]) -> None:
+    _, memory = _lent.pop(id(loan))
     if len(memory) > KEPT:
         return
     _idle.append(memory)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..native import stored_as
 from .layout import add_final_states, dense_strides, final_states, laid_out, like, padded_ids, sizes
 
 
@@ -27,8 +26,8 @@ def forward(
 ) -> tuple[tuple[Tensor, Tensor | None], tuple]:
     w = weight.shape[1]
     x = laid_out(x)
-    taps = stored_as(torch.float32, weight).t().contiguous()
-    offset = None if bias is None else stored_as(torch.float32, bias).contiguous()
+    taps = native.stored_as(torch.float32, weight).t().contiguous()
+    offset = None if bias is None else native.stored_as(torch.float32, bias).contiguous()
     before = None if initial_states is None else like(initial_states.to(x.dtype), x)
     live = None if seq_idx is None else _live_bits(seq_idx, w)
     y = _new(x)
@@ -102,8 +101,8 @@ def update(
         "causal_conv1d_update",
         x=x,
         conv_state=conv_state,
-        weight=weight if weight.dtype == torch.float32 else weight.float(),
-        bias=bias if bias is None or bias.dtype == torch.float32 else bias.float(),
+        weight=native.stored_as(torch.float32, weight),
+        bias=native.stored_as(torch.float32, bias),
         cache_seqlens=cache_seqlens,
         conv_state_indices=conv_state_indices,
         y=y,

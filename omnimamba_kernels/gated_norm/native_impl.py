@@ -29,7 +29,7 @@ def forward(
     native.call(
         "gated_norm_forward",
         x=rows,
-        z=None if z is None else rows_of(z if z.dtype is x.dtype else z.to(x.dtype)),
+        z=None if z is None else rows_of(native.stored_as(x.dtype, z)),
         weight=floats(weight),
         bias=None if bias is None else floats(bias),
         y=rows_of(y),
@@ -51,7 +51,7 @@ def add_forward(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float)
     native.call(
         "gated_norm_forward",
         x=residual,
-        update=rows_of(update if update.dtype is residual.dtype else update.to(residual.dtype)),
+        update=rows_of(native.stored_as(residual.dtype, update)),
         weight=floats(weight),
         y=y,
         **sizes(residual),
@@ -78,7 +78,7 @@ def backward(
     rows = rows_of(x)
     arguments = dict(
         x=rows,
-        z=None if z is None else rows_of(z if z.dtype is x.dtype else z.to(x.dtype)),
+        z=None if z is None else rows_of(native.stored_as(x.dtype, z)),
         weight=floats(weight),
         bias=None if bias is None else floats(bias),
         dy=rows_of(grads[0]),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..native import stored_as
 from .int8 import GROUP
 from .routing import tasks_of_rows
 
@@ -180,7 +179,7 @@ def _matmul(a: Tensor, b: Tensor, start: Tensor | None = None, dtype: torch.dtyp
     native.call(
         "matmul", a=a, b=b, c=c, start=start, workspace=native.floats(_matmul_floats(a, b, amx)), m=m, n=n, k=k, amx=amx
     )
-    return stored_as(dtype, c)
+    return native.stored_as(dtype, c)
 
 
 def _matmul_floats(a: Tensor, b: Tensor, amx: bool) -> int:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..native import stored_as
 
 CHUNK = 64  # kChunk in csrc/ssd_scan/layout.h
 SHORT = 8  # kShort there: up to this length the plain recurrence is faster than a chunk
@@ -51,10 +50,10 @@ def forward(
     if l == 0:
         final.copy_(initial_states) if initial_states is not None else final.zero_()
         saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, *[None] * 4)
-        return (stored_as(x.dtype, y), final, varlen), saved
+        return (native.stored_as(x.dtype, y), final, varlen), saved
     if l <= SHORT and seq_idx is None and cu_seqlens is None and not save:
         native.call("ssd_scan_short", **fields, **sizes)
-        return (stored_as(x.dtype, y), final, None), ()
+        return (native.stored_as(x.dtype, y), final, None), ()
     chunks, first, sizes["max_chunks"] = _cut(b, l, seq_idx, cu_seqlens, initial_states is not None)
     fields |= dict(chunks=chunks, first_chunk=first)
     states = ungated = None
@@ -66,7 +65,7 @@ def forward(
     workspace = native.floats(native.call("ssd_scan_forward_workspace", states=states, **sizes))
     native.call("ssd_scan_forward", workspace=workspace, **fields, **sizes)
     saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, chunks, first, states, ungated)
-    return (stored_as(x.dtype, y), final, varlen), saved if save else ()
+    return (native.stored_as(x.dtype, y), final, varlen), saved if save else ()
 
 
 def backward(
@@ -131,13 +130,13 @@ def _fields(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit
         storage = plain
     return {
         "x": _rows(storage, x),
-        "dt": stored_as(plain, dt),
-        "A": stored_as(plain, A),
+        "dt": native.stored_as(plain, dt),
+        "A": native.stored_as(plain, A),
         "B": _rows(storage, B),
         "C": _rows(storage, C),
-        "D": stored_as(plain, D),
+        "D": native.stored_as(plain, D),
         "z": _rows(storage, z),
-        "dt_bias": stored_as(plain, dt_bias),
+        "dt_bias": native.stored_as(plain, dt_bias),
         "initial_states": _rows(plain, initial_states),
         "dt_softplus": dt_softplus,
         "dt_low": dt_limit[0],
@@ -149,7 +148,7 @@ def _rows(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:
     """``t`` in ``dtype`` with its last dimension side by side; most often ``t`` itself."""
     if t is None:
         return None
-    t = stored_as(dtype, t)
+    t = native.stored_as(dtype, t)
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
