@@ -75,7 +75,7 @@ def seed(state, ends, decays, initial, index, count, size, at, initial_at, insid
 
 
 @triton.jit
-def load_rows(at, rows_in, columns_in, EVEN: tl.constexpr, KEEP: tl.constexpr = ""):
+def load_rows(at, rows_in, columns_in, EVEN: tl.constexpr, KEEP: tl.constexpr):
     """A tile, 0 outside; EVEN: no row and no column is outside. KEEP is the cache's policy."""
     if EVEN:
         return tl.load(at, eviction_policy=KEEP)
@@ -185,7 +185,7 @@ def ssd_walk(
         grown = ()
         for i in tl.static_range(HEADS):
             mine = steps + i * 4 * CHUNK
-            x_tile = load_rows(x + i * x_h + (cs[:, None] * x_l + ps[None]), keep, p_in, EVEN)
+            x_tile = load_rows(x + i * x_h + (cs[:, None] * x_l + ps[None]), keep, p_in, EVEN, "")
             if not NARROW:
                 x_tile = x_tile.to(tl.float32)
             out = tl.zeros((BLOCK_P, CHUNK), tl.float32)
@@ -193,7 +193,7 @@ def ssd_walk(
                 n_at = k * BLOCK_N + ns
                 part, C_tile = parts[i * N_PARTS + k], C_tiles[k]
                 if not NARROW and N_PARTS > 1:  # float32 is read again rather than held
-                    C_tile = load_rows(C + (cs[:, None] * C_l + n_at[None]), keep, n_at < N, EVEN).to(tl.float32)
+                    C_tile = load_rows(C + (cs[:, None] * C_l + n_at[None]), keep, n_at < N, EVEN, "").to(tl.float32)
                 if SAVE:
                     saved = states + tl.cast(chunk // KEEP_EVERY, tl.int64) * h * (P * N)
                     now = (chunk % KEEP_EVERY == 0) & p_in[:, None] & (n_at < N)[None]
@@ -214,7 +214,7 @@ def ssd_walk(
             if HAS_Z:
                 if SAVE:
                     store_rows(ungated + y_tile, out, t < l, p_in, EVEN)
-                gate = load_rows(z + i * z_h + (cs[:, None] * z_l + ps[None]), keep, p_in, EVEN).to(tl.float32)
+                gate = load_rows(z + i * z_h + (cs[:, None] * z_l + ps[None]), keep, p_in, EVEN, "").to(tl.float32)
                 out *= gate / (1.0 + tl.exp(-gate))
             store_rows(y + y_tile, out, t < l, p_in, EVEN)
 
@@ -223,7 +223,7 @@ def ssd_walk(
             for k in tl.static_range(N_PARTS):
                 n_at, B_tile = k * BLOCK_N + ns, B_tiles[k]
                 if not NARROW and N_PARTS > 1:
-                    B_tile = load_rows(B + (cs[:, None] * B_l + n_at[None]), keep, n_at < N, EVEN).to(tl.float32)
+                    B_tile = load_rows(B + (cs[:, None] * B_l + n_at[None]), keep, n_at < N, EVEN, "").to(tl.float32)
                 part = parts[i * N_PARTS + k] * through
                 if HAS_SEQ:
                     part = tl.where(through < 0.0, 0.0, part)
