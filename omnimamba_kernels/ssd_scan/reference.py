@@ -99,7 +99,8 @@ def _chunk(
     carried = (total.exp() * (run == before)[..., None]).unflatten(2, by_group)
     state = state.unflatten(1, by_group)
     y = y + torch.einsum("btgn,bghpn,btgh->btghp", C, state, carried)
-    state = torch.einsum("bsgn,bsghp,bsgh->bghpn", B, xdt, decay[:, -1]) + state * carried[:, -1, ..., None, None]
+    left = xdt * decay[:, -1, ..., None]  # first: einsum goes from left to right, and would write out each s's p x n
+    state = torch.einsum("bsgn,bsghp->bghpn", B, left) + state * carried[:, -1, ..., None, None]
     return y.flatten(2, 3), state.flatten(1, 2)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from common import DTYPES, THREAD_COUNTS, check, evaluate, framed, runs, same_bits, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimamba_kernels import mamba_chunk_scan_combined
 from omnimamba_kernels.ssd_scan.cases import CASES, Case
@@ -314,3 +315,22 @@ def test_one_wider_tensor_keeps_its_digits(run, name):
     narrow = case.tensors(torch.bfloat16) | {name: wide[name]}
     expected = function(**{k: t.float() for k, t in narrow.items() if t is not None})[0]
     assert same_bits(function(**narrow)[0], expected.bfloat16())
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation of torch returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.size = max(self.size, found.numel() if isinstance(found, torch.Tensor) else 0)
+        return found
+
+
+def test_the_reference_writes_out_nothing_larger_than_its_scores():
+    """Not each position's share of the state, which is p x n numbers of every head."""
+    tensors = Case("several chunks", 1, 64, 4, 16, n=32).tensors()
+    with Largest() as largest:
+        mamba_chunk_scan_combined(**tensors, chunk_size=16, backend="reference")
+    assert largest.size == 64 * 4 * 16  # x's
