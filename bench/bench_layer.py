@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
 
-from omnimamba_kernels import use_backend
 from omnimamba_model import BASE, MambaBackbone, MambaConfig
 
 from . import inputs, machine
@@ -40,9 +38,9 @@ TRAINING_BYTES = {OURS: 70_000, PEER: 40_000}
 """Held for a token by a forward that is to be differentiated, and by its backward: about."""
 SLICE, LAST = 256, 16
 """Positions at the beginning that a check compares; at the end, of what was returned while it was timed."""
-SEGMENT, CHUNK, REACH = 2048, 64, 8192
-"""Positions that the definition of ours takes in at a time up to the end, in a chunk of its own, and at most in all: of
-a state so far back some exp(-8) is left where it fades least, as layers are initialised (dt |A| near 0.001)."""
+SEGMENT, REACH = 2048, 8192
+"""Positions that the definition of ours takes in at a time up to the end, and at most in all: of a state so far back
+some exp(-8) is left where it fades least, as layers are initialised (dt |A| near 0.001)."""
 States = tuple[torch.Tensor, torch.Tensor]
 """Of one layer, the convolution's and the scan's."""
 full = pytest.mark.full
@@ -68,7 +66,7 @@ def exact(name: str, layer: torch.nn.Module, u: torch.Tensor) -> torch.Tensor:
     layer = copy.deepcopy(layer).double()
     if name == PEER:
         return layer.plain(u)
-    with use_backend("reference"):
+    with inputs.by_definition(layer):
         return layer(u, BASE)
 
 
@@ -123,10 +121,9 @@ def exact_end(name: str, before: torch.Tensor, end: torch.Tensor, states: States
     layer = copy.deepcopy(layers()[name])
     if name == PEER:
         return layer.double().plain(torch.cat([before.double(), end], dim=1), end.shape[1])
-    layer.config = replace(layer.config, chunk_size=CHUNK)
     if states is None:
         before, states = before[:, -REACH:], new_states()
-    with use_backend("reference"):
+    with inputs.by_definition(layer):
         with torch.no_grad():
             for piece in before.split(SEGMENT, dim=1):
                 layer.prefill(piece, BASE, *states, False)

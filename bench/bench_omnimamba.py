@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnimamba_kernels import use_backend
 from omnimamba_model import MambaConfig, OmniMamba, OmniMambaConfig, answer, draw
 from omnimamba_model.cli import main
 from omnimamba_model.config import MMU
@@ -122,7 +121,7 @@ def first_token_error(size: str, task: str) -> float:
         return (network.image_head if task == "t2i" else network.text_head)(hidden)
 
     got = logits()
-    with use_backend("reference"):
+    with inputs.by_definition(network):
         return relative_error(got, logits())
 
 
@@ -193,7 +192,7 @@ class Answering:
             return self.network.text_head(step(backbone.embedding(torch.tensor([QUESTION]))))
 
         got = logits()
-        with use_backend("reference"):
+        with inputs.by_definition(self.network):
             return relative_error(got, logits())
 
 
@@ -253,5 +252,5 @@ def first_tokens_error(size: str, captions: Tensor) -> float:
         return network.image_head(network.backbone.prefill(network.t2i_opening(some), state, 1))
 
     together = logits(captions)[[0, -1]]
-    with use_backend("reference"):
+    with inputs.by_definition(network):
         return relative_error(together, torch.cat([logits(captions[:1]), logits(captions[-1:])]))

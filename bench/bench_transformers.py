@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnimamba_kernels import use_backend
 from omnimamba_model import MambaConfig, MambaLM, cast_matrices
 from omnimamba_model.gguf import q8_0, save_gguf
 
-from . import llama_cpp, peers
+from . import inputs, llama_cpp, peers
 from .generators import TOKENS, ids, weight_bytes
 from .inputs import scan_flops
 from .llama_cpp import LlamaCpp
@@ -116,7 +115,7 @@ def whole(prompt: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Ten
     model = ours(dtype)
     if dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    with use_backend("reference"):
+    with inputs.by_definition(model):
         return model(prompt)[:, -1]
 
 
@@ -152,7 +151,7 @@ def rounded(kind: str, prompt: int) -> torch.Tensor:
             weight.copy_((scale.float() * values).view(weight.shape))
         else:
             weight.copy_(weight.to(getattr(torch, kind)))
-    with use_backend("reference"):
+    with inputs.by_definition(model):
         return model(steps_after(prompt))[:, -1]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 
-from omnimamba_kernels import use_backend
 from omnimamba_model import MambaConfig, MambaLM, cast_matrices
 
 from . import inputs
@@ -98,8 +97,9 @@ def step_error(who: str, dtype: str) -> float:
         cache = network.new_cache(1, PROMPT)
         steps = [network.step(token, cache, i) for i, token in enumerate(prompt[0][:, None])]
         return relative_error(steps[-1], network.plain_last(prompt))
-    with use_backend("reference"):
-        exact = copy.deepcopy(network).float()(prompt)[:, -1]
+    wide = copy.deepcopy(network).float()
+    with inputs.by_definition(wide):
+        exact = wide(prompt)[:, -1]
     state = network.backbone.new_state(1)
     network.backbone.prefill(network.backbone.embedding(prompt[:, :-MORE]), state)
     step = network.backbone.bind_step(state)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import omnimamba_kernels as kernels
+from omnimamba_model import MambaConfig
 
 from .measure import Contender, worst_error
 
@@ -21,6 +24,22 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 def suffix(dtype: torch.dtype) -> str:
     """What the name of a case ends in: nothing for fp32."""
     return {torch.float32: "", torch.bfloat16: ", bf16", torch.float16: ", fp16"}[dtype]
+
+
+@contextlib.contextmanager
+def by_definition(model: torch.nn.Module) -> Iterator[None]:
+    """The model on the reference backend, its scans in chunks of CHUNK, whose length changes a result by rounding alone
+    and the time of a definition in proportion."""
+    parts = [part for part in model.modules() if isinstance(getattr(part, "config", None), MambaConfig)]
+    before = [part.config for part in parts]
+    try:
+        for part in parts:
+            part.config = replace(part.config, chunk_size=CHUNK)
+        with kernels.use_backend("reference"):
+            yield
+    finally:
+        for part, config in zip(parts, before, strict=True):
+            part.config = config
 
 
 def own_backends() -> list[str]:

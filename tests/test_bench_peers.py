@@ -19,13 +19,15 @@ from bench import (  # noqa: E402
     bench_lora_linear,
     bench_mamba_mixer,
     generators,
+    inputs,
     peers,
     plain,
     rates,
 )
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.measure import Contender  # noqa: E402
-from omnimamba_kernels import lora_linear  # noqa: E402
+from omnimamba_kernels import lora_linear, use_backend  # noqa: E402
+from omnimamba_model import MambaConfig, MambaLM  # noqa: E402
 
 
 class Checks:
@@ -138,3 +140,22 @@ def test_a_length_without_a_cache_that_is_not_run_says_why(dtype, rate, monkeypa
     days = float(said.split()[-2])
     exact = sum(bench_generation.pass_flops(n + 1) for n in range(0, 32768, 512)) * 512 / rate / 86400
     assert days == pytest.approx(exact, rel=0.1)
+
+
+@torch.inference_mode()
+def test_a_definition_takes_short_chunks_and_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model, ids = MambaLM(MambaConfig(d_model=32, n_layer=2, vocab_size=90, d_state=16, headdim=16)), torch.arange(90)
+    with use_backend("reference"):
+        long = model(ids[None])
+    with inputs.by_definition(model):
+        assert model.backbone.layers[1].mixer.config.chunk_size == inputs.CHUNK == 64
+        found = model(ids[None])
+        with use_backend("reference"):
+            assert torch.equal(model(ids[None]), found)
+    assert not torch.equal(found, long) and torch.allclose(found, long, rtol=1e-4, atol=1e-5)
+    with pytest.raises(KeyError), inputs.by_definition(model):
+        raise KeyError
+    assert model.backbone.layers[1].mixer.config == model.backbone.config == MambaConfig(
+        d_model=32, n_layer=2, vocab_size=90, d_state=16, headdim=16
+    )  # fmt: skip
