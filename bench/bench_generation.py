@@ -29,6 +29,8 @@ GROUP = "generation"
 CONTEXTS = (1024, 4096, 16384)
 LENGTHS = (1024, *FIGURE_1)
 LONGEST_UNCACHED = 16384
+FLAT = (1024, 131072)
+"""Tokens decoded with a small model, in which memory must not grow."""
 full = pytest.mark.full
 
 
@@ -66,9 +68,9 @@ def test_whole(bench, benchmark, total):
     gc.collect()  # and with them the cache: the child that measures memory has one of its own
     for row in rows:
         row.note = f"{dtype(row.who)} weights; {POSITIONS} steps measured, summed by Gauss and Legendre's rule"
-        if not bench.quick:
-            steps = steps_held(row.who)
-            bench.peaks(benchmark, [row], "generation", context=total - 1, steps=steps, dtype=dtype(row.who))
+    if not bench.quick:
+        own = lambda row: {"steps": steps_held(row.who), "dtype": dtype(row.who)}  # noqa: E731
+        bench.peaks(benchmark, rows, "generation", own, context=total - 1)
 
 
 def steps_held(who: str) -> int:
@@ -87,19 +89,22 @@ def too_long(bench, total: int) -> str:
     )
 
 
-@full
-@pytest.mark.parametrize("who", [OURS, PEER, UNCACHED])
-def test_memory_of_generation(bench, who):
-    """All in bf16, but without a cache, where one pass gives the last token and takes minutes in a slow type."""
-    steps, dtype = steps_held(who), dtype_of(who, MEMORY_AT) if who == UNCACHED else "bfloat16"
-    row = Row(MEMORY_GROUP, MEMORY_CASE, who, reason="its memory alone counts", note=f"{dtype} weights")
-    bench.rows.append(row)
-    row.peak_bytes = memory.peak("generation", who=who, context=MEMORY_AT - 1, steps=steps, dtype=dtype)
-
-
-@pytest.mark.parametrize("tokens", [1024, pytest.param(131072, marks=full)])
-def test_memory_is_flat(bench, tokens):
-    """All that the process has at its height, in decoding so many tokens with a small model."""
-    row = Row("memory", f"decode {tokens} tokens", "Mamba-2, 2 layers of width 64", reason="its memory alone counts")
-    bench.rows.append(row)
-    row.peak_bytes = memory.whole("decoding", tokens=tokens)
+def test_memory(bench):
+    """Rows without a time. A process' whole memory in decoding few and many tokens with a small model, the many in a
+    whole run alone; and of a generation of MEMORY_AT tokens, all in bf16 but without a cache, where one pass gives the
+    last token and takes minutes in a slow type."""
+    alone = dict(reason="its memory alone counts")
+    found, wanted = [], []
+    for tokens in FLAT[: 1 if bench.quick else None]:
+        found.append(Row(MEMORY_GROUP, f"decode {tokens} tokens", "Mamba-2, 2 layers of width 64", **alone))
+        wanted.append(functools.partial(memory.whole, "decoding", tokens=tokens))
+    for who in () if bench.quick else (OURS, PEER, UNCACHED):
+        steps, dtype = steps_held(who), dtype_of(who, MEMORY_AT) if who == UNCACHED else "bfloat16"
+        found.append(Row(MEMORY_GROUP, MEMORY_CASE, who, note=f"{dtype} weights", **alone))
+        given = dict(who=who, context=MEMORY_AT - 1, steps=steps, dtype=dtype)
+        wanted.append(functools.partial(memory.peak, "generation", **given))
+    bench.rows += found
+    peaks = memory.abreast(wanted)
+    for row, peak in zip(found, peaks, strict=True):
+        row.peak_bytes = None if peak.exception() else peak.result()
+    assert all(peak.result() for peak in peaks)

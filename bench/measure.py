@@ -8,6 +8,7 @@ has the rate between its peers too, at least three rounds however late it is, an
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import subprocess
@@ -42,6 +43,8 @@ _SHORT = 0.3
 """Seconds of a round below which there are ENOUGH always: fewer show no noise, and bench.compare could not judge."""
 _STOPPED = "an error stopped it"
 WRONG = "failed its check"
+_OF_A_CHILD = (RuntimeError, subprocess.TimeoutExpired)
+"""What the measurement of a peer's memory may end in, and its row still stand."""
 _REFUSAL = "cannot run: "
 """What a RuntimeError says where an implementation does not cover a case; any other error is one."""
 
@@ -199,16 +202,25 @@ class Bench:
         fewest = max(enough, self.fewest if taken < 7 else 2 if taken < 15 else 1)
         return min(self.most, max(fewest, int(self.budget / taken)))
 
-    def peaks(self, benchmark: Any, rows: list[Row], task: str, **arguments: Any) -> None:
-        """Adds peak memory to the rows that have a time; ``task`` is one of bench.memory's."""
-        for row in rows:
-            if row.seconds:
-                try:
-                    row.peak_bytes = memory.peak(task, who=row.who, **arguments)
-                except (RuntimeError, subprocess.TimeoutExpired) as error:
-                    if row.times_ours == 1.0 or row.who in NAMES:
-                        raise
-                    row.note = f"{row.note}; its memory: {error}".lstrip("; ")
+    def peaks(
+        self, benchmark: Any, rows: list[Row], task: str,
+        each: Callable[[Row], dict[str, Any]] = lambda row: {}, **arguments: Any,
+    ) -> None:  # fmt: skip
+        """Adds peak memory to the rows that have a time; ``task`` is one of bench.memory's, ``each`` gives a row's own
+        arguments."""
+        timed = [row for row in rows if row.seconds]
+        wanted = [functools.partial(memory.peak, task, who=row.who, **arguments, **each(row)) for row in timed]
+        failed = []
+        for row, found in zip(timed, memory.abreast(wanted), strict=True):
+            error = found.exception()
+            if error is None:
+                row.peak_bytes = found.result()
+            elif row.times_ours == 1.0 or row.who in NAMES or not isinstance(error, _OF_A_CHILD):
+                failed.append(error)
+            else:
+                row.note = f"{row.note}; its memory: {error}".lstrip("; ")
+        if failed:
+            raise failed[0]
         _publish(benchmark, rows)
 
     def against_dram(self, benchmark: Any, rows: list[Row], work: Work) -> None:

@@ -16,11 +16,27 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from omnimamba_kernels import large_pages
 
 from .machine import ROOT
+
+ABREAST = 2
+"""Children at a time: what one holds is no more or less for another beside it."""
+
+
+def abreast(measurements: list[Callable[[], int]]) -> list[Future[int]]:
+    """What each of them gives or raises, ABREAST at a time, all at an end. An interruption begins no further one."""
+    with ThreadPoolExecutor(ABREAST) as pool:
+        found = [pool.submit(measure) for measure in measurements]
+        try:
+            wait(found)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
 
 
 def peak(task: str, timeout: float = 300.0, **arguments: object) -> int:

@@ -19,7 +19,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import compare, generators, measure, memory, rates, report, scaling  # noqa: E402
+from bench import bench_generation, compare, generators, measure, memory, published, rates, report, scaling  # noqa: E402
 from bench.generators import PEER, UNCACHED  # noqa: E402
 from bench.measure import Bench, Contender, Work  # noqa: E402
 from bench.rates import Rates  # noqa: E402
@@ -241,3 +241,43 @@ def test_a_system_that_tells_no_memory_leaves_it_out(monkeypatch):
     contender = Contender("native", lambda: None, lambda: 0.0, 1.0)
     (row,) = bench.compare(Pedantic(), "group", "case", [contender], Work("copy", bytes=1.0), peaks=True)
     assert row.seconds and row.peak_bytes is None and row.reason is None
+
+
+def test_memory_is_measured_two_children_abreast(monkeypatch):
+    """One that fails stops none of the others; a peer's failure is its row's note, ours an error."""
+    both, told = threading.Barrier(2), []
+
+    def peak(task: str, who: str, context: int, steps: int) -> int:
+        told.append((task, who, context, steps))
+        both.wait(timeout=20)
+        if who == "broken":
+            raise RuntimeError("no room")
+        return steps
+
+    monkeypatch.setattr(memory, "peak", peak)
+    rows = [Row("g", "c", who, 1.0) for who in ("broken", "native", "peer", "last")]
+    rows.insert(1, Row("g", "c", "not timed"))
+    bench = Bench(rates=FixedRates())
+    bench.peaks(Pedantic(), rows, "task", lambda row: {"steps": len(row.who)}, context=7)
+    assert sorted(told) == sorted(("task", row.who, 7, len(row.who)) for row in rows if row.seconds)
+    assert [row.peak_bytes for row in rows] == [None, None, 6, 4, 4] and rows[0].note == "its memory: no room"
+    rows[0].times_ours = 1.0
+    with pytest.raises(RuntimeError, match="no room"):
+        bench.peaks(Pedantic(), rows[:3], "task", lambda row: {"steps": 9}, context=7)
+    assert rows[2].peak_bytes == 9
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_memory_is_asked_for_once(quick, monkeypatch):
+    monkeypatch.setattr(bench_generation, "dtype_of", lambda who, context: "float32")
+    monkeypatch.setattr(memory, "whole", lambda task, tokens: tokens)
+    monkeypatch.setattr(memory, "peak", lambda task, who, context, steps, dtype: context + steps)
+    bench = Bench(quick=quick, rates=FixedRates())
+    bench_generation.test_memory(bench)
+    found = [(row.case, row.who, row.peak_bytes, row.note) for row in bench.rows]
+    small, at = "Mamba-2, 2 layers of width 64", published.MEMORY_CASE
+    flat = [(f"decode {tokens} tokens", small, tokens, "") for tokens in (1024, 131072)]
+    dtypes = {published.OURS: "bfloat16", PEER: "bfloat16", UNCACHED: "float32"}
+    steps = {published.OURS: 2, PEER: 2, UNCACHED: 1}
+    own = [(at, who, 23 * 1024 - 1 + steps[who], f"{dtypes[who]} weights") for who in dtypes]
+    assert found == (flat[:1] if quick else flat + own)
