@@ -22,6 +22,7 @@ from .config import MMU
 from .engine import Row, stream
 from .files import absent, write_whole
 from .omnimamba import OmniMamba
+from .pictures import plain
 from .pipeline import FORMATS, Pipeline
 from .sampling import GREEDY, Sampling
 from .state import MambaState
@@ -179,4 +180,5 @@ class Chat:
 
 def _mark(image: Image.Image) -> str:
     """Tells a picture from any other."""
+    image = plain(image)
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()

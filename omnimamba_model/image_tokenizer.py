@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import absent, write_whole
+from .pictures import plain
 from .weights import CheckpointError
 
 FILE = "image_tokenizer.safetensors"
@@ -93,7 +94,7 @@ class PatchTokenizer(nn.Module):
 
     def _grey(self, images: Sequence[Image.Image]) -> Tensor:
         height, width = self.size
-        grey = [image.convert("L").resize((width, height), Image.Resampling.BOX) for image in images]
+        grey = [plain(image).convert("L").resize((width, height), Image.Resampling.BOX) for image in images]
         return torch.from_numpy(np.stack([np.array(g, dtype=np.float32) for g in grey])) / 255
 
     def describe(self) -> str:

@@ -261,16 +261,6 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 10, least: int =
     return sheet
 
 
-def read_image(path: Path) -> Image.Image:
-    """A picture file, decoded; OSError or ValueError where it is none, damaged or too large to be honest."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
 def write_png(image: Image.Image, path: Path) -> None:
     """The image as a PNG file, whole or not there."""
     write_whole(path, lambda temporary: image.save(temporary, format="PNG"))

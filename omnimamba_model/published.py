@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .files import absent, write_whole
 from .foreign import read_pickle
+from .pictures import plain
 from .vision import DINO, SIGLIP, VisionEncoder
 from .vq16 import VQ16, VQConfig
 from .weights import CheckpointError, check_dtypes, check_fit
@@ -76,7 +77,7 @@ class PublishedPixels:
     def tokens_of(self, images: Sequence[Image.Image]) -> Tensor:
         """Square pictures to image tokens (b, image_tokens), row by row."""
         shape, weight = (self.side, self.side), self.vq.quant_conv.weight
-        rows = [np.array(image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)) for image in images]
+        rows = [np.array(plain(image).convert("RGB").resize(shape, Image.Resampling.BICUBIC)) for image in images]
         pixels = torch.from_numpy(np.stack(rows)).to(weight.device).permute(0, 3, 1, 2)
         return self.vq.encode((pixels / 127.5 - 1).to(weight.dtype)).flatten(1)
 

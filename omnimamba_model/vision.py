@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .pictures import plain
+
 DINO, SIGLIP = "facebook/dinov2-with-registers-large", "google/siglip-so400m-patch14-384"
 _DINO_MEAN, _DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -45,7 +47,7 @@ class VisionEncoder(nn.Module):
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size, resized without regard to their sides' ratio: (b, patches, feature_dim)."""
         shape = (self.size, self.size)
-        pixels = [np.array(image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)) for image in images]
+        pixels = [np.array(plain(image).convert("RGB").resize(shape, Image.Resampling.BICUBIC)) for image in images]
         device = next(self.parameters()).device
         return self(torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2) / 255)
 

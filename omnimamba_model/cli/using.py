@@ -64,7 +64,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from ..pipeline import read_image
+    from ..pictures import read_image
 
     sampling, image = sampling_of(arguments), read_image(arguments.image)
     with loaded(arguments) as pipeline:
@@ -75,7 +75,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from ..dialogue import Chat
     from ..files import regular_target
-    from ..pipeline import read_image
+    from ..pictures import read_image
 
     sampling, kept, form = sampling_of(arguments), arguments.dialogue, arguments.format
     goes_on = kept is not None and regular_target(kept).exists()

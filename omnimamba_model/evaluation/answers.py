@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..pipeline import Pipeline, read_image
+from ..pictures import read_image
+from ..pipeline import Pipeline
 from ..sampling import GREEDY, Sampling
 from .question import Question
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..pipeline import read_image
+from ..pictures import read_image
 from ..training.tokenize import square
 
 SIDE = 299

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import clear_temporaries, write_whole
+from ..pictures import decode
 from .records import BadRecord
 
 _ABANDONED = 3600.0
@@ -75,9 +76,9 @@ class RecentFeatures:
 
 
 def read_bytes(path: Path) -> bytes:
-    if not path.is_file():  # a device would never end
-        raise BadRecord(f"{path} cannot be read: it is no file")
     try:
+        if not path.is_file():  # a device would never end
+            raise BadRecord(f"{path} cannot be read: it is no file")
         return path.read_bytes()
     except OSError as error:
         raise BadRecord(f"{path} cannot be read: {error.strerror}") from error
@@ -85,13 +86,9 @@ def read_bytes(path: Path) -> bytes:
 
 def decoded(picture: bytes, name: object) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(picture)) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError as error:  # names an object in memory
-        raise BadRecord(f"image {name} is no picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(f"image {name} cannot be decoded: {error}") from error
+        return decode(io.BytesIO(picture), f"image {name}")
+    except ValueError as error:
+        raise BadRecord(str(error)) from error
 
 
 def look_at(image: Image.Image, look: Callable[[list[Image.Image]], Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import write_whole
-from ..pipeline import ImageTokenizer, read_image
+from ..pictures import read_image
+from ..pipeline import ImageTokenizer
 from .records import PICTURES
 
 

@@ -115,6 +115,14 @@ def test_bad_records_are_passed_over_and_counted(data, config, words, pixels):
     assert any(reason.startswith("image 2.png ") for reason in looking.passed_over)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "0.png/1.png", "", "\ud800"])
+def test_a_name_that_no_file_can_have_is_passed_over(name, data, config, words, pixels):
+    records = [{**understanding(0), "image": name}, understanding(1)]
+    lesson = Understanding(records, 2, config, words, pixels, images=data, text_length=24)
+    assert len(lesson(0)[1]["text"]) == 2
+    assert sum(lesson.passed_over.values()) == 1 and "cannot be read" in next(iter(lesson.passed_over))
+
+
 def test_records_of_text_alone_are_counted_apart(config, words, pixels):
     """Whatever else may be wrong with them; an image that is no name is damage."""
     records = [understanding(i) | {PICTURE: png(i)} for i in range(2)]
