@@ -101,16 +101,34 @@ PARTS = {"bench": bench, "gpu": gpu, "demo": demo, "ablation": ablations, "accur
 def filled(readme: str, content: Content, of_gpu: Content | None = None) -> str:
     """The README with the tables of a run on a CPU and of one on a GPU, if any, between its markers.
 
-    ValueError for a marker unknown or open."""
-    for name in re.findall(r"<!-- (\S+):begin -->", readme):
-        if name not in PARTS:
-            raise ValueError(f"README marker {name}:begin: expected one of {', '.join(PARTS)}")
+    ValueError for a marker unknown or open, and where there is none of "bench"."""
+    for name in _marked(readme):
         block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
         if not block.search(readme):
             raise ValueError(f"README marker {name}:begin is not closed by <!-- {name}:end --> on a later line")
         text = PARTS[name](of_gpu if name == "gpu" else content)
         readme = block.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", readme)
     return readme
+
+
+def _marked(readme: str) -> list[str]:
+    """The parts, in order: of each a beginning, then its end, with no other marker between."""
+    marks = re.findall(r"<!-- (\S+):(begin|end) -->", readme)
+    open_: str | None = None
+    for name, which in marks:
+        if name not in PARTS:
+            raise ValueError(f"README marker {name}:{which}: expected one of {', '.join(PARTS)}")
+        if which == "begin" and open_:
+            raise ValueError(f"README marker {open_}:begin is not closed before {name}:begin")
+        if which == "end" and open_ != name:
+            raise ValueError(f"README marker {name}:end comes after no {name}:begin of its own")
+        open_ = name if which == "begin" else None
+    if open_:
+        raise ValueError(f"README marker {open_}:begin is not closed by <!-- {open_}:end --> on a later line")
+    parts = [name for name, which in marks if which == "begin"]
+    if "bench" not in parts:
+        raise ValueError("the README has no <!-- bench:begin --> and <!-- bench:end -->, between which tables stand")
+    return parts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,14 +138,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
     options = parser.parse_args(arguments)
     path, content = results.chosen(parser, options.results)
-    cpu, of_gpu = both(path, content)
-    before = options.readme.read_text()
-    after = filled(before, cpu, of_gpu)
-    if options.check:
-        return int(after != before)
-    options.readme.write_text(after)
-    print(f"{options.readme} shows {path}")
-    for page in pages.write(path, content):
+    try:
+        before, after = options.readme.read_text(), None
+        if results.is_whole(content):
+            after = filled(before, *both(path, content))
+        elif options.check:
+            raise ValueError(f"{path} is of a quick or partial run, which no README shows")
+        if options.check:
+            return int(after != before)
+        written = pages.write(path, content)
+        if after is None:
+            print(f"{options.readme} is as it was: {path} is of a quick or partial run")
+        else:
+            options.readme.write_text(after)
+            print(f"{options.readme} shows {path}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for page in written:
         print(page)
     return 0
 
@@ -135,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
 def both(path: Path, content: Content) -> tuple[Content, Content | None]:
     """The run and the latest whole one of the other kind: CPU's, GPU's."""
     other = results.latest(gpu=not on_gpu(content))
-    beside = results.load(other) if other else None
+    beside = results.load_run(other) if other else None
     if on_gpu(content):
         return beside or content, content
     return content, beside

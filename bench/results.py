@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def ratio_text(ratio: float) -> str:
 def length_of(case: str) -> int:
     """The tokens that a case names: the second number of 1 x 4096, the first of others."""
     numbers = [int(number) for number in re.findall(r"\d+", case)]
+    if len(numbers) < 1 + (" x " in case):
+        raise ValueError(f"the case {case!r} names no length")
     return numbers[1] if " x " in case else numbers[0]
 
 
@@ -116,10 +119,49 @@ def load(path: Path) -> dict[str, Any]:
     """A result file, its rows as ``Row``; ValueError that says what is wrong with a file that is none."""
     content = read(path)
     try:
-        content["rows"] = [Row(**row) for row in content["rows"]]
+        content["rows"] = [_sound(Row(**row)) for row in content["rows"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of pytest bench: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of pytest bench: {error}") from error
     return content
+
+
+def _sound(row: Row) -> Row:
+    """The row, where it has names and each of its figures is one; else ValueError that says which is not."""
+    for name, value in vars(row).items():
+        known = _KINDS[name]
+        if not isinstance(value, known) or isinstance(value, bool):
+            raise ValueError(f"{row.group}, {row.case}, {row.who}: {name} is {value!r}")
+        if isinstance(value, float) and not math.isfinite(value) and name not in ("error", "error_bound"):
+            raise ValueError(f"{row.group}, {row.case}, {row.who}: {name} is {value}")
+        if name in ("seconds", "floor_share", "times_ours", "tokens_s", "rate") and value is not None and value <= 0:
+            raise ValueError(f"{row.group}, {row.case}, {row.who}: {name} is {value}, expected more than 0")
+    return row
+
+
+_OF_A_FIELD = {"str": (str,), "float": (float, int), "int": (int,), "list[str]": (list,), "None": (type(None),)}
+_KINDS = {f.name: sum((_OF_A_FIELD[kind] for kind in f.type.split(" | ")), ()) for f in fields(Row)}
+"""What each field of a row may be."""
+_SECTIONS = {
+    "started": str, "seconds": (int, float), "machine": dict, "rates": dict, "demo": dict, "claims": list,
+    "exponents": list,
+}  # fmt: skip
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """``load`` of a file that has all that a run of pytest bench writes, for tables to be made of it."""
+    content = load(path)
+    for name, kind in _SECTIONS.items():
+        if not isinstance(content.get(name), kind):
+            said = f"has no {name}" if name not in content else f"{name} is {content[name]!r}"
+            raise ValueError(f"{path} is no result of pytest bench: it {said}")
+    return content
+
+
+def is_whole(content: dict[str, Any]) -> bool:
+    """Whether it is of a whole run, which alone makes the README's tables."""
+    return bool(content.get("complete")) and not content.get("quick", True)
 
 
 def latest(folder: Path = FOLDER, gpu: bool = False) -> Path | None:
@@ -127,7 +169,7 @@ def latest(folder: Path = FOLDER, gpu: bool = False) -> Path | None:
     whole = [
         (content["started"], path)
         for path in folder.glob("*/*.json")
-        if (content := read(path)).get("complete") and not content["quick"] and bool(content.get("gpu")) == gpu
+        if is_whole(content := read(path)) and bool(content.get("gpu")) == gpu
     ]
     return max(whole)[1] if whole else None
 
@@ -138,7 +180,7 @@ def chosen(parser: ArgumentParser, path: Path | None) -> tuple[Path, dict[str, A
         path = path or latest()
         if path is None:
             parser.error("no whole run under bench/results: run pytest bench/ first")
-        return path, load(path)
+        return path, load_run(path)
     except ValueError as error:
         parser.error(str(error))
 
