@@ -1,4 +1,8 @@
 // The chunked scan, forward. The maths and the plan are in ssd_scan.h.
+#include <atomic>
+#include <thread>
+#include <vector>
+
 #include "../common/pages.h"
 #include "ahead.h"
 #include "prepare.h"
@@ -214,16 +218,6 @@ void scan_unit(const Forward& f, const Unit& u, const Unit* then, int thread, Wo
   if (work != Work::Rest) advance(f, u, s, pack, work == Work::All ? state : nullptr, next, ahead);
 }
 
-// `count` tasks of the slab that begins at chunk c0, then the next slab's preparation, in parts that even out the threads.
-template <class T, class Body>
-void tasks_of_slab(const Forward& f, int64_t c0, int64_t count, Body&& body) {
-  const int64_t next = c0 + f.z.slab, parts = next < f.q.max_chunks ? slab_parts(f.q, f.z) : 0;
-  parallel_tasks(f.q.threads, count + parts, [&](int64_t i, int thread) {
-    if (i < count) return body(i, thread);
-    prepare_part<T>(f.q, f.z, f.of_chunk(next), next, i - count, thread);
-  });
-}
-
 // Heads [h0, h1) from their first chunk of the slab to the last; neighbours together, as their rows share pages.
 template <class T>
 void scan_heads(const Forward& f, int64_t b, int64_t c0, int64_t h0, int64_t h1, int thread) {
@@ -241,16 +235,63 @@ void scan_heads(const Forward& f, int64_t b, int64_t c0, int64_t h0, int64_t h1,
     }
 }
 
-// All heads of the slab, a few to a task: tasks enough to even out the threads.
+// Which tasks of scan_by_heads are done. Who waits here waits for tasks that other threads took before it took its own.
+class Progress {
+ public:
+  Progress(int64_t blocks, int64_t slabs)
+      : scanned_(static_cast<size_t>(blocks)),
+        prepared_(static_cast<size_t>(slabs)),
+        finished_(static_cast<size_t>(slabs)) {}
+
+  void prepare(int64_t slab) { add(prepared_, slab); }
+  void scan(int64_t slab, int64_t block) {
+    add(scanned_, block);
+    add(finished_, slab);
+  }
+  // Until a slab's step 1 is done, in so many parts, and its block is where it begins.
+  void await_start(int64_t slab, int64_t parts, int64_t block) {
+    if (slab == 0) return;
+    await(prepared_, slab, parts);
+    await(scanned_, block, slab);
+  }
+  // Until nobody reads a slab's step 1 any more.
+  void await_end(int64_t slab) {
+    if (slab >= 0) await(finished_, slab, static_cast<int64_t>(scanned_.size()));
+  }
+
+ private:
+  typedef std::vector<std::atomic<int64_t>> Counts;
+  static void add(Counts& counts, int64_t i) { counts[static_cast<size_t>(i)].fetch_add(1, std::memory_order_release); }
+  static void await(const Counts& counts, int64_t i, int64_t enough) {
+    while (counts[static_cast<size_t>(i)].load(std::memory_order_acquire) < enough) std::this_thread::yield();
+  }
+  Counts scanned_, prepared_, finished_;  // slabs of a block; parts, and blocks, of a slab
+};
+
+// All heads, a few to a task: tasks enough to even out the threads. No thread waits at a slab's end for the others: those
+// that are ahead go on with the next one, whose step 1 is dealt out amid the tasks before.
 template <class T>
-void scan_by_heads(const Forward& f, int64_t c0) {
+void scan_by_heads(const Forward& f) {
   constexpr int64_t tasks_a_thread = 6, most = 8;
   const int64_t heads = f.q.heads;
   const int64_t few = std::clamp<int64_t>(f.q.batch * heads / (tasks_a_thread * f.q.threads), 1, most);
-  const int64_t blocks = (heads + few - 1) / few;
-  tasks_of_slab<T>(f, c0, f.q.batch * blocks, [&](int64_t i, int thread) {
-    const int64_t b = i / blocks, h0 = i % blocks * few;
-    scan_heads<T>(f, b, c0, h0, std::min(h0 + few, heads), thread);
+  const int64_t a_row = (heads + few - 1) / few, blocks = f.q.batch * a_row, parts = slab_parts(f.q, f.z);
+  const int64_t slabs = (f.q.max_chunks + f.z.slab - 1) / f.z.slab;
+  Progress progress(blocks, slabs);
+  parallel_tasks(f.q.threads, slabs * (blocks + parts), [&](int64_t task, int thread) {
+    const int64_t slab = task / (blocks + parts), i = task % (blocks + parts), c0 = slab * f.z.slab;
+    const int64_t part = i - blocks / 2;
+    if (part >= 0 && part < parts) {
+      if (slab + 1 == slabs) return;
+      progress.await_end(slab - 1);
+      prepare_part<T>(f.q, f.z, f.of_chunk(c0 + f.z.slab), c0 + f.z.slab, part, thread);
+      progress.prepare(slab + 1);
+    } else {
+      const int64_t block = part < 0 ? i : i - parts, b = block / a_row, h0 = block % a_row * few;
+      progress.await_start(slab, parts, block);
+      scan_heads<T>(f, b, c0, h0, std::min(h0 + few, heads), thread);
+      progress.scan(slab, block);
+    }
   });
 }
 
@@ -293,16 +334,16 @@ void run(const Forward& f) {
   if (f.q.states)
     claim_pages(f.states.base, f.q.batch * f.states.slots * f.q.heads * f.z.state_floats * 4, f.q.threads);
   prepare_slab<T>(f.q, f.z, f.of_chunk(0), 0);
+  if (!f.side_by_side) return scan_by_heads<T>(f);
   const int64_t units = f.q.batch * f.z.slab * f.q.heads;
   for (int64_t c0 = 0; c0 < f.q.max_chunks; c0 += f.z.slab) {
-    if (!f.side_by_side) {
-      scan_by_heads<T>(f, c0);
-    } else {
-      parallel_tasks(f.q.threads, units,
-                     [&](int64_t i, int thread) { scan_unit_at<T>(f, c0, i, thread, Work::States); });
-      join_states(f, c0);
-      tasks_of_slab<T>(f, c0, units, [&](int64_t i, int thread) { scan_unit_at<T>(f, c0, i, thread, Work::Rest); });
-    }
+    const int64_t next = c0 + f.z.slab, parts = next < f.q.max_chunks ? slab_parts(f.q, f.z) : 0;
+    parallel_tasks(f.q.threads, units, [&](int64_t i, int thread) { scan_unit_at<T>(f, c0, i, thread, Work::States); });
+    join_states(f, c0);
+    parallel_tasks(f.q.threads, units + parts, [&](int64_t i, int thread) {
+      if (i < units) return scan_unit_at<T>(f, c0, i, thread, Work::Rest);
+      prepare_part<T>(f.q, f.z, f.of_chunk(next), next, i - units, thread);  // by who has time left
+    });
   }
 }
 

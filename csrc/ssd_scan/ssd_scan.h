@@ -12,7 +12,8 @@
 // of a run of equal seq_idx, so that no kernel needs a mask. A slab is a few chunks; for each slab
 //   1. prepare: for each chunk, dt for all heads, and B, C, C B^T once for all heads of a group;
 //   2. scan: for each head, M and the two products above as register tiles (common/tile.h).
-// Threads take a few heads at a time from a counter, and when those run out parts of the next slab's step 1.
+// Threads take tasks from one counter through all slabs: a few heads each, and amid a slab's the parts of the next slab's
+// step 1. A task waits for those it builds on, which were taken before it.
 // Where batch x heads cannot be dealt out evenly to the threads, step 2 runs over chunks as well: the chunks' own states
 // first, then their prefix, then the outputs. Both ways add in the same order and give the same bits.
 //

@@ -146,14 +146,16 @@ def test_same_bits_at_any_thread_count(run, case):
             assert same_bits(other[name], found[0][name]), name
 
 
-@pytest.mark.parametrize("heads", [1, 3], ids=["chunks side by side", "heads side by side"])
-def test_the_next_slab_waits_beside_the_one_at_work(run, heads):
-    """Threads prepare chunks ahead of those being scanned, which heads this wide keep others at for long."""
+@pytest.mark.parametrize("length, heads, headdim", [(1025, 1, 1024), (1025, 3, 1024), (4097, 8, 8)])
+def test_the_next_slab_waits_beside_the_one_at_work(run, length, heads, headdim):
+    """Threads prepare chunks ahead of those being scanned, which heads this wide keep others at for long; and where
+    heads are side by side they begin the next slab while others are at this one."""
     if not run.startswith("native"):
         pytest.skip("these slabs are the native kernels' own")
     make = torch.Generator().manual_seed(0)
-    shapes = {"x": (1, 1025, heads, 1024), "dt": (1, 1025, heads), "B": (1, 1025, 1, 128), "C": (1, 1025, 1, 128)}
-    tensors = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()} | {"A": -torch.rand(heads)}
+    shapes = {"x": (heads, headdim), "dt": (heads,), "B": (1, 128), "C": (1, 128)}
+    tensors = {name: torch.randn(1, length, *shape, generator=make) for name, shape in shapes.items()}
+    tensors["A"] = -torch.rand(heads)
     run_once = scan({"chunk_size": 64, "dt_softplus": True})
     with threads(1):
         alone = run_once(**tensors)
