@@ -48,7 +48,64 @@ def folded(table: Table, then: nn.Module, rows: int = 1024) -> Tensor:
     return found
 
 
-class ImageEmbeddings(nn.Module):
+class Lookup:
+    """What ``folded`` made, for as long as the weights that it was made from are as they were then.
+
+    Another tensor in a weight's place shows, and so does writing into one, but for through its ``.data`` or into what
+    inference mode made, which torch does not count.
+    """
+
+    def __init__(self, table: Table, then: nn.Module) -> None:
+        self.rows = folded(table, then)
+        self._places = [
+            (module._parameters, name)
+            for part in (table, then)
+            for module in part.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        self._note()
+
+    def _note(self) -> None:
+        # While these views live, no other tensor can come to lie where a weight did.
+        views = [held[name].detach() for held, name in self._places]
+        self._made_from = [(view, _written(view)) for view in views]
+
+    def holds(self) -> bool:
+        return all(
+            held[name].data_ptr() == view.data_ptr() and _written(held[name]) == count
+            for (held, name), (view, count) in zip(self._places, self._made_from, strict=True)
+        )
+
+    def __getstate__(self) -> tuple:
+        return self.rows, self._places, self.holds()
+
+    def __setstate__(self, state: tuple) -> None:
+        """A copy is of copied weights, which have places and counts of their own."""
+        self.rows, self._places, held = state
+        self._note()
+        if not held:
+            self._made_from = [(view, -1) for view, _ in self._made_from]
+
+
+def _written(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+class Foldable(nn.Module):
+    """A module with a ``lookup`` of what it makes of every token, or None."""
+
+    lookup: Lookup | None = None
+
+    @property
+    def folded(self) -> Tensor | None:
+        """The lookup's rows; None, from then on, where there is none or a weight has changed since."""
+        if self.lookup is not None and not self.lookup.holds():
+            self.lookup = None
+        return None if self.lookup is None else self.lookup.rows
+
+
+class ImageEmbeddings(Foldable):
     """The image vocabulary: a table of its own, each looked-up row refined by an MLP.
 
     The head that predicts image tokens is tied to the raw table, not to the MLP's output.
@@ -58,15 +115,15 @@ class ImageEmbeddings(nn.Module):
         super().__init__()
         self.word_embeddings = Table(vocab_size, d_model)
         self.project_in = Projector(d_model, mlp_ratio * d_model, d_model)
-        self.register_buffer("folded", None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.folded is not None and not torch.is_grad_enabled():
-            return F.embedding(tokens, self.folded)
+        rows = None if torch.is_grad_enabled() else self.folded
+        if rows is not None:
+            return F.embedding(tokens, rows)
         return self.project_in(self.word_embeddings(tokens))
 
     def fold(self) -> None:
-        self.folded = folded(self.word_embeddings, self.project_in)
+        self.lookup = Lookup(self.word_embeddings, self.project_in)
 
 
 class FeedForward(nn.Module):
@@ -81,13 +138,12 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class CaptionEmbed(nn.Module):
+class CaptionEmbed(Foldable):
     """What text passes on top of the token table when it asks for a drawing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.cap_proj = FeedForward(width)
-        self.register_buffer("folded", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cap_proj(x)
@@ -134,12 +190,14 @@ class OmniBackbone(MambaBackbone):
 
     def fold(self) -> None:
         """Pass both tables through what follows them, once: drawing then looks up and no longer multiplies, until a
-        pass with gradients, ``train`` or ``load_state_dict``.
+        pass with gradients, ``train``, ``load_state_dict``, or any weight that they passed changes (``Lookup``).
 
-        The tables as trained stay, for the heads and for ``save``.
+        The tables as trained stay, for the heads and for ``save``. RuntimeError where they are sharded.
         """
+        if hasattr(self.embedding.weight, "full_tensor"):
+            raise RuntimeError("the model is sharded over processes; load what it saved, and fold that")
         self.img_embeddings.fold()
-        self.caption_embed.folded = folded(self.embedding, self.caption_embed.cap_proj)
+        self.caption_embed.lookup = Lookup(self.embedding, self.caption_embed.cap_proj)
 
     def quick_to_fold(self) -> bool:
         """Whether ``fold`` takes about a second or less: off the CPU always, on it up to QUICK_TO_FOLD."""
@@ -149,7 +207,7 @@ class OmniBackbone(MambaBackbone):
 
     def unfold(self) -> None:
         """Compute again, each time."""
-        self.img_embeddings.folded = self.caption_embed.folded = None
+        self.img_embeddings.lookup = self.caption_embed.lookup = None
 
     def embed_understanding(self, vectors: Tensor, start: int) -> Tensor:
         """Add the understanding positions from ``start``; past the table's end its last row serves."""

@@ -119,6 +119,7 @@ class RoutedLinear(nn.Module):
             nn.init.zeros_(up.weight)
             self.add_module(f"{task}_lora_A0", down)
             self.add_module(f"{task}_lora_B0", up)
+        self.register_load_state_dict_pre_hook(_unmerged)
 
     def forward(self, x: Tensor, task: Task) -> Tensor:
         if isinstance(task, Tensor) and task.ndim < x.ndim - 1:
@@ -158,6 +159,12 @@ class RoutedLinear(nn.Module):
             lora_linear, weight=self.weight, weight_scale=self.weight_scale, lora_A=None, lora_B=None, scale=1.0
         )
 
+    def train(self, mode: bool = True) -> RoutedLinear:
+        """As ``nn.Module.train``; ValueError where an adapter is merged, which would learn no longer."""
+        if mode and self.merged is not None:
+            raise ValueError(f"the adapter of {self.tasks[self.merged]} is merged; load the model again to train it")
+        return super().train(mode)
+
     @torch.no_grad()
     def merge(self, task: int) -> None:
         """Add one task's adapter to the weight, ``W + scale B_t A_t`` in fp32: then it serves that task alone."""
@@ -177,6 +184,12 @@ class RoutedLinear(nn.Module):
         """A (rank, in) and B (out, rank) of one task."""
         name = self.tasks[task]
         return getattr(self, f"{name}_lora_A0").weight, getattr(self, f"{name}_lora_B0").weight
+
+
+def _unmerged(linear: RoutedLinear, given: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before another weight is loaded, in which no adapter is merged."""
+    if prefix + "weight" in given:
+        linear.merged = None
 
 
 class MambaMixer(nn.Module):

@@ -116,7 +116,7 @@ class OmniMamba(Pretrained, nn.Module):
 
     def fold(self) -> None:
         """For drawing: look up what image MLP and caption_embed make of every token (``OmniBackbone.fold``), until a
-        pass with gradients, ``train`` or ``load_state_dict``."""
+        pass with gradients, ``train``, or a weight changes."""
         self.backbone.fold()
 
     def merge(self, task: int) -> None:

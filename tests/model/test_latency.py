@@ -53,6 +53,26 @@ def test_a_merged_adapter_serves_its_task_alone(model, caption, image, features,
     assert not (tmp_path / "merged").exists()
 
 
+def test_weights_loaded_over_merged_ones_are_routed_again(model, caption):
+    """``save`` never writes merged weights, so that what is loaded is as trained."""
+    given, drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}, draw(model, caption)
+    model.merge(T2I)
+    model.load_state_dict({name: t for name, t in given.items() if "_lora_" in name}, strict=False)
+    assert model.merged == T2I, "the weight is as it was"
+    model.load_state_dict(given)
+    assert model.merged is None and torch.equal(draw(model, caption), drawn)
+    model.merge(MMU)
+
+
+def test_a_merged_model_does_not_learn(model):
+    """Its adapter would get no gradient."""
+    model.merge(T2I)
+    for change in (model.train, lambda: Trainer(model, Phase("", "t2i", ("t2i",), 1, 0.1), {"t2i": None})):
+        with pytest.raises(ValueError, match="adapter of t2i is merged; load the model again to train it"):
+            change()
+    assert model.eval().merged == T2I
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_a_merged_adapter_answers_the_same(model, features, text, dtype):
@@ -176,6 +196,87 @@ def test_folded_tables_do_not_outlive_their_weights(model, caption, image, text,
         (model.backbone if alone else model).load_state_dict((expected.backbone if alone else expected).state_dict())
     assert model.backbone.img_embeddings.folded is model.backbone.caption_embed.folded is None
     assert torch.equal(draw(model, caption), draw(expected, caption)) and not torch.equal(draw(model, caption), stale)
+
+
+def other_weights_of(part):
+    """What part of the backbone gets, and how."""
+
+    def loaded(model, other):
+        model.backbone.get_submodule(part).load_state_dict(other.backbone.get_submodule(part).state_dict())
+
+    return loaded
+
+
+def written_into(model, other):
+    with torch.no_grad():
+        model.backbone.img_embeddings.project_in.projector[4].bias.copy_(other.backbone.norm_f.weight)
+
+
+def put_in_place(model, other):
+    model.backbone.embedding.weight = other.backbone.embedding.weight
+
+
+def assigned(model, other):
+    part = model.backbone.caption_embed
+    part.load_state_dict(other.backbone.caption_embed.state_dict(), assign=True)
+
+
+def cast(model, other):
+    cast_matrices(model, torch.bfloat16)
+
+
+def by_data(model, other):
+    model.backbone.img_embeddings.word_embeddings.weight.data = other.backbone.img_embeddings.word_embeddings.weight
+
+
+CHANGES = [
+    *map(other_weights_of, ("img_embeddings", "img_embeddings.project_in.projector.2", "embedding", "caption_embed")),
+    written_into, put_in_place, assigned, cast, by_data,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_any_weight_that_tables_passed_shows(model, caption, change, copied):
+    """Without the model's own ``load_state_dict``, ``train`` or gradients."""
+    torch.manual_seed(5)
+    other = type(model)(model.config).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(3)
+    plain = copy.deepcopy(model)
+    model.eval().fold()
+    model = copy.deepcopy(model) if copied else model
+    before = draw(model, caption)
+    assert model.backbone.img_embeddings.folded is not None is not model.backbone.caption_embed.folded
+    for each in (model, plain):
+        change(each, other)
+    assert torch.equal(draw(model, caption), draw(plain, caption))
+    with torch.no_grad():
+        torch.testing.assert_close(model.t2i_opening(caption), plain.t2i_opening(caption))
+        tokens = torch.arange(model.config.image_vocab_size)[None]
+        torch.testing.assert_close(model.backbone.img_embeddings(tokens), plain.backbone.img_embeddings(tokens))
+    if change is not cast:
+        assert not torch.equal(draw(model, caption), before)
+
+
+def test_no_weight_comes_to_lie_where_an_old_one_did(model):
+    """Weights that were replaced twice may get the first ones' memory."""
+    model.eval().fold()
+    part = model.backbone.img_embeddings.word_embeddings
+    at = part.weight.data_ptr()
+    for i in range(50):
+        part.weight = torch.nn.Parameter(torch.full_like(part.weight, i))
+        assert part.weight.data_ptr() != at
+    assert model.backbone.img_embeddings.folded is None
+
+
+def test_weights_that_inference_mode_made_can_be_folded(config, caption):
+    with torch.inference_mode():
+        model = OmniMamba(config).eval()
+        plain = draw(model, caption)
+        model.fold()
+        assert model.backbone.img_embeddings.folded is not None and torch.equal(draw(model, caption), plain)
 
 
 def test_what_unfolds_and_what_does_not(model, caption, image, text):

@@ -1,4 +1,5 @@
-"""Started by torchrun: trains by settings files one after another in the same processes, and notes what learned.
+"""Started by torchrun: trains by settings files one after another in the same processes, and notes what learned. Each
+model comes with its tables folded, which as shards cannot be.
 
 OUT/gradients.json    the parameters that had a gradient at any step, by name, seen on the first process
 OUT/passes.json       how often a layer was computed there
@@ -12,7 +13,7 @@ from pathlib import Path
 from omnimamba_model.backbone import MambaLayer
 from omnimamba_model.training import Trainer, parallel, run, settings
 
-learn, forward = Trainer.learn, MambaLayer.forward
+learn, forward, spread = Trainer.learn, MambaLayer.forward, run.spread
 reached, passes = [set()], [0]
 
 
@@ -27,7 +28,20 @@ def counting(layer, *arguments, **options):
     return forward(layer, *arguments, **options)
 
 
-Trainer.learn, MambaLayer.forward = noting, counting
+def spreading(model, ranks):
+    model.fold()
+    found = spread(model, ranks)
+    assert found.backbone.img_embeddings.folded is found.backbone.caption_embed.folded is None
+    try:
+        found.fold()
+    except RuntimeError as error:
+        assert "sharded over processes" in str(error)
+    else:
+        raise AssertionError("a shard was folded")
+    return found
+
+
+Trainer.learn, MambaLayer.forward, run.spread = noting, counting, spreading
 with parallel.joined("cpu") as ranks:
     run.joined = lambda device: nullcontext(ranks)
     for path in sys.argv[1:]:
