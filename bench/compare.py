@@ -3,7 +3,8 @@
 A row's noise is the spread of its own rounds, which interleave with those of its rivals. Each time is first divided by
 what the machine's own rate would allow (the share of the floor), so that a slower machine is no regression. A row is
 flagged where B's median lies above A's by more than THREE times both spreads together, and by FEWEST at least. Ours
-that are flagged are regressions; peers' are told apart and fail nothing: their code is not what changed here.
+that are flagged are regressions; peers' are told apart and fail nothing: their code is not what changed here. A row of
+ours that A timed and B tried but could not, a wrong result's too, is a regression as well. Nothing in both is an error.
 
 Two files of instruction counts (bench.instructions) are compared too: there is no noise in them, a share for what the C
 library does otherwise is all that is allowed.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from omnimamba_kernels.backends import NAMES
 
@@ -52,6 +54,12 @@ def slower(found: list[tuple[Row, float, float | None]]) -> list[tuple[Row, floa
     return [(row, ratio, noise) for row, ratio, noise in found if noise is not None and ratio > 1 + noise]
 
 
+def lost(before: list[Row], after: list[Row]) -> list[Row]:
+    """Rows of ours in ``after`` without the time that they had before."""
+    known = {(r.group, r.case, r.who) for r in before if r.seconds and mine(r)}
+    return [row for row in after if not row.seconds and (row.group, row.case, row.who) in known]
+
+
 def mine(row: Row) -> bool:
     """Whether it is ours: a backend's, or what a case's ratios are to."""
     return row.who in NAMES or row.times_ours == 1.0 or row.who.startswith("ours")
@@ -69,9 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
         a, b = results.load(options.before), results.load(options.after)
     except ValueError as error:
         parser.error(str(error))
-    devices = [content.get("machine", {}).get("device", "an unknown one") for content in (a, b)]
+    devices = [device(content) for content in (a, b)]
     alike = devices[0] == devices[1]
-    found = changes(a["rows"], b["rows"], alike)
+    found, gone = changes(a["rows"], b["rows"], alike), lost(a["rows"], b["rows"])
+    if not found and not gone:
+        parser.error(f"{options.before} and {options.after} have no row in common that both timed")
     flagged = slower(found)
     ours = [change for change in flagged if mine(change[0])]
     unknown = sum(noise is None for _, _, noise in found)
@@ -81,11 +91,21 @@ def main(arguments: list[str] | None = None) -> int:
         if some:
             lines = [[r.group, r.case, r.who, f"{ratio:.2f}x", f"{noise:.0%}"] for r, ratio, noise in some]
             print(f"slower, {title}:\n{table(['operation', 'case', 'by', 'time, of before', 'noise'], lines)}")
+    if gone:
+        lines = [[r.group, r.case, r.who, r.reason or ""] for r in gone]
+        print(f"timed before and no more, ours:\n{table(['operation', 'case', 'by', 'reason'], lines)}")
     print(
         f"{len(found)} rows in both, {len(ours)} of ours slower beyond their noise, {len(flagged) - len(ours)} of "
         f"peers; {unknown} could not be judged: one of the runs kept fewer than {ENOUGH} rounds of them"
     )
-    return int(bool(ours))
+    return int(bool(ours or gone))
+
+
+def device(content: dict[str, Any]) -> str:
+    """With its number of threads, where that is kept."""
+    about = content.get("machine", {})
+    threads = f" with {about['threads']} threads" if "threads" in about else ""
+    return f"{about.get('device', 'an unknown one')}{threads}"
 
 
 if __name__ == "__main__":
