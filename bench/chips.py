@@ -5,6 +5,7 @@ Every figure here is a prediction.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omnimamba_model import MambaConfig
@@ -38,6 +39,13 @@ class Cluster:
     latency: float = 5e-6
     share: float = 0.6
     """Of ``flops`` and ``bandwidth`` that is reached: an assumption, to be replaced by what a chip shows."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low = value >= 0 if name == "latency" else value > 0
+            if not (low and value < math.inf and (name != "share" or value <= 1)):
+                least = "0 or more" if name == "latency" else "more than 0" + ", at most 1" * (name == "share")
+                raise ValueError(f"{name}: got {value:g}, expected {least}")
 
     @property
     def rates(self) -> Rates:
@@ -94,20 +102,33 @@ def _check_split(config: MambaConfig, l: int, gpus: int, split: str) -> None:
         raise ValueError(f"got {l} tokens and {gpus} chips, expected at least one token a chip")
 
 
+def _cell(l: int, gpus: int, split: str, on: Cluster) -> tuple[float | None, str]:
+    """Seconds of the 1.3B shape on so many chips, with its memory in words; None with the reason."""
+    try:
+        seconds, held = prefill(LARGE, l, gpus, "sequence" if gpus == 1 else split, on)
+    except ValueError as error:
+        return None, f"none: {error}"
+    return seconds, f"{duration(seconds)}, {held / 1e9:.1f} GB"
+
+
 LENGTHS = tuple(2**k for k in (12, 14, 17, 20, 22, 24))
 LARGE, LARGE_PEER = MambaConfig(), Decoder(width=2048, layers=24, hidden=8192)
 """1.3B each."""
 
 
 def extrapolated(gpus: list[int], on: Cluster) -> str:
-    """Time and memory of a prefill of the 1.3B shape, up to 16M tokens, on one chip and on many."""
+    """Time and memory of a prefill of the 1.3B shape, up to 16M tokens, on one chip and on many; a split that so many
+    chips cannot share says why."""
     lines = []
     for l in LENGTHS:
         for count in gpus:
-            cells = [prefill(LARGE, l, count, split, on) for split in ("sequence", "tensor")[: 1 if count == 1 else 2]]
-            cells += [cells[0]] * (count == 1)
-            cells.append(attention_prefill(LARGE_PEER, l, count, on))
-            shown = [f"{duration(t)}, {held / 1e9:.1f} GB" for t, held in cells]
-            lines.append([f"{l:,}", str(count), *shown, f"{cells[2][0] / min(cells[0][0], cells[1][0]):.3g}x"])
+            cells = [_cell(l, count, split, on) for split in ("sequence", "tensor")]
+            times = [seconds for seconds, _ in cells if seconds]
+            shown, ratio = [text for _, text in cells], ""
+            if count <= l:
+                theirs, held = attention_prefill(LARGE_PEER, l, count, on)
+                shown.append(f"{duration(theirs)}, {held / 1e9:.1f} GB")
+                ratio = f"{theirs / min(times):.3g}x"
+            lines.append([f"{l:,}", str(count), *shown, *([""] if count > l else []), ratio])
     header = ["tokens", "chips", "Mamba-2, sequence split", "tensor split", "Transformer, ring", "its time over ours"]
     return table(header, lines)

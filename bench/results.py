@@ -149,10 +149,12 @@ _SECTIONS = {
 }  # fmt: skip
 
 
-def load_run(path: Path) -> dict[str, Any]:
-    """``load`` of a file that has all that a run of pytest bench writes, for tables to be made of it."""
+def load_run(path: Path, *sections: str) -> dict[str, Any]:
+    """``load`` of a file that has these parts of what a run of pytest bench writes; all of them, for tables to be made
+    of it, where none is named."""
     content = load(path)
-    for name, kind in _SECTIONS.items():
+    for name in sections or _SECTIONS:
+        kind = _SECTIONS[name]
         if not isinstance(content.get(name), kind):
             said = f"has no {name}" if name not in content else f"{name} is {content[name]!r}"
             raise ValueError(f"{path} is no result of pytest bench: it {said}")
@@ -174,13 +176,14 @@ def latest(folder: Path = FOLDER, gpu: bool = False) -> Path | None:
     return max(whole)[1] if whole else None
 
 
-def chosen(parser: ArgumentParser, path: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The result file that a command was given, or the latest whole run; what is wrong with it ends the command."""
+def chosen(parser: ArgumentParser, path: Path | None, *sections: str) -> tuple[Path, dict[str, Any]]:
+    """The result file that a command was given, or the latest whole run; what is wrong with it ends the command, as
+    does a part that it lacks of those that ``load_run`` looks for."""
     try:
         path = path or latest()
         if path is None:
             parser.error("no whole run under bench/results: run pytest bench/ first")
-        return path, load_run(path)
+        return path, load_run(path, *sections)
     except ValueError as error:
         parser.error(str(error))
 

@@ -338,8 +338,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in vars(Cluster()).items():
         parser.add_argument(f"--{name}", type=float, default=value, help=f"of a chip or link (default: {value:g})")
     options = parser.parse_args(arguments)
-    path, content = results.chosen(parser, options.result)
-    given = Cluster(*(getattr(options, name) for name in vars(Cluster())))
+    path, content = results.chosen(parser, options.result, "rates")
+    try:
+        given = Cluster(*(getattr(options, name) for name in vars(Cluster())))
+    except ValueError as error:
+        parser.error(f"--{error}")
+    if min(options.gpus) < 1:
+        parser.error(f"--gpus: got {min(options.gpus)}, expected 1 or more")
     shown = summary(content, options.gpus, None if given == Cluster() else given)
     if not shown:
         parser.error(f"{path} has no row of a layer or a model to check")

@@ -221,3 +221,43 @@ def test_a_gpus_run_is_extrapolated_with_what_it_measured():
     shown = scaling.summary({"rows": rows, "rates": rates})
     assert "1.3B, 2048 tokens -20%, 1.3B, 16384 tokens +0%; median error 10.0%." in shown
     assert scaling.summary({"rows": [], "rates": rates}) == ""
+
+
+def test_chips_that_cannot_share_a_split_are_told_so():
+    shown = chips.extrapolated([1, 72, 5000], chips.Cluster())
+    lines = {tuple(c.strip() for c in line.split("|")[1:3]): line for line in shown.splitlines()[2:]}
+    assert len(lines) == 3 * len(chips.LENGTHS)
+    assert "none: a tensor split needs a divisor of the 64 heads, got 72 chips" in lines["4,096", "72"]
+    assert lines["4,096", "72"].rstrip(" |").endswith("x") and "none" not in lines["4,096", "1"]
+    assert "none: got 4096 tokens and 5000 chips" in lines["4,096", "5000"] and "x " not in lines["4,096", "5000"][99:]
+    one, many = (chips.prefill(chips.LARGE, 2**24, gpus, "sequence", chips.Cluster())[0] for gpus in (1, 72))
+    theirs = chips.attention_prefill(chips.LARGE_PEER, 2**24, 72, chips.Cluster())[0]
+    assert many < one and f"{theirs / many:.3g}x" in lines["16,777,216", "72"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "good"),
+    [
+        *((name, bad, False) for name in ("flops", "bandwidth", "link", "share") for bad in ("0", "-1", "nan", "inf")),
+        *(("latency", bad, False) for bad in ("-1", "nan", "inf")),
+        ("share", "1.1", False), ("share", "1", True), ("latency", "0", True), ("gpus", "0", False),
+        ("gpus", "-8", False), ("gpus", "7", True),
+    ],
+)  # fmt: skip
+def test_impossible_chips_are_refused(name, value, good, tmp_path, capsys):
+    content = whole_run()
+    results.save(tmp_path / "run.json", content | {"rows": results.as_json(content["rows"])})
+    arguments = [str(tmp_path / "run.json"), f"--{name}={value}"]
+    if good:
+        assert scaling.main(arguments) == 0 and "nan" not in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as ended:
+        scaling.main(arguments)
+    assert ended.value.code == 2 and f"--{name}: got {value}" in capsys.readouterr().err
+
+
+def test_a_result_without_rates_is_named(tmp_path, capsys):
+    results.save(tmp_path / "run.json", {"rows": []})
+    with pytest.raises(SystemExit) as ended:
+        scaling.main([str(tmp_path / "run.json")])
+    assert ended.value.code == 2 and "it has no rates" in capsys.readouterr().err
