@@ -26,7 +26,7 @@ from .pictures import plain
 from .pipeline import FORMATS, Pipeline
 from .sampling import GREEDY, Sampling
 from .state import MambaState
-from .weights import CheckpointError
+from .weights import CheckpointError, fingerprint
 
 LONGEST = 256
 """Tokens of an answer in a dialogue, at most, where nothing else is said."""
@@ -76,8 +76,8 @@ class Dialogue:
 
     def save(self, path: str | Path, besides: Mapping[str, str] | None = None) -> None:
         """Write the state, from which ``load`` goes on, and texts by name ``besides``, which ``read_about`` gives."""
-        about = {"position": str(self.state.position), "config": json.dumps(self.model.config.to_dict())}
-        about = {**(besides or {}), **about}
+        config, weights = json.dumps(self.model.config.to_dict()), fingerprint(self.model)
+        about = {**(besides or {}), "position": str(self.state.position), "config": config, "weights": weights}
         tensors = {"conv": self.state.conv.contiguous(), "ssm": self.state.ssm.contiguous()}
         write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata=about))
 
@@ -88,6 +88,7 @@ class Dialogue:
         try:
             found, position = load_file(path, device=str(fresh.ssm.device)), int(about["position"])
             config, conv, ssm = json.loads(about["config"]), found["conv"], found["ssm"]
+            weights = about["weights"]
             if position < 0:
                 raise ValueError(f"position must be 0 or more, got {position}")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -95,6 +96,8 @@ class Dialogue:
         alike = conv.shape == fresh.conv.shape and ssm.shape == fresh.ssm.shape
         if config != json.loads(json.dumps(model.config.to_dict())) or not alike:
             raise CheckpointError(f"{path} is the state of another model: their configs differ")
+        if weights != fingerprint(model):
+            raise CheckpointError(f"{path} is the state of another model: of one size with this, but of other weights")
         return cls(model, MambaState(conv.to(fresh.conv.dtype), ssm.to(fresh.ssm.dtype), position))
 
     def _embed(self, ids: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .published import PublishedPixels, read_official_vq
 from .sampling import GREEDY, Sampling
 from .text_tokenizer import TextTokenizer, WordTokenizer, read_text_tokenizer
 from .vision import feature_sizes
-from .weights import TOKENIZER, CheckpointError
+from .weights import TOKENIZER, CheckpointError, fingerprint
 
 VOCAB_PADDING = 16
 """Tables are rounded up to a multiple of this many rows; the last ones have no token."""
@@ -118,6 +118,12 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return self.model.backbone.embedding.weight.device
+
+    def describe(self) -> dict[str, str]:
+        """What answers and drawings hang on besides what is asked: a name for the weights, how they are kept, and what
+        looks."""
+        dtype = str(self.model.backbone.embedding.weight.dtype).removeprefix("torch.")
+        return {"weights": fingerprint(self.model), "dtype": dtype, "pictures": self.pixels.describe()}
 
     def question(self, text: str, form: str | None = None, turn: int = 0) -> Tensor:
         """The ids (l,) of a question; ``form`` is one of FORMATS, None the one that goes with the text tokenizer."""

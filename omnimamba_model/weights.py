@@ -8,6 +8,7 @@ tokenizer.json                  where the model has one
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Mapping
@@ -112,6 +113,22 @@ def load(
     model.load_state_dict(tensors, assign=True)
     del tensors
     return (cast_matrices(model, dtype) if dtype is torch.int8 else model).eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells a model's weights from any others, in few bytes and a fraction of a second.
+
+    It hangs on what no ``dtype`` of ``load``, no merge and no fold changes: all but the matrices, of which every stage
+    of training moves some, and the adapters' signs.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "_lora_" not in name:
+            continue
+        told = parameter.detach().signbit() if parameter.ndim == 2 else parameter.detach()
+        digest.update(name.encode())
+        digest.update(told.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def usable(device: str | torch.device) -> torch.device:

@@ -32,15 +32,16 @@ def answers(
     """The answer to each question, UNREADABLE where its image is damaged.
 
     ``out`` gets a line of ``about``, which says what is being run, then a line an answer. Where it is there already its
-    answers are kept; ValueError if they are to something else. FileNotFoundError names images that are missing, before
-    anything is asked.
+    answers are kept, but to what is now asked otherwise; ValueError if they are another run's, or damaged.
+    FileNotFoundError names images that are missing, before anything is asked.
     """
     missing = sorted({str(q.image) for q in questions if not q.image.is_file()})
     if missing:
         shown = ", ".join(missing[:5]) + (", .." if len(missing) > 5 else "")
         raise FileNotFoundError(f"{len(missing)} images are missing: {shown}")
     head = {"about": {**about, "ending": ending, "form": form}}
-    known = _resume(out, head)
+    kept = _resume(out, head)
+    known = {q.key: kept[_asked(q)] for q in questions if _asked(q) in kept}
     left = [question for question in questions if question.key not in known]
     with open(out, "a", encoding="utf-8") as file, tqdm(total=len(questions), unit="question") as bar:
         bar.update(len(questions) - len(left))
@@ -48,10 +49,18 @@ def answers(
             part = left[start : start + batch]
             for question, said in zip(part, _ask(pipeline, part, ending, sampling, form), strict=True):
                 known[question.key] = said
-                file.write(json.dumps({"key": question.key, "answer": said}, ensure_ascii=False) + "\n")
+                line = dict(zip(_ASKED, _asked(question), strict=True)) | {"answer": said}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(part))
     return [known[question.key] for question in questions]
+
+
+_ASKED = ("key", "image", "question")
+
+
+def _asked(question: Question) -> tuple[str, ...]:
+    return question.key, question.image.name, question.text
 
 
 def _ask(
@@ -70,8 +79,8 @@ def _ask(
     return [found.get(question.key, UNREADABLE) for question in questions]
 
 
-def _resume(out: Path, head: dict) -> dict[str, str | None]:
-    """Answers in the file, which is cut behind its last whole line, or begun."""
+def _resume(out: Path, head: dict) -> dict[tuple[str, ...], str | None]:
+    """By what was asked, the answers in the file, which is cut behind its last whole line, or begun."""
     begun = (json.dumps(head, ensure_ascii=False) + "\n").encode()
     data = out.read_bytes() if out.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
@@ -83,5 +92,15 @@ def _resume(out: Path, head: dict) -> dict[str, str | None]:
     if len(whole) < len(data):
         with open(out, "r+b") as file:
             file.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()[1:]]
-    return {line["key"]: line["answer"] for line in lines}
+    found = {}
+    for number, line in enumerate(whole.splitlines()[1:], 2):
+        try:
+            values = json.loads(line)
+            asked, said = tuple(values[name] for name in _ASKED), values["answer"]
+            if not all(isinstance(text, str) for text in asked) or not isinstance(said, str | None):
+                raise TypeError("they must be texts")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            told = f"{out}, line {number}, is no {', '.join(_ASKED)} and answer: {error!r}"
+            raise ValueError(f"{told}; remove the line to ask that again") from error
+        found[asked] = said
+    return found

@@ -21,10 +21,14 @@ ABOUT = "drawings.json"
 
 
 def read_captions(path: Path) -> list[str]:
-    """A caption a line; or COCO's captions file, the first caption of each of its images."""
+    """A caption a line; or COCO's captions file, the first caption of each of its images. ValueError where none is."""
     if path.suffix == ".json":
-        return [said[0] for _, said in coco_captions(path) if said]
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        found = [said[0] for _, said in coco_captions(path) if said]
+    else:
+        found = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"{path} has no captions")
+    return found
 
 
 def draw_captions(
@@ -43,17 +47,23 @@ def draw_captions(
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = {"checkpoint": checkpoint, "sampling": vars(sampling), "guidance": guidance, "batch": batch}
+    about |= pipeline.describe()
     _claim(folder / ABOUT, about | {"captions": list(captions)})
     with tqdm(total=len(captions), unit="image") as bar:
         for start in range(0, len(captions), batch):
             part = captions[start : start + batch]
             paths = [folder / f"{start + i:06}.png" for i in range(len(part))]
             if not all(path.exists() for path in paths):
-                seed = None if sampling.seed is None else sampling.seed * 1_000_003 + start
+                seed = None if sampling.seed is None else _signed(sampling.seed * 1_000_003 + start)
                 drawn = pipeline.draw(part, replace(sampling, seed=seed), guidance)
                 for image, path in zip(drawn, paths, strict=True):
                     write_png(image, path)
             bar.update(len(part))
+
+
+def _signed(number: int) -> int:
+    """The lowest 64 bits, as a seed has them."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _claim(path: Path, mine: dict[str, Any]) -> None:

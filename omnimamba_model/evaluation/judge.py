@@ -45,7 +45,7 @@ def judge(
         pipeline,
         questions,
         out / "answers.jsonl",
-        about={"benchmark": name, "checkpoint": checkpoint, "sampling": vars(sampling)},
+        about={"benchmark": name, "checkpoint": checkpoint, "sampling": vars(sampling), **pipeline.describe()},
         ending=benchmark.ending if ending is None else ending,
         batch=batch,
         sampling=sampling,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .question import Pairs, Question, Scores, share
+from .question import Pairs, Question, Scores, read_text, share
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -36,7 +36,7 @@ def _read(kind: Path) -> list[Question]:
         image = next((p for end in PICTURES if (p := pictures / (path.stem + end)).exists()), None)
         if image is None:
             raise FileNotFoundError(f"{path} has no image {path.stem}.jpg or .png in {pictures}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if not line.strip():
                 continue
             text, _, truth = (part.strip() for part in line.rpartition("\t"))

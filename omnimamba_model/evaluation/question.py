@@ -22,6 +22,12 @@ class Question:
     truth: tuple[str, ...] = ()
     group: str = ""
 
+    def __post_init__(self) -> None:
+        """TypeError where a file had something else than texts."""
+        for text in (self.key, self.text, *self.truth, self.group):
+            if not isinstance(text, str):
+                raise TypeError(f"question, answers and kind must be texts, got {text!r}")
+
 
 Pairs = Sequence[tuple[Question, str | None]]
 """Questions and what the model said; None is no answer, which is a wrong one, whatever is asked."""

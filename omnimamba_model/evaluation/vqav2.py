@@ -36,10 +36,14 @@ def read(files: Sequence[Path], images: Path, answers: Path | None = None) -> li
 
 def _truths(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
     try:
-        return {
+        found = {
             note["question_id"]: (tuple(str(said["answer"]) for said in note["answers"]), note.get("answer_type", ""))
             for note in read_json(path)["annotations"]
         }
+        without = [key for key, (said, _) in found.items() if not said]
+        if without:
+            raise TypeError(f"question {without[0]} has no answers")
+        return found
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no annotations file of VQAv2: {error!r}") from error
 
@@ -51,9 +55,13 @@ def _read(path: Path, images: Path, truths: dict, answers: Path | None) -> list[
         found = []
         for value in values["questions"]:
             key = value["question_id"]
+            if type(key) is not int:
+                raise TypeError(f"question_id must be a whole number, got {key!r}")
             if answers is not None and key not in truths:
                 raise ValueError(f"{answers} has no annotation of question {key}")
             truth, kind = truths.get(key, ((), ""))
+            if type(value["image_id"]) is not int:
+                raise TypeError(f"image_id must be a whole number, got {value['image_id']!r}")
             image = images / f"COCO_{subtype}_{value['image_id']:012}.jpg"
             found.append(Question(str(key), image, value["question"], truth, kind))
         return found

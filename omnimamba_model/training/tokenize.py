@@ -92,6 +92,8 @@ def coco_captions(path: Path) -> Iterator[tuple[str, list[str]]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         names = {image["id"]: image["file_name"] for image in values["images"]}
+        if odd := [name for name in names.values() if not isinstance(name, str)]:
+            raise TypeError(f"file_name must be a text, got {odd[0]!r}")
         said: dict[str, list[str]] = {name: [] for name in names.values()}
         for note in values["annotations"]:
             said[names[note["image_id"]]].append(note["caption"].strip())

@@ -17,6 +17,9 @@ def calls(monkeypatch):
     seen = []
 
     class Recorder:
+        def describe(self):
+            return {"weights": "recorded"}
+
         def draw(self, prompts, sampling, guidance, copies, exact):
             seen.append((prompts, sampling, guidance, copies, exact))
             return [Image.new("L", (8, 8), 30 * i % 256) for i in range(len(prompts) * copies)]

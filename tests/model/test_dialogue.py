@@ -1,5 +1,6 @@
 """Turns on one state: the same tokens as if all of it were read anew, whole, saved or interrupted."""
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling
+from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, cast_matrices
 from omnimamba_model.cli import main
+from omnimamba_model.config import MMU
 from omnimamba_model.dialogue import Chat, Dialogue
 from omnimamba_model.pipeline import Pipeline
 
@@ -67,6 +69,17 @@ def test_a_saved_dialogue_goes_on(model, features, tmp_path):
     other = OmniMamba(OmniMambaConfig.preset("tiny", lora_rank=2))
     with pytest.raises(CheckpointError, match="another model"):
         Dialogue.load(other, tmp_path / "state")
+    for name in ("projector.projector.4.bias", "backbone.layers.1.mixer.in_proj.mmu_lora_B0.weight"):
+        taught = copy.deepcopy(model)
+        with torch.no_grad():
+            taught.get_parameter(name).add_(0.5)
+        with pytest.raises(CheckpointError, match="of one size with this, but of other weights"):
+            Dialogue.load(taught, tmp_path / "state")
+    for kept in (torch.bfloat16, torch.float16, torch.int8):  # the same weights
+        same = cast_matrices(copy.deepcopy(model), kept)
+        same.merge(MMU)
+        same.fold()
+        assert Dialogue.load(same, tmp_path / "state").state.position == dialogue.state.position
 
 
 def test_who_stops_listening_has_heard_what_the_state_knows(model, features):

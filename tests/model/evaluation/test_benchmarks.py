@@ -221,3 +221,37 @@ def test_files_of_another_kind_are_refused_by_name(tmp_path, images):
     images("count/a.jpg")
     with pytest.raises(ValueError, match="line 1, must be a question, a tab"):
         BENCHMARKS["mme"].read([folder / "count"], folder, None)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("pope", {"question_id": 1, "image": "a.jpg", "text": text, "label": "yes"}) for text in (5, None, ["?"])),
+        ("gqa", {"1": {"imageId": "a", "question": None, "answer": "yes"}}),
+        ("gqa", {"1": {"imageId": "a", "question": "?", "answer": 5}}),
+        ("gqa", {"1": {"imageId": "a", "question": "?", "answer": "yes", "types": {"structural": None}}}),
+        *(("vqav2", {"question_id": 1, "image_id": 1, "question": "?"} | change)
+          for change in ({"question": 5}, {"image_id": "1"}, {"question_id": "1"}, {"question_id": None})),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_told_before_anything_is_asked(tmp_path, name, value):
+    if name == "vqav2":
+        value = {"data_subtype": "val2014", "questions": [value]}
+    (tmp_path / "q.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"q\.json.* is no (question of POPE|questions file of (GQA|VQAv2)).*must be"):
+        BENCHMARKS[name].read([tmp_path / "q.json"], tmp_path, None)
+
+
+def test_annotations_without_an_answer_are_no_annotations(tmp_path):
+    questions = [{"question_id": 1, "image_id": 1, "question": "?"}]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [{"question_id": 1, "answers": []}]}))
+    with pytest.raises(ValueError, match=r"a\.json is no annotations file of VQAv2.*question 1 has no answers"):
+        BENCHMARKS["vqav2"].read([tmp_path / "q.json"], tmp_path, tmp_path / "a.json")
+
+
+def test_mmes_text_that_is_none_is_named(images):
+    folder = images("count/a.jpg")
+    (folder / "count" / "a.txt").write_bytes(b"q\xff\tYes\n")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+        BENCHMARKS["mme"].read([], folder, None)

@@ -76,6 +76,11 @@ def test_captions_are_drawn_once(tmp_path):
     said = []
 
     class Draws:
+        weights = "a"
+
+        def describe(self):
+            return {"weights": self.weights}
+
         def draw(self, prompts, sampling, guidance):
             said.append((list(prompts), sampling.seed, guidance))
             return [Image.new("L", (4, 4), sampling.seed % 251 + i) for i, _ in enumerate(prompts)]
@@ -95,8 +100,15 @@ def test_captions_are_drawn_once(tmp_path):
     for other in ((captions, Sampling(seed=2), 2.0), (captions, Sampling(seed=1), 3.0), (["c"], Sampling(seed=1), 2.0)):
         with pytest.raises(ValueError, match="holds drawings of other (sampling|guidance|captions); name another"):
             draw_captions(Draws(), other[0], out, *other[1:], batch=2)
+    taught = Draws()
+    taught.weights = "b"
+    with pytest.raises(ValueError, match="holds drawings of other weights; name another"):
+        draw_captions(taught, captions, out, Sampling(seed=1), 2.0, batch=2)
     assert len(said) == 4
     draw_captions(Draws(), [], tmp_path / "nothing", GREEDY, 1.0)
+    for seed in (2**63 - 1, -(2**63)):  # as the command takes them
+        draw_captions(Draws(), captions, tmp_path / f"{seed}", Sampling(seed=seed), 2.0, batch=2)
+    assert len({seed for _, seed, _ in said[4:]}) == 6
 
 
 def test_files_that_are_no_captions_and_no_features(tmp_path):
@@ -105,6 +117,14 @@ def test_files_that_are_no_captions_and_no_features(tmp_path):
         read_captions(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="a.txt is no file of torch.export.save"):
         read_features(tmp_path / "a.txt")
+
+
+def test_a_file_without_captions(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n\n")
+    (tmp_path / "a.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}))
+    for name in ("a.txt", "a.json"):
+        with pytest.raises(ValueError, match=f"{name} has no captions"):
+            read_captions(tmp_path / name)
 
 
 def test_captions_of_both_kinds(tmp_path):

@@ -116,3 +116,18 @@ def test_the_published_tokenizer_sees_colour_row_by_row():
 def test_squares_are_about_the_middle():
     wide = Image.fromarray(np.arange(50, dtype=np.uint8).reshape(5, 10))
     assert np.array(square(wide))[0].tolist() == [2, 3, 4, 5, 6]
+
+
+def test_a_captions_file_whose_names_are_none(pictures, data, tmp_path, capsys):
+    notes = {"images": [{"id": 1, "file_name": 5}], "annotations": [{"image_id": 1, "caption": "a cat"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(notes))
+    arguments = [
+        "--captions",
+        str(tmp_path / "coco.json"),
+        "--tokenizer",
+        str(data),
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    ]
+    assert main(["tokenize", str(pictures), *arguments]) == 2
+    assert "coco.json is no captions file of COCO: TypeError('file_name must be a text" in capsys.readouterr().err
