@@ -76,20 +76,29 @@ def run(
     write_whole(out / "samples.png", lambda path: samples.savefig(path, format="png"))
     write_whole(out / "loss.png", lambda path: curves.savefig(path, format="png"))
     write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    (work / CLAIM).unlink()
+    write_whole(work / CLAIM, lambda path: path.write_text(_FINISHED))
     return result
 
 
 CLAIM = "demo.json"
+"""Lies in the runs' folder as long as that is a demo's."""
+_FINISHED = "{}"
 
 
 def _claim(work: Path, mine: dict[str, Any]) -> None:
-    """Leave ``work`` as it is where these settings were begun there and not finished, else empty."""
+    """Leave ``work`` as it is where these settings were begun there and not finished, else empty. ValueError where it
+    holds what no demo made."""
     claim = work / CLAIM
     if claim.exists() and json.loads(claim.read_text()) == mine:
         return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    held = [path for path in work.iterdir() if path != claim]
+    if held and not claim.exists():
+        names = ", ".join(sorted(path.name for path in held)[:5])
+        raise ValueError(f"{work} holds {names}, which are no demo's; name another folder, or remove it")
+    write_whole(claim, lambda path: path.write_text(_FINISHED))  # whatever stops this, nothing goes on from the rest
+    for path in held:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_whole(claim, lambda path: path.write_text(json.dumps(mine)))
 
 

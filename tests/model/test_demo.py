@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers")
 from omnimamba_model import OmniMamba, load
 from omnimamba_model.cli import main
 from omnimamba_model.demo import Settings, run
+from omnimamba_model.demo.experiment import _claim
 from omnimamba_model.training import Trainer
 
 SHORT = Settings(
@@ -84,6 +85,26 @@ def test_a_seed_fixes_the_metrics_and_the_callers_settings_stay(made, tmp_path):
     metrics = made[1]
     assert scored(again) == scored(metrics)
     assert other["held_out_loss"] != metrics["held_out_loss"]
+
+
+def test_nobody_elses_files_are_removed(tmp_path, capsys):
+    """A folder of that name may be anybody's; a demo's own, however it was left, is made anew."""
+    theirs = tmp_path / "training" / "data" / "mine.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years of work")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "training holds data, which are no demo's; name another folder, or remove it" in capsys.readouterr().err
+    assert theirs.read_text() == "years of work"
+    work = tmp_path / "other"
+    _claim(work, {"seed": 1})
+    (work / "start").mkdir()
+    (work / "start" / "config.json").write_text("{}")
+    (work / "stage2.yaml").write_text("")
+    _claim(work, {"seed": 1})
+    assert (work / "start" / "config.json").exists(), "it goes on"
+    (work / "data").symlink_to(theirs.parent)
+    _claim(work, {"seed": 2})
+    assert [path.name for path in work.iterdir()] == ["demo.json"] and theirs.exists()
 
 
 def test_the_control_learns_everything_at_once_and_held_out_scans_stay_alone(tmp_path, monkeypatch):
