@@ -37,6 +37,7 @@ class Dialogue:
 
     def __init__(self, model: OmniMamba, state: MambaState) -> None:
         self.model, self.state = model, state
+        self._turn: Iterator[int] | None = None
 
     @classmethod
     @torch.inference_mode()
@@ -46,14 +47,25 @@ class Dialogue:
         model.backbone.prefill(model.mmu_opening(features[None]), state, MMU)
         return cls(model, state)
 
-    @torch.inference_mode()  # of each step alone: between two, the caller and other threads have modes of their own
     def ask(
         self, question: Tensor, steps: int, sampling: Sampling = GREEDY, stop: tuple[int, ...] | None = None
     ) -> Iterator[int]:
         """The answer's tokens as they come, the stop token left out; ``question`` are ids (l,), l at least 1.
 
-        Whoever stops listening early has heard what the state knows: that, and the end of the turn.
+        Whoever stops listening early has heard what the state knows: that, and the end of the turn. A turn that is left
+        half heard ends at the latest where the next one begins, or the state is saved.
         """
+        self._end_turn()
+        self._turn = self._answer(question, steps, sampling, stop)
+        yield from self._turn
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
+
+    @torch.inference_mode()  # of each step alone: between two, the caller and other threads have modes of their own
+    def _answer(self, question: Tensor, steps: int, sampling: Sampling, stop: tuple[int, ...] | None) -> Iterator[int]:
         if question.ndim != 1 or not len(question):
             raise ValueError(f"question must have shape (l,), l at least 1, got {tuple(question.shape)}")
         stops = (self.model.config.tokens.eos,) if stop is None else stop
@@ -76,6 +88,7 @@ class Dialogue:
 
     def save(self, path: str | Path, besides: Mapping[str, str] | None = None) -> None:
         """Write the state, from which ``load`` goes on, and texts by name ``besides``, which ``read_about`` gives."""
+        self._end_turn()
         config, weights = json.dumps(self.model.config.to_dict()), fingerprint(self.model)
         about = {**(besides or {}), "position": str(self.state.position), "config": config, "weights": weights}
         tensors = {"conv": self.state.conv.contiguous(), "ssm": self.state.ssm.contiguous()}

@@ -91,6 +91,27 @@ def test_who_stops_listening_has_heard_what_the_state_knows(model, features):
     assert list(dialogue.ask(QUESTIONS[1], 4, stop=(63,))) == reread(model, features[0], known, 4, 63)[1]
 
 
+@pytest.mark.parametrize("late", ["dropped at the end", "closed within the next turn"])
+def test_a_turn_left_half_heard_is_over_where_the_next_begins(model, features, tmp_path, late):
+    """Somebody may still hold it: a page, a list."""
+    dialogue = Dialogue.about(model, features[0])
+    left = dialogue.ask(QUESTIONS[0], 9, stop=(63,))
+    known = [*QUESTIONS[0].tolist(), next(left), next(left), model.config.tokens.eos]
+    following, said = dialogue.ask(QUESTIONS[1], 4, stop=(63,)), []
+    for token in following:
+        said.append(token)
+        if late != "dropped at the end":
+            left.close()
+    known, expected = reread(model, features[0], [*known, *QUESTIONS[1].tolist()], 4, 63)
+    assert said == expected and list(left) == []
+    half = dialogue.ask(QUESTIONS[0], 9, stop=(63,))
+    known += [*QUESTIONS[0].tolist(), next(half), model.config.tokens.eos, *QUESTIONS[1].tolist()]
+    dialogue.save(tmp_path / "state")
+    expected = reread(model, features[0], known, 4, 63)[1]
+    for again in (Dialogue.load(model, tmp_path / "state"), dialogue):
+        assert list(again.ask(QUESTIONS[1], 4, stop=(63,))) == expected
+
+
 def test_any_thread_may_take_the_next_token_and_no_ones_mode_is_changed(model, features):
     expected = list(Dialogue.about(model, features[0]).ask(QUESTIONS[0], 6, stop=()))
     said, heard = Dialogue.about(model, features[0]).ask(QUESTIONS[0], 6, stop=()), []
