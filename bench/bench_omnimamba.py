@@ -32,6 +32,8 @@ from .published import AT_ONCE, TABLE_3, at_once_case
 
 GROUP, OURS = "OmniMamba", "OmniMamba, bf16 weights"
 QUESTION, ANSWER, PIECE = 16, 32, 16
+STORE = 2**24 - 3
+"""Numbers of noise, a prime: no width of a matrix divides it, so that no two rows of one are the same."""
 full = pytest.mark.full
 
 
@@ -67,10 +69,11 @@ def checkpoint(size: str) -> Path:
 
 
 def official_tensors(size: str) -> dict[str, Tensor]:
-    """bf16; matrices scaled to keep activations of order one."""
+    """bf16; matrices scaled to keep activations of order one. Their noise is of one store that is gone through again
+    and again, as so many numbers take long to draw: tensors begin at different places of it."""
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in OmniMamba(CONFIGS[size]).state_dict().items()}
-    found = {}
+    found, store, at = {}, torch.randn(STORE).bfloat16(), 0
     for name, shape in shapes.items():
         tensor = torch.empty(shape, dtype=torch.bfloat16)
         if name.endswith(("norm.weight", "norm_f.weight", ".D")):
@@ -80,11 +83,24 @@ def official_tensors(size: str) -> dict[str, Tensor]:
         elif name.endswith("dt_bias"):
             tensor.uniform_(-6, -2)
         else:
-            tensor.normal_(std=0.5 / shape[-1] ** 0.5 if len(shape) == 2 else 0.3)
+            at = stored(store, at, tensor.view(-1)) + 1
+            tensor.mul_(0.5 / shape[-1] ** 0.5 if len(shape) == 2 else 0.3)
         found[name if name.startswith("projector.") else f"llm_backbone.mamba.{name}"] = tensor
     found |= {head: found[table] for head, table in TIED.items()}
     assert size != FULL or len(found) == 645, "the official file's tensors"
     return found
+
+
+def stored(store: Tensor, at: int, into: Tensor) -> int:
+    """Fills ``into`` with what follows in the store from ``at`` on, from its beginning after its end; where that
+    ends."""
+    done = 0
+    while done < len(into):
+        at %= len(store)
+        some = min(len(store) - at, len(into) - done)
+        into[done : done + some] = store[at : at + some]
+        done, at = done + some, at + some
+    return at
 
 
 @functools.cache

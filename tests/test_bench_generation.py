@@ -14,7 +14,7 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmarks are not here", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench import bench_generation, claims, generators, integrated, published, tables  # noqa: E402
+from bench import bench_generation, bench_omnimamba, claims, generators, integrated, published, tables  # noqa: E402
 from bench.baselines.transformer import Transformer  # noqa: E402
 from bench.results import Row  # noqa: E402
 from omnimamba_model import OmniMamba, OmniMambaConfig  # noqa: E402
@@ -209,3 +209,19 @@ def test_the_weights_of_the_claims_are_the_published_models():
     with torch.device("meta"):
         model = OmniMamba(OmniMambaConfig()).bfloat16()
     assert sum(p.nbytes for p in model.parameters()) == claims.OMNIMAMBA_BYTES
+
+
+def test_a_checkpoints_noise_goes_round_and_is_the_same_nowhere(monkeypatch):
+    store, into = torch.arange(7.0), torch.full((11,), -1.0)
+    assert bench_omnimamba.stored(store, 5, into) == 2
+    assert into.tolist() == [5.0, 6.0, *range(7), 0.0, 1.0]
+    assert bench_omnimamba.stored(store, 9, into[:3]) == 5 and into[:3].tolist() == [2.0, 3.0, 4.0]
+    torch.manual_seed(0)
+    monkeypatch.setattr(bench_omnimamba, "STORE", 2**20 - 3)  # a prime too, gone through several times
+    found = bench_omnimamba.official_tensors(bench_omnimamba.SMALL)
+    noise = [t for name, t in found.items() if t.ndim == 2 and name not in bench_omnimamba.TIED]
+    assert sum(t.numel() for t in noise) > 4 * 2**20
+    for t in noise:  # no two of its rows are the same
+        assert len({bytes(row[:16].view(torch.uint8).numpy()) for row in t}) == len(t)
+    for t in noise:
+        assert 0.8 * 0.5 < float(t.float().std()) * t.shape[-1] ** 0.5 < 1.2 * 0.5
