@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ def save(
 ) -> None:
     """Write the model, its config and, where given, a tokenizer (tokenizer.json's text) into ``folder``.
 
-    Each file is written under a temporary name and renamed, and what names the weights comes last: an interrupted
-    save leaves no torn file, and the weights that were there before. Tied heads own no parameters, so their tables are
-    stored once. Weights of more than ``max_shard_bytes`` are cut into shards of at most that size.
+    Each file is written under a temporary name and renamed, once the weights are whole, and what names them comes last:
+    a save that fails leaves the checkpoint that was there before, and no torn file. Tied heads own no parameters, so
+    their tables are stored once. Weights of more than ``max_shard_bytes`` are cut into shards of at most that size.
     """
     write(model, model.state_dict(), Path(folder), tokenizer, max_shard_bytes)
 
@@ -68,16 +68,21 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     kind = next(name for name, (model_type, _) in _KINDS.items() if isinstance(model, model_type))
     config = {"model_type": kind, **model.config.to_dict()}
-    if tokenizer is not None:
-        write_whole(folder / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
-    write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+
+    def describe() -> None:
+        """The small files, which fit other weights than those that may be there."""
+        if tokenizer is not None:
+            write_whole(folder / TOKENIZER, lambda path: path.write_text(tokenizer, encoding="utf-8"))
+        text = json.dumps(config, indent=2) + "\n"
+        write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
     tensors = {name: tensor.detach() for name, tensor in state.items()}
     shards = _cut(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write_tensors(folder / WEIGHTS, tensors)
+        _write_tensors(folder / WEIGHTS, tensors, describe)
         _forget(folder / INDEX)
     else:
-        _write_shards(folder, shards)
+        _write_shards(folder, shards, describe)
         _forget(folder / WEIGHTS)
 
 
@@ -139,6 +144,8 @@ def usable(device: str | torch.device) -> torch.device:
         raise ValueError(f"device must be cpu or cuda, got {device!r}: {str(error).splitlines()[0]}") from None
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if found.type == "cpu" and found.index:
+        raise ValueError(f"device must be cpu or cuda, got {device!r}: there is one cpu")
     if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
         raise ValueError(f"device {device} is not there: torch finds {torch.cuda.device_count()} GPUs")
     return found
@@ -186,18 +193,23 @@ def _cut(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _write_shards(folder: Path, shards: list[dict[str, Tensor]]) -> None:
+def _write_shards(folder: Path, shards: list[dict[str, Tensor]], then: Callable[[], None]) -> None:
     """Under names that no earlier save used, so that its shards stay whole until the index names the new ones."""
     mark, count = secrets.token_hex(4), len(shards)
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{mark}-{i:05}-of-{count:05}.safetensors"
-        _write_tensors(folder / name, shard)
-        weight_map |= dict.fromkeys(shard, name)
+    names = [f"model-{mark}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     old = _shards(folder)
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    write_whole(folder / INDEX, lambda path: path.write_text(index, encoding="utf-8"))
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            _write_tensors(folder / name, shard)
+        then()
+        write_whole(folder / INDEX, lambda path: path.write_text(index, encoding="utf-8"))
+    except BaseException:  # Ctrl-C too, which may come when the index is there
+        for name in {*names} - {path.name for path in _shards(folder)}:
+            (folder / name).unlink(missing_ok=True)
+        raise
     for path in old:
         path.unlink(missing_ok=True)
 
@@ -210,9 +222,15 @@ def _shards(folder: Path) -> list[Path]:
         return []
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], then: Callable[[], None] = lambda: None) -> None:
+    """``then`` is done once they are on disk, before they get their name."""
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+
+    def fill(temporary: Path) -> None:
+        save_file(whole, temporary, metadata={"format": "pt"})
+        then()
+
+    write_whole(path, fill)
 
 
 def _forget(path: Path) -> None:

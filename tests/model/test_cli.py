@@ -93,7 +93,12 @@ def test_a_seed_has_64_bits(capsys, seed):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("nonsense", "must be cpu or cuda"), ("meta", "must be cpu or cuda"), ("cuda:99", "cuda:99 is not there")],
+    [
+        ("nonsense", "must be cpu or cuda"),
+        ("meta", "must be cpu or cuda"),
+        ("cuda:99", "cuda:99 is not there"),
+        ("cpu:3", "there is one cpu"),
+    ],  # fmt: skip
 )
 def test_a_device_that_is_not_there(model, tmp_path, capsys, device, message):
     save(model, tmp_path / "c")

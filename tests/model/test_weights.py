@@ -1,10 +1,12 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omnimamba_model import CheckpointError, MambaLM, OmniMamba, cast_matrices, load, save
+from omnimamba_model import CheckpointError, MambaLM, OmniMamba, OmniMambaConfig, cast_matrices, load, save
 from omnimamba_model.weights import read_tokenizer
 
 
@@ -99,6 +101,56 @@ def test_a_tokenizer_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="tokenizer.json is not UTF-8"):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("part", [None, 50_000], ids=["whole", "shards"])
+@pytest.mark.parametrize("fails", [1, 2, 3, "config.json"])
+def test_a_failed_save_of_another_model_leaves_the_old_one(model, tmp_path, monkeypatch, part, fails):
+    """Its config too, without which its weights are of no use; and no shards that nobody names."""
+    sizes = {} if part is None else {"max_shard_bytes": part}
+    save(model, tmp_path, "{}", **sizes)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other, written = OmniMamba(OmniMambaConfig.preset("tiny", lora_rank=2)), []
+
+    def fill(tensors, path, metadata):
+        written.append(path)
+        if len(written) == fails:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        save_file(tensors, path, metadata=metadata)
+
+    def text(path, *given, **options):
+        if str(fails) in path.name:
+            raise OSError("disk full")
+        return plain(path, *given, **options)
+
+    plain = Path.write_text
+    monkeypatch.setattr("omnimamba_model.weights.save_file", fill)
+    monkeypatch.setattr(Path, "write_text", text)
+    if part is None and fails in (2, 3):
+        fails = 1
+    with pytest.raises(OSError, match="disk full"):
+        save(other, tmp_path, **sizes)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert load(tmp_path).config == model.config
+    fails = None
+    save(other, tmp_path, **sizes)
+    assert load(tmp_path).config == other.config
+
+
+def test_an_interruption_right_behind_the_index_loses_no_shard(model, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replaced(source, target):
+        replace(source, target)
+        if Path(target).name == "model.safetensors.index.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replaced)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path, max_shard_bytes=50_000)
+    found = load(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
