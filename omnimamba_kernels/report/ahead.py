@@ -86,14 +86,17 @@ def _job(call: Call, arch: str, launch: Launch) -> Job:
 def compile_all(
     jobs: list[Job], processes: int | None = None, folder: Path = FOLDER
 ) -> Iterator[tuple[Job, Resources | str]]:
-    """Each job, in their order, with what its compilation told: the resources, or why it does not compile."""
+    """Each job, in their order, with what its compilation told: the resources, or why it does not compile.
+
+    With ``processes=1`` all are compiled in this one.
+    """
     keys = [job.key() for job in jobs]
     kept = [_load(folder, key) for key in keys]
     missing = [job for job, found in zip(jobs, kept, strict=True) if found is None]
     processes = max(1, min(len(missing), processes or len(os.sched_getaffinity(0))))
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
-    with ProcessPoolExecutor(processes, context) if missing else contextlib.nullcontext() as pool:
-        compiled = pool.map(_attempt, missing) if missing else iter(())
+    with ProcessPoolExecutor(processes, context) if processes > 1 else contextlib.nullcontext() as pool:
+        compiled = pool.map(_attempt, missing) if pool else map(_attempt, missing)
         for job, key, found in zip(jobs, keys, kept, strict=True):
             if found is None:
                 found = next(compiled)

@@ -77,7 +77,7 @@ def code(job: ahead.Job) -> tuple:
 
 @pytest.mark.parametrize("op", WRITTEN)
 def test_kernels_fit_every_chip(op):
-    rows = list(ahead.compile_all(representative(op), processes=2))
+    rows = list(ahead.compile_all(representative(op), processes=1))  # another would import torch and Triton first
     assert {job.arch for job, _ in rows} == set(TARGETS)
     broken = {f"{j.kernel} for {j.arch}, {j.call}": faults for j, r in rows if (faults := table.faults(j, r))}
     assert not broken, broken
