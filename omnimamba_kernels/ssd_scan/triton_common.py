@@ -21,7 +21,8 @@ What ``forward(save=True)`` keeps for ``backward``, in this order:
     x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens    the arguments as they came
     states       (b, ceil(l / CHUNK), h, p, n), contiguous, float32: the state after position CHUNK k - 1, in chunk k's
                  place (the initial states for k = 0), before a sequence that begins at CHUNK k drops it
-    ungated      (b, l, h, p), contiguous, in y's dtype: y before the gate; None without z
+    ungated      (b, l, h, p), contiguous, in the type of x, B, C and z, float32 if they differ: y before the gate; None
+                 without z
 """
 
 from __future__ import annotations

@@ -65,11 +65,11 @@ def forward(
     y, final = x.new_empty(b, l, h, p), floats(b, h, p, n)
     varlen = floats(cu_seqlens.shape[0] - 1, h, p, n) if varlen_states else None
     states = floats(b, triton.cdiv(l, CHUNK), h, p, n) if save else None
-    ungated = x.new_empty(b, l, h, p) if save and z is not None else None
+    rows = _rows(x, B, C, z)
+    ungated = x.new_empty(b, l, h, p, dtype=rows[3].dtype) if save and z is not None else None
     saved = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, states, ungated)
     if l == 0:
         final.copy_(initial_states) if initial_states is not None else final.zero_()
-    rows = _rows(x, B, C, z)
     several = seq_idx is not None or cu_seqlens is not None
     walk = tiles.walk(triton_launch.target_of(x), rows[0], rows[1], z, several, save)
     inputs = (rows[0], dt, A, rows[1], dt_bias, initial_states, seq_idx)

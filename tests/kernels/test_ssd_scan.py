@@ -319,6 +319,13 @@ def test_one_wider_tensor_keeps_its_digits(run, name):
     assert same_bits(function(**narrow)[0], expected.bfloat16())
 
 
+def test_the_gradient_of_a_wider_gate_keeps_its_digits(run):
+    """It is made of y before the gate, which is not handed out and need not be rounded as y is."""
+    case = Case("gate", 1, 70, 2, 16, n=16, skip=1, gate=True)
+    tensors = case.tensors(torch.float16) | {"z": case.tensors()["z"]}
+    check(run, lambda **t: scan(case.options)(**t)[0], lambda **t: exact(case.options)(**t)[0], tensors, ("z",))
+
+
 class Largest(TorchDispatchMode):
     """How many numbers the largest tensor has that an operation of torch returns."""
 
