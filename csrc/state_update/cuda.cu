@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(WARPS* WARP) state_update_kernel(const __grid_
   const int64_t first =
       (static_cast<int64_t>(blockIdx.x % a_head) * WARPS + warp_id()) * CHANNELS * TOGETHER + lane_id() / LANES;
   const int64_t slot = slot_at(p.state_batch_indices, b, p.slots);
-  const bool tied = p.A.stride[2] == 0 || n == 1;
+  const bool tied = (p.A.stride[2] == 0 && n) || n == 1;
   const T *B = p.B.at<T>(b, group), *C = p.C.at<T>(b, group);
   auto channel = [&](int i) { return first + i * TOGETHER; };
   if (slot < 0) {

@@ -39,7 +39,7 @@ OM_INLINE void advance_rows(const StateUpdateParams& p, int64_t b, int64_t slot,
   vf dt = gather(p.dt.at<float>(b, h, c), p.dt.stride[2], rows);
   if (p.dt_bias) dt = dt + gather(p.dt_bias.at<float>(h, c), p.dt_bias.stride[1], rows);
   if (p.dt_softplus) dt = softplus(dt);
-  const bool tied = p.A.stride[2] == 0 || p.n == 1;
+  const bool tied = (p.A.stride[2] == 0 && p.n) || p.n == 1;
   float rate[W], input[W], out[W] = {};
   store(rate, tied ? vexp(dt * gather(p.A.at<float>(h, c), p.A.stride[1], rows)) : dt);
   store(input, dt * x);

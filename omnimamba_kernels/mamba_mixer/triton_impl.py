@@ -79,7 +79,7 @@ def forward(
         D.stride(1) if D is not None and D.dim() == 2 else 0, _stride(rmsnorm_weight), _stride(state_batch_indices),
         HAS_SLOTS=state_batch_indices is not None, HAS_CONV_BIAS=conv1d_bias is not None,
         HAS_DT_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_NORM=has_norm, NORM_BEFORE_GATE=norm_before_gate,
-        ACTIVATION=activation, WIDTH=w, STATE_LEN=length, BLOCK_N=triton.next_power_of_2(n),
+        ACTIVATION=activation, WIDTH=w, STATE_LEN=length, BLOCK_N=triton.next_power_of_2(max(n, 1)),
         BLOCK_L=min(triton.next_power_of_2(length), 16), BLOCK_S=triton.next_power_of_2(members), **use,
     )  # fmt: skip
     return (out,), ()

@@ -26,8 +26,8 @@ def forward(
     b, h, d = x.shape
     n = state.shape[3]
     use = settings("state_update", "update", target, values=b * h * d * n)
-    BLOCK_N = min(_power_of_2(n), use["longest"])
-    BLOCK_D = min(_power_of_2(d), max(1, use["values"] // BLOCK_N))
+    BLOCK_N = min(_power_of_2(max(n, 1)), use["longest"])
+    BLOCK_D = min(_power_of_2(max(d, 1)), max(1, use["values"] // BLOCK_N))
     programs = b * h * blocks(d, BLOCK_D)
     tied = all(step == 0 or size == 1 for step, size in _within_a_head(dt, A, dt_bias))
     loaded = nbytes(x, z) + programs * n * (B.element_size() + C.element_size())

@@ -133,8 +133,8 @@ def forward(
     n = state.shape[3]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     use = triton_launch.settings("state_update", "update", triton_launch.target_of(x), values=b * h * d * n)
-    BLOCK_N = min(triton.next_power_of_2(n), use["longest"])
-    BLOCK_D = min(triton.next_power_of_2(d), max(1, use["values"] // BLOCK_N))
+    BLOCK_N = min(triton.next_power_of_2(max(n, 1)), use["longest"])
+    BLOCK_D = min(triton.next_power_of_2(max(d, 1)), max(1, use["values"] // BLOCK_N))
     tiles = triton.cdiv(d, BLOCK_D)
     align = math.gcd(16, *state.stride()[:3])
     launch(

@@ -49,6 +49,12 @@ def assert_right(out, state, tensors, **options):
         assert_within_budget(name, *three)
 
 
+@pytest.mark.parametrize("d, n", [(0, 5), (4, 0)], ids=["no channels", "no states"])
+def test_a_head_without_channels_or_states(run, d, n):
+    tensors = Case("empty", 2, 3, d, n).tensors()
+    assert_right(*step(run, tensors), tensors)
+
+
 def test_one_group_or_head_needs_no_dimension_of_its_own(run):
     tensors = Case("one group", 3, 4, 5, 6).tensors()
     want = step(run, tensors)
