@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 
 from . import published
 from .machine import ROOT
 from .measure import ENOUGH
-from .results import FOLDER, Row, length_of, ratio_text
+from .results import FOLDER, Row, length_of, ratio_text, read
 
 DEMO = ROOT / "demo-out" / "metrics.json"
 KILLS = FOLDER / "kills" / "digits.json"
@@ -109,11 +108,18 @@ def _least(what: str, required: float, values: list[float | None], unit: str, wa
 
 def demo_scores() -> dict[str, float]:
     """What `make demo`, a program of its own, last left behind; empty where it has not run here."""
-    if not DEMO.exists():
+    try:
+        scores = read(DEMO)
+    except ValueError:  # nor is one that was killed while it wrote
         return {}
-    scores = json.loads(DEMO.read_text())
-    scores |= {f"held_out_loss {task}, nats a token": loss for task, loss in scores.get("held_out_loss", {}).items()}
-    return {name: scores[name] for name in SCORES if name in scores}
+    losses = scores.get("held_out_loss")
+    if isinstance(losses, dict):
+        scores |= {f"held_out_loss {task}, nats a token": loss for task, loss in losses.items()}
+    return {name: scores[name] for name in SCORES if _is_figure(scores.get(name))}
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _demo(scores: dict[str, float]) -> list[Claim]:
@@ -123,7 +129,7 @@ def _demo(scores: dict[str, float]) -> list[Claim]:
         most = name in ("copied_fraction", "seconds")
         value = scores.get(name)
         passed = None if value is None else bool(value <= limit if most else value >= limit)
-        text = "no demo-out/metrics.json: run make demo" if value is None else f"{value:.3f}"
+        text = "no score of it in demo-out/metrics.json: run make demo" if value is None else f"{value:.3f}"
         found.append(Claim(f"make demo: {name}", f"at {'most' if most else 'least'} {limit}", text, passed))
     return found
 
@@ -262,10 +268,15 @@ def in_time(seconds: float, minutes: float, quick: bool = False) -> Claim:
 def _kills() -> Claim:
     """What `python -m bench.kills`, a program of its own, last found."""
     claim = Claim("kill -9 at 20 random moments of a run", "20 exact continuations", "run python -m bench.kills", None)
-    if KILLS.exists():
-        found = json.loads(KILLS.read_text())
+    if not KILLS.exists():
+        return claim
+    try:
+        found = read(KILLS)
         count, torn = len(found["kills"]), sum(kill["while saving"] for kill in found["kills"])
-        bits = "the same bits" if found["exact"] else "not the same bits"
-        claim.measured = f"{count} kills, {torn} within a save, {bits}"
-        claim.passed = found["exact"] and count >= 20 and torn > 0
+        exact = bool(found["exact"])
+    except (ValueError, KeyError, TypeError):
+        claim.measured = f"{KILLS.name} is broken: run python -m bench.kills"
+        return claim
+    claim.measured = f"{count} kills, {torn} within a save, {'' if exact else 'not '}the same bits"
+    claim.passed = exact and count >= 20 and torn > 0
     return claim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import asdict
@@ -41,14 +42,18 @@ class Session:
         self.gpu = {"cpu": False, "gpu": True}.get(config.getoption("--device"), torch.cuda.is_available())
         self.folder = Path(config.getoption("--results") or results.FOLDER)
         self.started, self.clock = datetime.now(timezone.utc), time.perf_counter()
-        self.minutes = config.getoption("--minutes") or (QUICK if self.quick else ON_GPU if self.gpu else WHOLE)
+        self.promised = QUICK if self.quick else ON_GPU if self.gpu else WHOLE
+        """Minutes, whatever ``--minutes`` allows."""
+        self.minutes = config.getoption("--minutes") or self.promised
         allowed = 60 * self.minutes
         self.bench = Bench(self.quick, limit=FULL_ROUNDS * allowed, end=ADDED_ROUNDS * allowed)
         self.on_gpu = GpuRun(self.bench, 60 * self.minutes)
         self.machine = machine.describe(gpu=self.gpu)
         self.collected: set[str] = set()
         self.chosen = False
-        """Whether some benchmarks were left out by -k, -m or --deselect."""
+        """Whether some benchmarks were left out by -k, -m or --deselect, or are not timed, by options."""
+        self.silent = False
+        """Whether a benchmark has left no row at all."""
         self.done = 0
         self.broken = False
         self.total = 0
@@ -59,7 +64,7 @@ class Session:
     def complete(self) -> bool:
         """Whether every benchmark took part, everything ran, in time, and nothing broke."""
         return (
-            not self.broken
+            not (self.broken or self.silent)
             and self.on_gpu.whole()
             and not self.chosen
             and self.done == self.total
@@ -82,12 +87,9 @@ class Session:
 
     def content(self) -> dict:
         rows, scores, rates = self.bench.rows, claims.demo_scores(), self.bench.rates.summary()
-        if self.gpu:
-            judged = self.on_gpu.claims()
-        else:
-            judged = [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
+        judged = self._judged(scores, rates)
         if self.complete():
-            judged.append(asdict(claims.in_time(time.perf_counter() - self.clock, self.minutes, self.quick)))
+            judged.append(asdict(claims.in_time(time.perf_counter() - self.clock, self.promised, self.quick)))
         return {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.clock, 1),
@@ -105,6 +107,17 @@ class Session:
             "parts": [asdict(part) for part in self.on_gpu.parts],
             "rows": results.as_json(rows),
         }
+
+    def _judged(self, scores: dict[str, float], rates: dict[str, dict[str, float]]) -> list[dict]:
+        """What is promised. Where it cannot be judged for an error, that is said in its place, and the rows are kept
+        all the same."""
+        rows = self.bench.rows
+        try:
+            if self.gpu:
+                return self.on_gpu.claims()
+            return [*claims.judge(rows, scores), asdict(scaling.claim({"rows": rows, "rates": rates}))]
+        except Exception as error:
+            return [asdict(claims.Claim("all that is promised", "to be judged", repr(error), None))]
 
 
 def files(gpu: bool) -> set[str]:
@@ -130,7 +143,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'omnimamba[bench]'")
+    minutes = config.getoption("--minutes")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise pytest.UsageError(f"--minutes: got {minutes:g}, expected more than 0")
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        raise pytest.UsageError("the benchmarks run one after the other: leave out -n, which times them side by side")
     session = config.stash[_SESSION] = Session(config)
+    session.chosen = any(config.getoption(name, False) for name in ("benchmark_disable", "benchmark_skip"))
     if not config.option.collectonly:
         _can_write(session.path(False).parent)
 
@@ -206,6 +225,8 @@ class _Progress:
         if report.when != "teardown":
             return
         session.done += 1
+        mine = Path(report.nodeid.partition("::")[0]).name in session.collected
+        session.silent |= mine and not session.gpu and len(session.bench.rows) == session.shown
         self.out.write("\n")
         for row in session.bench.rows[session.shown :]:
             self.out.write_line(_line(row))

@@ -4,6 +4,7 @@ that are none."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,9 @@ def test_a_disk_that_is_full_does_not_end_a_run(session, monkeypatch):
     assert session.done == 1 and "not kept so far: No space left on device" in said
 
 
-@pytest.mark.parametrize("change", [{"chosen": True}, {"broken": True}, {"done": 1}, {"collected": {"bench_layer.py"}}])
+@pytest.mark.parametrize(
+    "change", [{"chosen": True}, {"broken": True}, {"silent": True}, {"done": 1}, {"collected": {"bench_layer.py"}}]
+)
 def test_what_left_something_out_is_partial(session, change):
     session.done = 2
     assert session.complete()
@@ -82,6 +85,85 @@ def test_a_run_of_either_kind_is_held_to_its_minutes(session, what, minutes, mon
         (claim,) = judged()
         assert (claim["what"], claim["required"]) == (f"{what} of the benchmarks", f"at most {minutes} min")
         assert claim["passed"] is met
+
+
+def test_a_run_that_is_allowed_more_is_held_to_the_same_minutes(session, monkeypatch):
+    session.minutes, session.done, start = 60.0, session.total, session.clock
+    monkeypatch.setattr(time, "perf_counter", lambda: start + 60 * 31)
+    (claim,) = [c for c in session.content()["claims"] if "whole run" in c["what"]]
+    assert claim["required"] == "at most 30 min" and claim["passed"] is False
+
+
+def progress_of(session) -> conftest._Progress:
+    progress = conftest._Progress.__new__(conftest._Progress)
+    progress.session, progress.out = session, SimpleNamespace(write=lambda _: None, write_line=lambda _: None)
+    return progress
+
+
+def test_a_benchmark_without_a_row_makes_a_partial_run(session):
+    """As where all are skipped by an option of pytest-benchmark's."""
+    progress = progress_of(session)
+    for name, rows, silent in (
+        ("bench/bench_layer.py", 1, False),
+        ("tests/a.py", 0, False),
+        ("bench/bench_layer.py", 0, True),
+    ):
+        session.bench.rows += [Row("op", "another", "native")] * rows
+        progress.pytest_runtest_logreport(
+            SimpleNamespace(nodeid=f"{name}::a", failed=False, duration=1.0, when="teardown")
+        )
+        assert session.silent is silent
+
+
+@pytest.mark.parametrize("broken", ["", "[]", '{"seconds": "x", "held_out_loss": 7}', '{"kills": 3, "exact": true}'])
+def test_what_other_programs_left_broken_loses_no_row(session, broken, tmp_path, monkeypatch):
+    for name in ("DEMO", "KILLS"):
+        monkeypatch.setattr(conftest.claims, name, tmp_path / f"{name}.json")
+        (tmp_path / f"{name}.json").write_text(broken)
+    session.keep()
+    kept = json.loads(session.path(False).read_text())
+    assert len(kept["rows"]) == 1 and kept["demo"] == {}
+    said = {c["what"]: (c["measured"], c["passed"]) for c in kept["claims"]}
+    assert said["make demo: seconds"] == ("no score of it in demo-out/metrics.json: run make demo", None)
+    (kills,) = [found for what, found in said.items() if what.startswith("kill -9")]
+    assert kills == ("KILLS.json is broken: run python -m bench.kills", None)
+
+
+def test_an_error_in_judging_loses_no_row(session, monkeypatch):
+    monkeypatch.setattr(conftest.claims, "judge", lambda rows, scores: {}["no such row"])
+    session.keep()
+    kept = json.loads(session.path(False).read_text())
+    assert len(kept["rows"]) == 1
+    assert [(c["measured"], c["passed"]) for c in kept["claims"]] == [("KeyError('no such row')", None)]
+
+
+def configured(**options) -> conftest.Session:
+    """What pytest with these options begins."""
+    named = {"--quick": False, "--device": "cpu", "--results": None, "--minutes": None} | options
+    config = SimpleNamespace(
+        getoption=lambda name, default=None: named.get(name, default), stash=pytest.Stash(),
+        pluginmanager=SimpleNamespace(hasplugin=lambda name: True), option=SimpleNamespace(collectonly=True),
+    )  # fmt: skip
+    conftest.pytest_configure(config)
+    return config.stash[conftest._SESSION]
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_minutes_are_refused(minutes):
+    with pytest.raises(pytest.UsageError, match="--minutes: got .*, expected more than 0"):
+        configured(**{"--minutes": minutes})
+    assert configured(**{"--minutes": 0.5}).minutes == 0.5 and configured().minutes == 30
+
+
+def test_benchmarks_are_not_timed_side_by_side():
+    with pytest.raises(pytest.UsageError, match="one after the other"):
+        configured(numprocesses=2)
+    assert configured(numprocesses=None)
+
+
+def test_a_run_that_times_nothing_is_no_whole_one():
+    assert not configured().chosen
+    assert configured(benchmark_disable=True).chosen and configured(benchmark_skip=True).chosen
 
 
 def test_a_folder_that_takes_no_results_is_told_at_once(tmp_path):
