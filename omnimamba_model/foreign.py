@@ -152,8 +152,21 @@ def _filled(kind: type[nn.Module], config: Any, tensors: dict[str, Tensor], path
         model = kind(config)
     check_fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
     check_dtypes({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}, path)
-    model.load_state_dict({name: tensors[name] for name in model.state_dict()}, assign=True)
+    model.load_state_dict(_apart({name: tensors[name] for name in model.state_dict()}), assign=True)
     return model.requires_grad_(True).eval()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers, no two in the same memory, as a pickle can have them: who writes into one would change both."""
+    found, end = {}, 0
+    for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
+        tensor = tensors[name]
+        steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        stretch = (steps + 1) * tensor.element_size() if tensor.numel() else 0
+        alone = tensor.data_ptr() >= end and stretch >= tensor.nbytes
+        found[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+        end = max(end, tensor.data_ptr() + stretch)
+    return found
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -60,6 +60,28 @@ def test_a_head_of_another_model_is_refused(official, tmp_path):
         read_foreign(tmp_path / "x.pth")
 
 
+@torch.no_grad()
+def test_tensors_in_one_memory_become_tensors_of_their_own(official, tmp_path):
+    """A pickle can hold one matrix twice, a matrix within another, and one number as all of a matrix."""
+    names = [f"backbone.layers.{i}.mixer.in_proj.weight" for i in range(2)]
+    small, constant = "backbone.layers.1.mixer.out_proj.weight", "backbone.layers.0.mixer.out_proj.weight"
+    stored = official_tensors(official, heads=False)
+    one, within = stored[PREFIX + names[0]], stored[PREFIX + small]
+    stored[PREFIX + names[1]] = one
+    stored[PREFIX + small] = one.flatten()[7 : 7 + within.numel()].view_as(within)
+    stored[PREFIX + constant] = torch.full((1, 1), 0.5).half().expand_as(within)
+    torch.save(stored, tmp_path / "OmniMamba-1.3b.pth")
+    found = OmniMamba.from_pretrained(tmp_path)
+    held = dict(found.named_parameters())
+    assert all(torch.equal(held[n], stored[PREFIX + n]) for n in (*names, small, constant))
+    held[names[0]].zero_()
+    held[constant].view(-1)[0] = 2
+    assert held[names[1]].any() and held[small].any() and held[constant].view(-1)[1] == 0.5
+    found.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in held.items())
+
+
 def test_all_that_does_not_fit_is_listed(official, tmp_path):
     tensors = official_tensors(official, heads=False)
     del tensors[PREFIX + "backbone.layers.1.mixer.D"]
