@@ -126,15 +126,30 @@ def read(source: str | Path, changes: Sequence[str] = ()) -> Run:
 
     text = _text(source)
     try:
-        values = yaml.safe_load(text)
+        values = _loaded(text)
         for change in changes:
             key, equals, value = change.partition("=")
             if not equals:
                 raise ValueError(f"expected key=value, got {change!r}")
-            _put(values, key.strip(), yaml.safe_load(value))
+            _put(values, key.strip(), _loaded(value))
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     return _filled(Run, values, "")
+
+
+def _loaded(text: str) -> Any:
+    """What YAML text says; of a setting that is given twice PyYAML would take the last without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key, _ in node.value:
+                if names.count(key.value) > 1 and isinstance(key, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _text(source: str | Path) -> str:

@@ -1,5 +1,7 @@
 """What a settings file may say, and what the shipped ones say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -97,3 +99,17 @@ def test_a_file_that_is_no_settings_file(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="group of settings"):
         read(tmp_path / "a.yaml")
+
+
+def test_a_setting_given_twice_is_refused(values, tmp_path, capsys):
+    """PyYAML alone takes the last one."""
+    path = tmp_path / "a.yaml"
+    path.write_text("steps: 1\n" + yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 2
+    assert "steps is set twice" in capsys.readouterr().err and not Path(values["out"]).exists()
+    for twice in ("t2i={files: a.jsonl, batch: 2, batch: 3}", "fresh={backbone: {n_layer: 1, n_layer: 2}}"):
+        with pytest.raises(ValueError, match="(batch|n_layer) is set twice"):
+            read(_written(path, values), [twice])
+    path.write_text("common: &c {batch: 2, images: a}\nmmu: {<<: *c, batch: 3}\n")
+    with pytest.raises(ValueError, match="unknown settings: .'common'.*missing"):  # what it means is as ever
+        read(path)
