@@ -77,7 +77,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row: logits (b, vocabulary) to ids (b,)."""
+    """One token a row: logits (b, vocabulary) to ids (b,).
+
+    RuntimeError where a row has NaN or infinity, on a CPU: elsewhere asking would wait for the device.
+    """
+    if logits.device.type == "cpu" and not bool(logits.amax(-1).isfinite().all()):
+        raise RuntimeError(
+            "logits are not finite: the weights or what the model was shown hold NaN or infinity, or its dtype is too "
+            "narrow for them"
+        )
     if sampling.greedy:
         return logits.argmax(-1)
     return torch.multinomial(probabilities(logits, sampling), 1, generator=generator)[:, 0]

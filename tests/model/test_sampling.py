@@ -8,7 +8,7 @@ import torch
 
 from omnimamba_model import BASE, T2I, Sampling, engine
 from omnimamba_model.engine import Row, generate, stream
-from omnimamba_model.generation import answer_rows, drawing_rows
+from omnimamba_model.generation import answer, answer_rows, draw, drawing_rows
 from omnimamba_model.sampling import penalised, probabilities
 
 SETTINGS = {
@@ -144,3 +144,14 @@ def test_extreme_arguments_still_pick_tokens(model, caption, features, text, giv
     rows = drawing_rows(model, caption[:2], guidance) + answer_rows(model, features[:1], [text[1, :3]], 20, stop=())
     found = generate(model, rows, Sampling(**given, seed=1))
     assert [len(row) for row in found] == [9, 9, 20]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(seed=0), Sampling(seed=0, top_p=0.5)])
+def test_what_is_no_number_is_told_and_never_drawn(model, features, text, caption, wrong, sampling):
+    """Greedily the likeliest of what is no number would be the first token there is: an empty answer."""
+    with torch.no_grad():
+        model.backbone.norm_f.weight[3] = wrong
+    for run in (lambda: answer(model, features, text, 3, sampling), lambda: draw(model, caption, sampling, 2.0)):
+        with pytest.raises(RuntimeError, match="logits are not finite: the weights or what the model was shown"):
+            run()
