@@ -9,10 +9,11 @@ A run that was stopped, however, is started again by the same command and goes o
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def run(settings: Run, say: Say, progress: bool = True) -> Path | None:
     """Train to the end; the folder of the trained model, on the first process. ``say`` takes lines for people."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with joined(settings.device) as ranks:
-        out = Path(settings.out)
+    out = Path(settings.out)
+    with joined(settings.device) as ranks, _held(out, ranks):
         if ranks.first:
             _claim(out, settings)
         ranks.wait()
@@ -143,9 +144,33 @@ def _finish(trainer: Trainer, out: Path, words: TextTokenizer, pixels: ImageToke
     return out / "model"
 
 
-def _claim(out: Path, settings: Run) -> None:
-    """Make the run's folder, or see that it is this run's; ValueError names the settings that differ."""
+@contextmanager
+def _held(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the run's folder, and hold it: RuntimeError where somebody else does, whose files would be mixed with these.
+
+    The system lets it go when the process ends, however it ends.
+    """
+    import fcntl
+
+    if not ranks.first:
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
+    opened = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # on a file system without locks nothing can be told
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = f"a process trains into {out} just now; wait for its end, or name another out"
+                raise RuntimeError(told) from None
+        yield
+    finally:
+        os.close(opened)
+
+
+def _claim(out: Path, settings: Run) -> None:
+    """See that the folder is this run's; ValueError names the settings that differ."""
     checkpoints.clear_unfinished(out)
     for folder in (out, out / "model"):
         clear_temporaries(folder)
