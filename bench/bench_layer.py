@@ -19,7 +19,7 @@ import torch
 from omnimamba_model import BASE, MambaBackbone, MambaConfig
 
 from . import inputs, machine
-from .baselines.attention import HEADDIM, Attention, attended, rotary
+from .baselines.attention import HEADDIM, Attention, rotary
 from .integrated import positions, sampled
 from .measure import Contender, Work, worst_error
 
@@ -41,6 +41,8 @@ SLICE, LAST = 256, 16
 SEGMENT, REACH = 2048, 8192
 """Positions that the definition of ours takes in at a time up to the end, and at most in all: of a state so far back
 some exp(-8) is left where it fades least, as layers are initialised (dt |A| near 0.001)."""
+HELD = 16384
+"""Keys of a head that are cast to fp64 at once, 8 MiB."""
 States = tuple[torch.Tensor, torch.Tensor]
 """Of one layer, the convolution's and the scan's."""
 full = pytest.mark.full
@@ -195,6 +197,14 @@ def in_pieces(name: str, length: int, expected: float) -> Contender:
     return sampled(name, steps, check, bound, work=mine, expected=taken, peer=name == PEER, after=after)
 
 
+def attended_by_last(q: torch.Tensor, keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """``attended`` in q's dtype for one query, which sees all of the keys, in pieces: what one is cast to is used again
+    for the next, where a million at once would be new memory each time."""
+    scores = [q @ piece.to(q).transpose(-1, -2) / HEADDIM**0.5 for piece in keys]
+    shares = torch.cat(scores, -1).softmax(-1).split([piece.shape[2] for piece in keys], -1)
+    return sum(share @ piece.to(q) for share, piece in zip(shares, values, strict=True))
+
+
 @torch.no_grad()
 def block_error(u: torch.Tensor, at: int, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor) -> float:
     """The last position of attention's block ``u`` at ``at``, after all keys and values before it, against the
@@ -204,8 +214,8 @@ def block_error(u: torch.Tensor, at: int, keys: torch.Tensor, values: torch.Tens
     last = q[:, :, -1:]
     heads = []
     for h in range(layer.heads):
-        held = [torch.cat([old[:, [h], :at], new[:, [h]].float()], 2) for old, new in ((keys, k), (values, v))]
-        heads.append(attended(last[:, [h]], *(t.double() for t in held), end - 1))
+        pieces = [(*old[:, [h], :at].split(HELD, 2), new[:, [h]].float()) for old, new in ((keys, k), (values, v))]
+        heads.append(attended_by_last(last[:, [h]], *pieces))
     return worst_error((found[:, -1:],), (layer.join(torch.cat(heads, 1)),))
 
 

@@ -19,6 +19,7 @@ if not (ROOT / "bench").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from bench import bench_layer, compare, conftest, measure, report, results  # noqa: E402
+from bench.baselines import attention  # noqa: E402
 from bench.measure import Bench  # noqa: E402
 from bench.results import Row  # noqa: E402
 
@@ -284,6 +285,24 @@ def test_a_block_of_attention_is_looked_at_where_it_was_timed(monkeypatch):
     assert timed.after(timed.found) < 1e-5
     keys = timed.after.args[2]
     keys[:, :, 5] = 9.0
+    assert timed.after(timed.found) > timed.bound
+
+
+def test_a_query_attends_to_keys_in_pieces_as_to_all():
+    q, k, v = (torch.randn(1, 1, n, 64, dtype=torch.float64) for n in (1, 50, 50))
+    whole = attention.attended(q, k, v, 49)
+    found = bench_layer.attended_by_last(q, (*k[:, :, :47].split(16, 2), k[:, :, 47:]), (*v.split((16, 16, 15, 3), 2),))
+    assert torch.allclose(found, whole, rtol=1e-12)
+    assert not torch.allclose(bench_layer.attended_by_last(q, k.split(49, 2)[:1], v.split(49, 2)[:1]), whole, rtol=1e-6)
+
+
+def test_a_block_after_many_keys_is_looked_at_in_pieces_of_them(monkeypatch):
+    monkeypatch.setitem(bench_layer.PIECE, bench_layer.PEER, 8)
+    monkeypatch.setattr(bench_layer, "HELD", 16)
+    timed = bench_layer.in_pieces(bench_layer.PEER, 400, 0.0)
+    timed.take()
+    assert timed.after(timed.found) < 1e-5
+    timed.after.args[3][:, :, 37] = 9.0
     assert timed.after(timed.found) > timed.bound
 
 
