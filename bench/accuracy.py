@@ -88,7 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, nargs="?", default=Path("demo-out"))
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
-    costs = compare(options.checkpoint)
+    try:
+        costs = compare(options.checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     results.save(options.out, {"machine": machine.describe(), "costs": [asdict(cost) for cost in costs]})
     print(table(costs))
     return 0

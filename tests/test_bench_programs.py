@@ -59,6 +59,14 @@ def test_narrow_weights_are_scored_against_the_stored_ones(demo, tmp_path, monke
     assert "| int8 " in report.narrow({}) and report.narrow({}) in capsys.readouterr().out
 
 
+def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(SystemExit) as ended:
+            accuracy.main([str(folder), "--out", str(tmp_path / "scores.json")])
+        assert ended.value.code == 2 and str(folder) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_kept_scores_are_of_every_dtype_and_task():
     """That the README shows them is test_bench's."""
     costs = accuracy.kept()["costs"]
