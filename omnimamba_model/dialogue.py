@@ -21,6 +21,7 @@ from torch import Tensor
 from .config import MMU
 from .engine import Row, stream
 from .files import absent, write_whole
+from .generation import check_steps
 from .omnimamba import OmniMamba
 from .pictures import plain
 from .pipeline import FORMATS, Pipeline
@@ -66,6 +67,7 @@ class Dialogue:
 
     @torch.inference_mode()  # of each step alone: between two, the caller and other threads have modes of their own
     def _answer(self, question: Tensor, steps: int, sampling: Sampling, stop: tuple[int, ...] | None) -> Iterator[int]:
+        check_steps(steps)
         if question.ndim != 1 or not len(question):
             raise ValueError(f"question must have shape (l,), l at least 1, got {tuple(question.shape)}")
         stops = (self.model.config.tokens.eos,) if stop is None else stop

@@ -26,7 +26,7 @@ def generate_text(
     A row ends with the first of its tokens that ``stop`` names and is filled up with it.
     """
     _check_ids("ids", ids, model.backbone.config.vocab_size, least=1)
-    _check_steps(steps)
+    check_steps(steps)
     prompts = model.backbone.embedding(ids)
     return _square(generate(model, [Row(BASE, prompt, steps, _stops(stop)) for prompt in prompts], sampling))
 
@@ -100,7 +100,7 @@ def answer_rows(
     model: OmniMamba, features: Tensor, questions: Sequence[Tensor], steps: int, stop: Stop = None
 ) -> list[Row]:
     """What ``engine.generate`` takes to answer questions, ids (l_i,) of any lengths, about features (b, ..)."""
-    _check_steps(steps)
+    check_steps(steps)
     backbone = model.backbone
     stops = (model.config.tokens.eos,) if stop is None else _stops(stop)
     openings = model.mmu_opening(features)
@@ -126,7 +126,9 @@ def _stops(stop: Stop) -> tuple[int, ...]:
     return () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
 
 
-def _check_steps(steps: int) -> None:
+def check_steps(steps: int) -> None:
+    if type(steps) is not int:
+        raise ValueError(f"steps must be a whole number, got {steps!r}")
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
 

@@ -138,6 +138,7 @@ class Pipeline:
         self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0, copies: int = 1, exact: bool = False
     ) -> list[Image.Image]:
         """``copies`` drawings a prompt, prompt by prompt; ``exact`` as in ``generation.draw``."""
+        _expect_texts("prompts", prompts)
         caption = self.model.pad_captions([self.words.encode(prompt) for prompt in prompts])
         return self.pixels.pictures(draw(self.model, caption, sampling, guidance, copies, exact))
 
@@ -151,6 +152,7 @@ class Pipeline:
     ) -> list[str]:
         """One answer a pair, questions of any lengths side by side; ``steps`` tokens each at most, None is
         ``answer_tokens``."""
+        _expect_texts("questions", questions)
         if len(images) != len(questions):
             raise ValueError(f"questions must be as many as images, {len(images)}, got {len(questions)}")
         if not questions:
@@ -161,6 +163,12 @@ class Pipeline:
             features = self.pixels.look(images).to(self.device)
             rows = answer_rows(self.model, features, asked, self.answer_tokens if steps is None else steps)
         return [self.words.decode(_until(ids.tolist(), eos)) for ids in generate(self.model, rows, sampling)]
+
+
+def _expect_texts(name: str, texts: Sequence[str]) -> None:
+    """TypeError for one text alone, which is a sequence too, of its letters."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a list of texts, got {texts!r}")
 
 
 def load_tokenizers(

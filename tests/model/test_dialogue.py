@@ -125,6 +125,9 @@ def test_any_thread_may_take_the_next_token_and_no_ones_mode_is_changed(model, f
 
 
 def test_questions_are_checked(model, features):
+    for steps in (0, -1, 1.5, None):
+        with pytest.raises(ValueError, match="steps must be (1 or more|a whole number), got"):
+            next(Dialogue.about(model, features[0]).ask(QUESTIONS[0], steps))
     with pytest.raises(ValueError, match="l at least 1"):
         next(Dialogue.about(model, features[0]).ask(torch.tensor([], dtype=torch.long), 3))
 

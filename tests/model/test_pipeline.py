@@ -5,7 +5,9 @@ from PIL import Image
 
 from omnimamba_model import CheckpointError, OmniMamba, OmniMambaConfig, Sampling, SpecialTokens, answer, draw, save
 from omnimamba_model.image_tokenizer import PatchTokenizer
+from omnimamba_model.pictures import read_image
 from omnimamba_model.pipeline import Pipeline, contact_sheet, write_png
+from omnimamba_model.sampling import GREEDY
 from omnimamba_model.text_tokenizer import WordTokenizer
 
 
@@ -129,3 +131,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_png(picture(2), target)
     assert list(tmp_path.iterdir()) == [target] and target.read_bytes() == before
+
+
+def test_one_text_is_no_list_of_texts(folder):
+    """A text is a sequence of its letters, each of which many tokenizers know."""
+    pipeline, image = Pipeline.load(folder), read_image(folder / "a.png")
+    for wrong in ("word1", ["word1", 5], [None]):
+        with pytest.raises(TypeError, match="prompts must be a list of texts, got"):
+            pipeline.draw(wrong, GREEDY)
+        with pytest.raises(TypeError, match="questions must be a list of texts, got"):
+            pipeline.ask([image] * len(wrong), wrong)
