@@ -35,6 +35,9 @@ from .triton_steps import (
     store_steps,
 )
 
+_THREE = "Triton 3.8: the assembler gives up a register's worth for a third program on a multiprocessor"
+SPILLS = tuple(("backward_kernel", arch, {"LOOPS": 4, "TIME_LAST": False}, 4, _THREE) for arch in ("sm_100", "sm_120"))
+
 
 @triton.jit
 def _gradients(x, rows, dy_rows, links, taps, bias, COUNT: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr):

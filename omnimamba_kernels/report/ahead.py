@@ -52,7 +52,11 @@ class Job:
         return hashlib.sha256(repr(given).encode()).hexdigest()
 
     def budget(self) -> tuple[int, str]:
-        """How many bytes a thread may spill and why: what the kernel's file says in ``SPILLS``, else none."""
+        """How many bytes a thread may spill and why: what the kernel's file says in ``SPILLS``, else none.
+
+        The first of its (kernel, chip, constants that it is compiled with, bytes, reason) that fits. A reason that
+        begins with a version of Triton is of that version alone.
+        """
         return self._exception("SPILLS")
 
     def narrower(self) -> tuple[int, str]:
@@ -60,7 +64,18 @@ class Job:
         return self._exception("NARROWER")
 
     def _exception(self, table: str) -> tuple[int, str]:
-        return getattr(importlib.import_module(self.module), table, {}).get((self.kernel, self.arch), (0, ""))
+        constants = set(self.constants)
+        for kernel, arch, when, allowed, reason in getattr(importlib.import_module(self.module), table, ()):
+            fits = (kernel, arch) == (self.kernel, self.arch) and constants.issuperset(when.items())
+            if fits and of_this_triton(reason):
+                return allowed, reason
+        return 0, ""
+
+
+def of_this_triton(reason: str) -> bool:
+    """Whether a reason is not that of another version: "Triton 3.8: ..."."""
+    words = reason.split()
+    return words[0] != "Triton" or _versions().startswith(words[1].removesuffix(":") + ".")
 
 
 def jobs(calls: Iterable[Call], archs: Iterable[str]) -> list[Job]:

@@ -204,7 +204,7 @@ def backward(
     if varlen_states and initial_states is not None and cu_seqlens.shape[0] > 1:
         loaded += tasks * packing.size + h * p * n * FLOAT  # a first sequence that is empty
     flops = tasks * chunks * CHUNK * _product(tile, "BLOCK_P", "BLOCK_N") * terms
-    deep = tiles.tile("back_chunks", target, x, n, narrow)
+    deep = tiles.back_chunks(target, x, n, narrow, z is not None and varlen_states)
     return {
         "ssd_starts": _starts(x, dt, C, z, number, seq_idx, walk, terms, packing, pieces, cu_seqlens),
         "ssd_back_walk": Cost(loaded, each * p * n * FLOAT + nbytes(initial_states), flops),

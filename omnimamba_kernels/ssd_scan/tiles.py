@@ -119,6 +119,11 @@ def back_walk(target: Target, x: Tensor, n: int, narrow: bool, varlen: bool) -> 
     return Walk(found, ends, CHUNK, chunks, segments, each, found.use["pieces"])
 
 
+def back_chunks(target: Target, x: Tensor, n: int, narrow: bool, crowded: bool) -> Tile:
+    """The backward's chunks; ``crowded``: a gate, and packed sequences' states have gradients."""
+    return tile("back_chunks", target, x, n, narrow, crowded=int(crowded))
+
+
 def _segments(programs: int, chunks: int, use: dict[str, int], target: Target) -> tuple[int, int]:
     """Into how many segments the walk is cut, and the chunks of each.
 

@@ -137,8 +137,9 @@ class _Scan:
     def sequences(self) -> int:
         return 0 if self.offsets is None else self.offsets.shape[0] - 1
 
-    def tile(self, kernel: str) -> Tile:
-        return tiles.tile(kernel, triton_launch.target_of(self.x), self.x, self.B.shape[3], self.narrow)
+    def chunks_tile(self) -> Tile:
+        target, crowded = triton_launch.target_of(self.x), self.z is not None and self.dvarlen is not None
+        return tiles.back_chunks(target, self.x, self.B.shape[3], self.narrow, crowded)
 
 
 @together()
@@ -242,7 +243,7 @@ def _chunks(
     made: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills ``made`` with dx and dz; the terms, sums and parts of the other gradients."""
-    tile = scan.tile("back_chunks")
+    tile = scan.chunks_tile()
     b, chunks, h, p, n = states.shape
     l, g = scan.B.shape[1:3]
     programs = (2 + tile.n_blocks) * g * b * chunks

@@ -37,12 +37,15 @@ from .triton_backward_walk import chunk_steps
 from .triton_common import decay_between
 from .triton_products import load_gradient, load_state, load_tile, product, product_exact_derived
 
-SPILLS = {
-    ("ssd_back_chunks", "sm_120"): (
-        16,
-        "of float32, 12 of bfloat16, where a group's heads are dealt to several programs",
-    ),
-}
+_CROWDED = "M's parts for tf32x3 stay in registers across the loop over sequences that end: no tile or warps held all"
+SPILLS = (
+    ("ssd_back_chunks", "sm_80", {"HAS_Z": True, "HAS_VARLEN": True}, 280, f"Triton 3.8: {_CROWDED}"),
+    ("ssd_back_chunks", "sm_80", {"HAS_Z": True, "HAS_VARLEN": True}, 268, _CROWDED),
+    ("ssd_back_chunks", "sm_120", {"HAS_Z": True, "HAS_VARLEN": True}, 136, f"Triton 3.6: {_CROWDED}"),
+    ("ssd_back_chunks", "sm_120", {"HAS_Z": True, "HAS_VARLEN": True}, 252, f"Triton 3.8: {_CROWDED}"),
+    ("ssd_back_chunks", "sm_120", {"HAS_Z": True, "HAS_VARLEN": True}, 108, _CROWDED),
+    ("ssd_back_chunks", "sm_120", {}, 32, "of float32, 12 of bfloat16, where several programs have a group's heads"),
+)
 
 
 @triton.jit

@@ -52,6 +52,17 @@ import triton.language as tl
 from .triton_common import decay_between, split_dot
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
+_WIDE = "the assembler asks for several parts of the state at once; other tiles, warps and chunks spill more"
+SPILLS = (
+    ("ssd_walk", "sm_80", {"N": 128, "NARROW": False}, 4, f"Triton 3.8: {_WIDE}"),
+    ("ssd_walk", "sm_120", {"N": 128, "NARROW": False}, 68, f"Triton 3.8: {_WIDE}"),
+    ("ssd_walk", "sm_100", {"N": 256, "NARROW": False}, 36, f"Triton 3.8: {_WIDE}"),
+    ("ssd_walk", "sm_120", {"N": 256, "NARROW": False}, 160, f"Triton 3.8: {_WIDE}"),
+    ("ssd_walk", "sm_100", {"N": 256, "NARROW": False}, 12, f"Triton 3.9: {_WIDE}"),
+    ("ssd_walk", "sm_120", {"N": 256, "NARROW": False}, 108, f"Triton 3.9: {_WIDE}"),
+    ("ssd_walk", "sm_100", {"N": 256, "NARROW": False}, 8, _WIDE),
+    ("ssd_walk", "sm_120", {"N": 256, "NARROW": False}, 32, _WIDE),
+)
 
 
 @triton.jit

@@ -5,19 +5,21 @@ A representative set: ``python -m omnimamba_kernels.report triton`` compiles eve
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from omnimamba_kernels import lora_linear
+from omnimamba_kernels import lora_linear, mamba_chunk_scan_combined
 from omnimamba_kernels.backends import OPS
 from omnimamba_kernels.lora_linear import cases as lora_cases
+from omnimamba_kernels.ssd_scan.cases import PACKED
 from omnimamba_kernels.triton_launch import TARGETS, Target, interpreting
 
 if importlib.util.find_spec("triton") is None:
@@ -60,10 +62,30 @@ def representative(op: str) -> list[ahead.Job]:
         for job in ahead.jobs(wanted, archs):
             if job.module.split(".")[1] == op:  # an operation made of others starts their kernels too
                 found.setdefault((job.kernel, job.arch, kind), job)
+    for job in fullest() if op == "ssd_scan" else ():
+        found[job.kernel, job.arch, job.call] = job
     first: dict[tuple, ahead.Job] = {}
     for job in found.values():
         first.setdefault(code(job), job)
     return list(first.values())
+
+
+def fullest() -> Iterator[ahead.Job]:
+    """What needs the most registers of a chip, launch by launch: where a tile or a number of warps more would spill."""
+    plain = replace(PACKED, name="packed", gate=False)
+    function = lambda **tensors: mamba_chunk_scan_combined(**tensors, **plain.options)  # noqa: E731
+    made = Call("ssd_scan", "packed, bf16", True, function, lambda: plain.tensors(torch.bfloat16), ("x", "C"))
+    known = {call.name: call for call in (*calls("ssd_scan"), made)}
+    wide, all_at_once = "4 x 4096, 24 heads of 128, 256 states", "1 x 4096 packed, 64 heads"
+    for name, kernel, *archs in (
+        (f"{wide}, fp16", "ssd_walk", "sm_100", "sm_120"),
+        (f"{wide}, inference, fp16", "ssd_walk", "sm_100", "sm_120"),
+        (f"{all_at_once}, bf16", "ssd_walk", "sm_100"),
+        (f"{all_at_once}, bf16", "ssd_back_chunks", "sm_80", "sm_120"),
+        ("packed, bf16", "ssd_back_walk", "sm_120"),
+        ("packed by offsets, bf16", "ssd_back_walk", "sm_80"),
+    ):
+        yield from (job for job in ahead.jobs([known[name]], archs) if job.kernel == kernel)
 
 
 def code(job: ahead.Job) -> tuple:
@@ -81,6 +103,11 @@ def test_kernels_fit_every_chip(op):
     assert {job.arch for job, _ in rows} == set(TARGETS)
     broken = {f"{j.kernel} for {j.arch}, {j.call}": faults for j, r in rows if (faults := table.faults(j, r))}
     assert not broken, broken
+    spilling = {job.budget() for job, found in rows if found.spilled}
+    modules = [importlib.import_module(name) for name in {job.module for job, _ in rows}]
+    named = [row for module in modules for row in getattr(module, "SPILLS", ()) if ahead.of_this_triton(row[4])]
+    unused = [row for row in named if row[3:] not in spilling]
+    assert not unused, f"nothing spills there any more: {unused}"
 
 
 def test_few_rows_are_compiled_with_weights_of_every_type():
@@ -114,6 +141,24 @@ def test_an_exception_names_its_reason(op):
     for job in representative(op):
         for allowed, reason in (job.budget(), job.narrower()):
             assert allowed == 0 or len(reason) > 20, f"{job.kernel}, {job.arch}: an exception needs a reason"
+
+
+def test_an_exception_is_of_its_constants_and_its_version(monkeypatch):
+    """The first that fits; the next version's is none of ours."""
+    major, minor = triton.__version__.split(".")[:2]
+    rows = (
+        ("product", "sm_90", {"N": 64}, 1, f"Triton {major}.{int(minor) + 1}: another version's assembler"),
+        ("product", "sm_90", {"N": 64}, 2, f"Triton {major}.{minor}: this version's assembler"),
+        ("product", "sm_90", {"N": 64, "PRECISION": "ieee"}, 3, "never reached"),
+        ("product", "sm_90", {"PRECISION": "ieee"}, 4, "where N is not 64"),
+    )
+    monkeypatch.setattr(sys.modules[__name__], "SPILLS", rows, raising=False)
+
+    def allowed(arch="sm_90", **constants):
+        return ahead.Job("test", "test", False, arch, __name__, "product", (), tuple(constants.items()), ()).budget()[0]
+
+    assert allowed(N=64, PRECISION="ieee") == 2 and allowed(N=32, PRECISION="ieee") == 4
+    assert allowed(N=32, PRECISION="tf32") == allowed("sm_80", N=64) == 0
 
 
 @triton.jit
@@ -152,7 +197,7 @@ def test_a_product_of_halves_reaches_the_matrix_units(arch):
         "wgmma takes such tiles": {"narrower": ("64 x 64",)},
     }
     for words, change in broken.items():
-        assert words in table.faults(job, dataclasses.replace(found, **change))[0]
+        assert words in table.faults(job, replace(found, **change))[0]
 
 
 def test_a_product_is_known_by_its_layout():
@@ -190,7 +235,7 @@ def test_shared_memory_beyond_the_chip_is_seen():
     kinds = {"a": "*fp16 16", "b": "*fp16 16", "c": "*fp32 16"}
     job, found = compiled(product, "gfx942", kinds, {"num_warps": 8}, PRECISION="tf32", N=128)
     assert not table.faults(job, found)
-    assert "shared memory" in table.faults(job, dataclasses.replace(found, shared=65_537))[0]
+    assert "shared memory" in table.faults(job, replace(found, shared=65_537))[0]
 
 
 def test_a_kernel_that_does_not_compile_is_told_beside_the_others(tmp_path):
