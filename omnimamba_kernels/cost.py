@@ -2,7 +2,9 @@
 
 A cost model has a function for each part of its ``triton_impl.py``, with the same arguments and a target; of tensors it
 reads shapes, strides and types only. It returns what the launches as written do, by kernel, and ``floor``: what no
-implementation can do without.
+implementation can do without. Where there are no matrix products, functions named ``..._arithmetic`` count the FLOPs of
+the ordinary units by kernel: sums, products and quotients as they are written, of every lane of a tile, masked ones
+among them; neither exponentials and roots nor what adds up a tile.
 """
 
 from __future__ import annotations

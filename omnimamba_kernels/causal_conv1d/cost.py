@@ -87,6 +87,48 @@ def backward(
     }
 
 
+ACTIVATION, SLOPE = 4, 8  # FLOPs of SiLU, and of dy times its slope
+
+
+def forward_arithmetic(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, target: Target, return_final_states: bool, activation: bool,
+    **_: object,
+) -> dict[str, int]:  # fmt: skip
+    """A product and a sum for each tap of each output, and the activation."""
+    starts, _, tiles_t, tiles_d = _walk("forward", x, target, return_final_states)
+    use = _use("forward", x, target, return_final_states)
+    outputs = x.shape[0] * starts.stop * tiles_d * use["BLOCK_D"]
+    return {"forward_kernel": outputs * (2 * weight.shape[1] + ACTIVATION * activation)}
+
+
+def backward_arithmetic(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None, *, target: Target,
+    return_final_states: bool, activation: bool, **_: object,
+) -> dict[str, int]:  # fmt: skip
+    """The forward's once more, with what a walk's end needs of later times; a product and a sum for each tap of dx and
+    of dweight."""
+    (b, d, _), w = x.shape, weight.shape[1]
+    states = return_final_states or initial_states is not None
+    starts, _, tiles_t, tiles_d = _walk("backward", x, target, states)
+    use = _use("backward", x, target, states)
+    positions = b * tiles_t * tiles_d * use["BLOCK_T"] * use["BLOCK_D"]
+    outputs = positions * use["LOOPS"] * STEPS
+    again = (2 * w + SLOPE) * activation
+    found = outputs * (4 * w + again + return_final_states) + positions * (w - 1) * again
+    if initial_states is not None:
+        found += positions * (w - 1) * (w + return_final_states)
+    use = settings("causal_conv1d", "sum", target)
+    rows = blocks(b * tiles_t, use["BLOCK_P"]) * use["BLOCK_P"]
+    return {"backward_kernel": found, "sum_kernel": (w + 1) * rows * blocks(d, use["BLOCK_C"]) * use["BLOCK_C"]}
+
+
+def update_arithmetic(x: Tensor, weight: Tensor, *, target: Target, activation: bool, **_: object) -> dict[str, int]:
+    b, d, l = x.shape
+    use = settings("causal_conv1d", "update", target, elements=b * d, length=l)
+    lanes = b * blocks(d, use["BLOCK_D"]) * use["BLOCK_D"]
+    return {"update_kernel": lanes * l * (2 * weight.shape[1] + ACTIVATION * activation)}
+
+
 def update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, cache_seqlens: Tensor | None,
     conv_state_indices: Tensor | None, *, target: Target, **_: object,
@@ -117,11 +159,15 @@ def varlen_states(x: Tensor, cu_seqlens: Tensor, *, target: Target, state_len: i
 def _walk(kernel: str, x: Tensor, target: Target, states: bool) -> tuple[range, int, int, int]:
     """The times at which STEPS begin in a row of tiles, the times of a position, and the number of tiles."""
     _, d, l = x.shape
-    sizes = dict(time_last=int(not channel_last(x)), states=int(states), length=l, elements=x.numel())
-    use = settings("causal_conv1d", kernel, target, **sizes, aligned=alignment(x) * x.element_size())
+    use = _use(kernel, x, target, states)
     span = use["LOOPS"] * STEPS
     tiles_t = max(1, blocks(l, span * use["BLOCK_T"]))
     return range(0, tiles_t * use["BLOCK_T"] * span, STEPS), span, tiles_t, blocks(d, use["BLOCK_D"])
+
+
+def _use(kernel: str, x: Tensor, target: Target, states: bool) -> dict[str, int]:
+    sizes = dict(time_last=int(not channel_last(x)), states=int(states), length=x.shape[2], elements=x.numel())
+    return settings("causal_conv1d", kernel, target, **sizes, aligned=alignment(x) * x.element_size())
 
 
 def _before(x: Tensor, starts: range, w: int) -> int:

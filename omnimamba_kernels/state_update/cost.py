@@ -25,9 +25,7 @@ def forward(
     """Every row has a slot. The state once; B and C once a program, and of a tied head A, dt and dt_bias too."""
     b, h, d = x.shape
     n = state.shape[3]
-    use = settings("state_update", "update", target, values=b * h * d * n)
-    BLOCK_N = min(_power_of_2(max(n, 1)), use["longest"])
-    BLOCK_D = min(_power_of_2(max(d, 1)), max(1, use["values"] // BLOCK_N))
+    BLOCK_N, BLOCK_D = _block(state, x, target)
     programs = b * h * blocks(d, BLOCK_D)
     tied = all(step == 0 or size == 1 for step, size in _within_a_head(dt, A, dt_bias))
     loaded = nbytes(x, z) + programs * n * (B.element_size() + C.element_size())
@@ -37,6 +35,34 @@ def forward(
     loaded += (programs * blocks(n, BLOCK_N) if tied else x.numel() * n) * A.element_size()
     loaded += 0 if state_batch_indices is None else programs * state_batch_indices.element_size()
     return {"_update": Cost(loaded, x.numel() * n * state.element_size() + nbytes(x))}
+
+
+SOFTPLUS, SILU = 23, 4  # FLOPs
+
+
+def forward_arithmetic(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, state_batch_indices: Tensor | None, *, target: Target, dt_softplus: bool = False,
+    **_: object,
+) -> dict[str, int]:  # fmt: skip
+    """Four a state and, unless a head's decay is tied, one more for its own exponent; the rest once a channel."""
+    b, h, d = x.shape
+    block_n, block_d = _block(state, x, target)
+    programs, n_blocks = b * h * blocks(d, block_d), blocks(state.shape[3], block_n)
+    tied = all(step == 0 or size == 1 for step, size in _within_a_head(dt, A, dt_bias))
+    steps = programs * (1 if tied else block_d)  # of different sizes
+    found = n_blocks * (programs * block_d * (block_n * (4 if tied else 5) + 2) + steps * SOFTPLUS * dt_softplus)
+    found += programs * n_blocks * tied + steps * (dt_bias is not None)
+    found += programs * block_d * (2 * (D is not None) + (SILU + 1) * (z is not None))
+    return {"_update": found}
+
+
+def _block(state: Tensor, x: Tensor, target: Target) -> tuple[int, int]:
+    """BLOCK_N and BLOCK_D."""
+    (_, _, d, n), values = state.shape, x.numel() * state.shape[3]
+    use = settings("state_update", "update", target, values=values)
+    block_n = min(_power_of_2(max(n, 1)), use["longest"])
+    return block_n, min(_power_of_2(max(d, 1)), max(1, use["values"] // block_n))
 
 
 def _within_a_head(dt: Tensor, A: Tensor, dt_bias: Tensor | None) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -55,6 +55,40 @@ def counted() -> Iterator[dict[str, Cost]]:
         mock.patch.object(builder, "create_dot", counting_dot),
         mock.patch.object(executor, "__call__", counting_start),
     ):
+        yield found
+
+
+@contextmanager
+def counted_arithmetic() -> Iterator[dict[str, int]]:
+    """Within the block every interpreted kernel adds the FLOPs of its lanes to its entry, masked ones among them: sums,
+    products and quotients of tiles of numbers, two of a fused product; what adds up a tile is not counted."""
+    from triton.runtime import interpreter
+
+    found: dict[str, int] = defaultdict(int)
+    running: list[str] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    start = executor.__call__
+
+    def counting(one, flops):
+        def call(self, *operands):
+            result = one(self, *operands)
+            found[running[-1]] += flops * result.data.size
+            return result
+
+        return call
+
+    def counting_start(self, *args, **named):
+        running.append(self.fn.__name__)
+        try:
+            return start(self, *args, **named)
+        finally:
+            running.pop()
+
+    with ExitStack() as stack:
+        for name, flops in (("fadd", 1), ("fsub", 1), ("fmul", 1), ("fdiv", 1), ("fma", 2)):
+            of_one = getattr(builder, f"create_{name}")
+            stack.enter_context(mock.patch.object(builder, f"create_{name}", counting(of_one, flops)))
+        stack.enter_context(mock.patch.object(executor, "__call__", counting_start))
         yield found
 
 

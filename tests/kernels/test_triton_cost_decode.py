@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting import counted
+from counting import counted, counted_arithmetic
 
 from omnimamba_kernels import (
     causal_conv1d_fn,
@@ -25,9 +25,11 @@ pytestmark = pytest.mark.skipif(not interpreting(), reason="counts what the inte
 @pytest.mark.parametrize("case", conv_cases.CASES, ids=lambda c: c.name)
 def test_convolution(case):
     tensors, options = case.tensors(torch.float16), case.options
-    with use_backend("triton"), counted() as forward:
+    with use_backend("triton"), counted() as forward, counted_arithmetic() as flops:
         causal_conv1d_fn(**tensors, **options)
     options = {"return_final_states": case.final_states}
+    active = {"activation": case.options["activation"] is not None, "target": INTERPRETER}
+    assert flops == conv_cost.forward_arithmetic(**tensors, **options, **active)
     assert forward == conv_cost.forward(**tensors, **options, target=INTERPRETER)
     floor, moved = conv_cost.forward_floor(**tensors, **options), forward["forward_kernel"]
     assert moved.loaded >= floor.loaded and moved.stored == floor.stored
@@ -36,8 +38,9 @@ def test_convolution(case):
     with use_backend("triton"):
         found = causal_conv1d_fn(**tensors, **case.options)
         found = found if isinstance(found, tuple) else (found,)
-        with counted() as backward:
+        with counted() as backward, counted_arithmetic() as flops:
             torch.autograd.grad(found, wanted, [torch.ones_like(t) for t in found])
+    assert flops == conv_cost.backward_arithmetic(**tensors, **options, **active)
     assert backward == conv_cost.backward(**tensors, **options, target=INTERPRETER)
     floor, moved = conv_cost.backward_floor(**tensors, **options), backward["backward_kernel"]
     assert moved.loaded >= floor.loaded and moved.stored + backward["sum_kernel"].stored >= floor.stored
@@ -52,8 +55,9 @@ def test_convolution_update(ring, l):
         "cache_seqlens": torch.tensor([0, 3, 9]) if ring else None,
         "conv_state_indices": torch.tensor([4, 0, 2], dtype=torch.int32),
     }  # fmt: skip
-    with use_backend("triton"), counted() as found:
+    with use_backend("triton"), counted() as found, counted_arithmetic() as flops:
         causal_conv1d_update(**tensors, activation="silu")
+    assert flops == conv_cost.update_arithmetic(**tensors, target=INTERPRETER, activation=True)
     assert found == conv_cost.update(**tensors, target=INTERPRETER)
     assert found["update_kernel"].stored >= conv_cost.update_floor(**tensors).stored
 
@@ -70,8 +74,9 @@ def test_decode_step(case):
     tensors = case.tensors(torch.float16)
     if case.slots:
         tensors["state_batch_indices"] = tensors["state_batch_indices"].new_tensor(range(case.b))
-    with use_backend("triton"), counted() as found:
+    with use_backend("triton"), counted() as found, counted_arithmetic() as flops:
         selective_state_update(**tensors, **case.options)
+    assert flops == update_cost.forward_arithmetic(**tensors, **case.options, target=INTERPRETER)
     assert found == update_cost.forward(**tensors, target=INTERPRETER)
     floor = update_cost.forward_floor(**tensors)
     assert found["_update"].loaded >= floor.loaded and found["_update"].stored == floor.stored
