@@ -152,6 +152,8 @@ def _read_weights(folder: Path) -> tuple[dict[tuple[int, str], Tensor], list[str
         raise CheckpointError(absent(path)) from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     matched = {name: _NAME.fullmatch(name) for name in tensors}
     known = {(int(m[1]), m[2]): tensors[name] for name, m in matched.items() if m}
     return known, [name for name, m in matched.items() if not m]

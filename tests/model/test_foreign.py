@@ -269,6 +269,11 @@ def test_unfit_adapters_change_nothing(model, tmp_path):
         write()
         with pytest.raises(CheckpointError, match=message):
             load_adapter(model, "mmu", tmp_path)
+    config.write_text(json.dumps(values))
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors cannot be read"):
+        load_adapter(model, "mmu", tmp_path)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     with pytest.raises(ValueError, match="task must be one of"):
         save_adapter(model, "vqa", tmp_path)
