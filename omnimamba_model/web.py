@@ -37,7 +37,7 @@ class Page:
         seed: float | None,
     ) -> list[Image.Image]:
         """Each drawing large enough to look at. A field that was emptied is None, and counts as the 0 it began with."""
-        if not prompt.strip():
+        if not (prompt or "").strip():
             raise gr.Error("Say what to draw.")
         with _told(), use_backend(self.backend):
             sampling = Sampling(temperature, int(top_k or 0), top_p, int(seed or 0))
@@ -55,7 +55,7 @@ class Page:
         """The answer as it grows, under the turns before it."""
         if chat is None:
             raise gr.Error("Choose a picture first.")
-        if not question.strip():
+        if not (question or "").strip():
             raise gr.Error("Ask something.")
         said = [*said, {"role": "user", "content": question}, {"role": "assistant", "content": ""}]
         heard = ""
@@ -76,7 +76,7 @@ def _told() -> Iterator[None]:
     """Errors of the library reach the reader of the page in their own words."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise gr.Error(str(error)) from error
 
 

@@ -63,6 +63,21 @@ def test_an_emptied_number_counts_as_what_it_began_with(pipeline):
     assert np.array_equal(np.asarray(drawn), np.asarray(contact_sheet([expected])))
 
 
+def test_whatever_a_program_sends_is_told(pipeline, folder):
+    """The page's own fields cannot hold most of it."""
+    import gradio as gr
+
+    from omnimamba_model.web import Page
+
+    page, given = Page(pipeline), ["word3", 1, 1.0, 0.9, 0, 1.0, 0]
+    for place, wrong in ((0, None), (1, None), (1, float("inf")), (2, "x"), (3, None), (4, float("inf")), (5, "x")):
+        with pytest.raises(gr.Error):
+            page.draw(*given[:place], wrong, *given[place + 1 :])
+    chat, _ = page.look(Image.open(folder / "a.png"))
+    with pytest.raises(gr.Error, match="Ask something"):
+        next(page.ask(None, chat, []))
+
+
 def test_a_dialogue_grows_turn_by_turn(pipeline, folder):
     import gradio
 
