@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,15 @@ class Pipeline:
     def draw(
         self, prompts: Sequence[str], sampling: Sampling, guidance: float = 1.0, copies: int = 1, exact: bool = False
     ) -> list[Image.Image]:
-        """``copies`` drawings a prompt, prompt by prompt; ``exact`` as in ``generation.draw``."""
+        """``copies`` drawings a prompt, prompt by prompt; ``exact`` as in ``generation.draw``. Of a prompt of more
+        than ``text_slots`` tokens the beginning is drawn, with a warning."""
         _expect_texts("prompts", prompts)
-        caption = self.model.pad_captions([self.words.encode(prompt) for prompt in prompts])
+        asked, slots = [self.words.encode(prompt) for prompt in prompts], self.model.config.text_slots
+        for prompt, ids in zip(prompts, asked, strict=True):
+            if len(ids) > slots:
+                told = f"a prompt has {len(ids)} tokens, of which the first {slots} are drawn: {prompt[:80]!r}"
+                warnings.warn(told, stacklevel=2)
+        caption = self.model.pad_captions(asked)
         return self.pixels.pictures(draw(self.model, caption, sampling, guidance, copies, exact))
 
     def ask(

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,15 @@ def test_one_text_is_no_list_of_texts(folder):
             pipeline.draw(wrong, GREEDY)
         with pytest.raises(TypeError, match="questions must be a list of texts, got"):
             pipeline.ask([image] * len(wrong), wrong)
+
+
+def test_a_prompt_that_is_cut_is_told(folder):
+    """It draws what its beginning does."""
+    pipeline = Pipeline.load(folder)
+    fits = " ".join(f"word{i}" for i in range(pipeline.model.config.text_slots))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (plain,) = pipeline.draw([fits], GREEDY)
+    with pytest.warns(UserWarning, match="a prompt has 6 tokens, of which the first 5 are drawn: 'word0 .* word9'"):
+        (drawn,) = pipeline.draw([fits + " word9"], GREEDY)
+    assert drawn.tobytes() == plain.tobytes()
