@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -195,7 +194,7 @@ def table() -> tuple[list[str], list[list[str]]]:
     header += ["t2i accuracy, difference", "mmu accuracy, difference"]
     if not FILE.exists():
         return header, []
-    runs = {(r["arm"], r["seed"]): r for r in json.loads(FILE.read_text())["runs"]}
+    runs = {(r["arm"], r["seed"]): r for r in results.read(FILE)["runs"]}
     lines = []
     for arm in ARMS:
         mine = [runs[arm, seed] for seed in SEEDS if (arm, seed) in runs]
@@ -222,6 +221,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="batches of each task after stage 0")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
+    if not set(options.arms) <= set(range(len(ARMS))):
+        parser.error(f"--arms: got {' '.join(map(str, options.arms))}, expected some of 0 to {len(ARMS) - 1}")
     settings = Settings(guidance=1.0, drawings=500)
     about = {"steps": options.steps, "stage1": STAGE1, "settings": dataclasses.asdict(settings)}
     about["optimizer_steps"] = settings.stage0 + options.steps + STAGE1
@@ -229,7 +230,10 @@ def main() -> None:
     for seed in options.seeds:
         for place in options.arms:
             name = list(ARMS)[place]
-            content = json.loads(options.out.read_text()) if options.out.exists() else {**about, "runs": []}
+            try:
+                content = results.read(options.out) if options.out.exists() else {**about, "runs": []}
+            except ValueError as error:
+                parser.error(str(error))
             if {key: content.get(key) for key in about} != about:
                 parser.error(f"{options.out} holds runs with other settings; name another --out, or remove it")
             if any((r["arm"], r["seed"]) == (name, seed) for r in content["runs"]):

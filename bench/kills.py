@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
+    if options.kills < 1:
+        parser.error(f"--kills: got {options.kills}, expected 1 or more")
     draw, kills = random.Random(options.seed), []
     with tempfile.TemporaryDirectory(prefix="omnimamba-kills-") as folder:
         work = Path(folder)

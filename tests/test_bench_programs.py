@@ -59,6 +59,26 @@ def test_narrow_weights_are_scored_against_the_stored_ones(demo, tmp_path, monke
     assert "| int8 " in report.narrow({}) and report.narrow({}) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "said"),
+    [
+        (kills, ["--kills", "0"], "--kills: got 0"),
+        (ablation, ["--arms", "0", "5"], "--arms: got 0 5, expected some of 0 to 4"),
+        (ablation, ["--arms", "-1"], "--arms: got -1"),
+        (ablation, ["--arms", "0"], "is not JSON"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_once(program, arguments, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.json").write_text('{"runs": [')
+    monkeypatch.setattr(sys, "argv", ["program", *arguments, "--out", str(tmp_path / "out.json")])
+    for name in ("start", "run", "settings_of"):
+        monkeypatch.setattr(program, name, None, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert (tmp_path / "out.json").read_text() == '{"runs": ['
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(SystemExit) as ended:
