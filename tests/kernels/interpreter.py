@@ -4,6 +4,7 @@ It looks through the whole language for what to replace at each call of a device
 already since the launch began; it builds its table of NumPy's types for each value, and each value's shape and type
 anew. What is kept here instead is looked up by what it was made from. It finds the common type of two operands of one
 type, and computes each sum and product of integers once more in 64 bits for an assertion that only debugging makes.
+Operands of one type it gives one shape before NumPy does so itself; here the builder gets them as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def quicken() -> None:
     from triton.runtime import interpreter
 
     triton_launch._mend_interpreter()  # now: a test that puts something in place of the mended parts puts them back
+    interpreter._patch_attr = _directly(interpreter._patch_attr, interpreter.interpreter_semantic, tl)
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang, interpreter._LangPatchScope, tl)
     interpreter._get_np_dtype = _remembered_dtype(interpreter._get_np_dtype, tl)
     tl.block_type.__init__ = _remembered_type(tl.block_type.__init__, tl)
@@ -57,6 +59,89 @@ def _once_a_launch(patch: Any, new_scope: Any, tl: Any) -> Any:
         return scope
 
     return patch_lang
+
+
+_PLAIN = {
+    "__add__": ("create_fadd", "create_add", None),
+    "__sub__": ("create_fsub", "create_sub", None),
+    "__mul__": ("create_fmul", "create_mul", None),
+    "__truediv__": ("create_fdiv", None, None),
+    "__lt__": ("create_fcmpOLT", "create_icmpSLT", None),
+    "__le__": ("create_fcmpOLE", "create_icmpSLE", None),
+    "__gt__": ("create_fcmpOGT", "create_icmpSGT", None),
+    "__ge__": ("create_fcmpOGE", "create_icmpSGE", None),
+    "__eq__": ("create_fcmpOEQ", "create_icmpEQ", None),
+    "__ne__": ("create_fcmpUNE", "create_icmpNE", None),
+    "__and__": (None, "create_and", "create_and"),
+    "__or__": (None, "create_or", "create_or"),
+    "__xor__": (None, "create_xor", "create_xor"),
+}
+"""What the builder does for an operator with operands of fp32 or fp64, of int32 or int64, of int1."""
+
+
+def _directly(patch: Any, semantic: Any, tl: Any) -> Any:
+    """A part of the language without the two calls around it that give it its semantics; operators in few steps."""
+    wrapper = tl.core.builtin(lambda: None).__code__
+
+    def patch_attr(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        if member.__code__ is not wrapper:
+            patch(obj, name, member, builder, scope)
+            return
+        inner = member.__wrapped__
+
+        def whole(*args: Any, **named: Any) -> Any:
+            named["_semantic"] = semantic
+            return inner(*args, **named)
+
+        plain = obj is tl.tensor and not builder.options.debug
+        if plain and name in _PLAIN:
+            scope.set_attr(obj, name, _operator(name, whole, builder, tl))
+        elif plain and name.replace("__r", "__", 1) in ("__add__", "__mul__"):  # which commute
+            scope.set_attr(obj, name, _operator(name.replace("__r", "__", 1), whole, builder, tl))
+        else:
+            scope.set_attr(obj, name, whole)
+
+    return patch_attr
+
+
+def _operator(name: str, whole: Any, builder: Any, tl: Any) -> Any:
+    floats, integers, booleans = _PLAIN[name]
+    to_call = {"fp32": floats, "fp64": floats, "int32": integers, "int64": integers, "int1": booleans}
+    steps = {dtype: getattr(builder, step) for dtype, step in to_call.items() if step is not None}
+    constants = {"fp32": builder.get_fp32, "int32": builder.get_int32, "int64": builder.get_int64}
+    limits = {"int32": 2**31, "int64": 2**63, "fp32": 2**63}
+    compares = name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
+    tensor, constexpr, int1 = tl.tensor, tl.constexpr, tl.int1
+
+    def operator(self: Any, other: Any, _semantic: Any = None) -> Any:
+        dtype = self.dtype
+        step = steps.get(dtype.name)
+        if step is None:
+            return whole(self, other)
+        if type(other) is constexpr:
+            other = other.value
+        like = self
+        if type(other) is tensor:
+            if other.dtype.name != dtype.name:
+                return whole(self, other)
+            handle = step(self.handle, other.handle)
+            if other.shape is not self.shape and other.shape:
+                like = other if not self.shape else None
+        elif (type(other) is int and -limits.get(dtype.name, 0) <= other < limits.get(dtype.name, 0)) or (
+            type(other) is float and dtype.name == "fp32"
+        ):
+            handle = step(self.handle, constants[dtype.name](other))
+        else:
+            return whole(self, other)
+        if like is None:
+            return tensor(handle, tl.block_type(int1 if compares else dtype, list(handle.data.shape)))
+        if compares:
+            return tensor(handle, tl.block_type(int1, like.type.shape) if like.shape else int1)
+        made = tensor.__new__(tensor)
+        made.handle, made.type, made.dtype, made.shape, made.numel = handle, like.type, dtype, like.shape, like.numel
+        return made
+
+    return operator
 
 
 def _remembered_dtype(get: Any, tl: Any) -> Any:
