@@ -58,6 +58,33 @@ def forward(
     return {"step_kernel": Cost(loaded, stored)}
 
 
+EXP, SOFTPLUS, SILU = 9, 34, 4  # FLOPs
+
+
+def forward_arithmetic(
+    zxbcdt: Tensor, ssm_state: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor | None,
+    A: Tensor, D: Tensor | None, rmsnorm_weight: Tensor | None, *, target: Target, headdim: int, ngroups: int = 1,
+    norm_before_gate: bool = True, activation: str | None = "silu", **_: object,
+) -> dict[str, int]:  # fmt: skip
+    """Four a state; the convolution of a program's channels and of its group's B and C; steps, gate and norm."""
+    (b, columns), (h, n), (channels, w) = zxbcdt.shape, (A.shape[0], ssm_state.shape[3]), conv1d_weight.shape
+    dim = h * headdim
+    extra = (columns - dim - channels - h) // 2
+    use = settings("mamba_mixer", "step", target, channels=b * dim, n=n)
+    lanes, states, block = use["BLOCK_C"], 1 << (max(n, 1) - 1).bit_length(), use["BLOCK"]
+    has_norm = rmsnorm_weight is not None
+    late = has_norm and norm_before_gate  # the gate comes after the norm
+    convolved = 2 * w + (conv1d_bias is not None) + SILU * (activation is not None)
+    channel = SOFTPLUS + EXP + 2 + (dt_bias is not None) + 2 * (D is not None) + (SILU + 1) * (not late) + has_norm
+    found = b * ngroups * blocks(dim // ngroups, lanes) * (
+        (lanes + 2 * states) * convolved + lanes * channel + 4 * lanes * states
+    )  # fmt: skip
+    found += b * blocks(extra, block) * block * (SILU + 1)
+    if has_norm:
+        found += b * ngroups * (2 + blocks(dim // ngroups, block) * block * (2 + (SILU + 1) * late))
+    return {"step_kernel": found}
+
+
 def sequence_floor(
     zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor,
     D: Tensor | None, rmsnorm_weight: Tensor | None, *, headdim: int, ngroups: int = 1, **_: object,

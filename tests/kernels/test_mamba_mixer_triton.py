@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from common import running, same_bits
-from counting import Seen, counted
+from counting import Seen, counted, counted_arithmetic
 from test_mamba_mixer_step import OPTIONS, arguments, stepper
 from test_triton_addresses import guarded
 
@@ -175,9 +175,10 @@ def test_tickets_go_with_their_state():
 def test_the_cost_model_counts_what_moves(case, dtype, options):
     tensors, plain = arguments(case, dtype, options)
     tensors["state_batch_indices"] = torch.arange(case.b).int() if case.extra else None
-    with use_backend("triton"), counted() as found:
+    with use_backend("triton"), counted() as found, counted_arithmetic() as flops:
         mamba_mixer_step(**tensors, **plain)
     assert found == cost.forward(**tensors, **plain, target=INTERPRETER)
+    assert flops == cost.forward_arithmetic(**tensors, **plain, target=INTERPRETER)
     floor = cost.forward_floor(**tensors, **plain)
     assert found["step_kernel"].loaded >= floor.loaded and found["step_kernel"].stored >= floor.stored
 
