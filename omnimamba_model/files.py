@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _TEMPORARY = re.compile(r"\..+\.\d+(\.[0-9a-f]{8})?\.tmp")
 
 
@@ -18,7 +20,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: an interruption leaves what was there.
 
     A link stays a link, and the file that it names is replaced. The file may be read by whom the process's umask lets,
-    however ``write`` makes it (safetensors: by its owner alone). OSError as in ``regular_target``.
+    however ``write`` makes it (safetensors: by its owner alone). OSError as in ``regular_target``, and where it cannot
+    be written: the disk may be full.
     """
     target = regular_target(path)
     # Processes of several machines may share a folder, and a process number.
@@ -26,11 +29,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        write(temporary)
+        _filled(write, temporary, target)
         temporary.chmod(stat.S_IMODE(mode))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _filled(write: Callable[[Path], object], temporary: Path, target: Path) -> None:
+    """What goes wrong says of which file; safetensors has an error of its own for it."""
+    try:
+        write(temporary)
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def clear_temporaries(folder: Path, age: float | None = None) -> None:

@@ -44,9 +44,15 @@ def keep(trainer: Trainer, out: Path, count: int, tokenizer: str | None = None) 
         temporary = out / FOLDER / f"{_TEMPORARY}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write(trainer.model, tensors, temporary, tokenizer)
         extra = {"done": trainer.done, "optimizer": moments, "passed over": counted, "records": _records(trainer)}
-        torch.save(extra, temporary / EXTRA)
+        try:
+            write(trainer.model, tensors, temporary, tokenizer)
+            torch.save(extra, temporary / EXTRA)
+        except (OSError, RuntimeError) as error:  # torch's own on a full disk speaks of positions
+            free = shutil.disk_usage(out).free / 2**20
+            shutil.rmtree(temporary, ignore_errors=True)
+            told = f"step {trainer.done} cannot be kept in {out / FOLDER}, where {free:,.0f} MiB were free: {error}"
+            raise OSError(told) from error
         _remove(out / FOLDER / name)
         temporary.rename(out / FOLDER / name)
         for _, folder in kept(out)[:-count]:

@@ -1,10 +1,15 @@
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from omnimamba_model import save
+from omnimamba_model.cli import main
 from omnimamba_model.files import absent, write_whole
 
 
@@ -67,3 +72,30 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path):
     (tmp_path / "here").touch()
     assert absent(tmp_path / "here").startswith(f"{tmp_path / 'here'} cannot be read")
     assert absent(tmp_path / "gone") == f"{tmp_path / 'gone'} does not exist"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_with_the_files_name(tmp_path, capsys, lm, monkeypatch):
+    """However each library says it: safetensors has an error of its own."""
+
+    def full(path):
+        path.unlink()
+        path.symlink_to("/dev/full")
+        return path
+
+    def text(path):
+        with open(full(path), "w") as file:
+            file.write("new")
+
+    for write in (text, lambda path: Image.new("L", (9, 9)).save(full(path), format="PNG")):
+        with pytest.raises(OSError, match="No space left on device: '.*/kept'"):
+            write_whole(tmp_path / "kept", write)
+
+    def unwritten(tensors, path, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save(lm, tmp_path / "lm")
+    monkeypatch.setattr("omnimamba_model.weights.save_file", unwritten)
+    assert main(["convert", str(tmp_path / "lm"), str(tmp_path / "to")]) == 2
+    assert "to/model.safetensors cannot be written: Error while" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "to"] and not list((tmp_path / "to").iterdir())

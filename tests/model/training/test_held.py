@@ -1,4 +1,4 @@
-"""One folder is one process's at a time."""
+"""One folder is one process's at a time, and keeps whole steps alone."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import losses, written
 
-from omnimamba_model.training import Trainer
+from omnimamba_model.training import Trainer, checkpoints
 from omnimamba_model.training.run import run
 
 HOLDS = """
@@ -57,3 +57,23 @@ def test_a_file_system_without_locks_trains_all_the_same(values, tmp_path, monke
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     assert run(written(tmp_path / "s.yaml", values | {"steps": 1}), lambda line: None, progress=False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 451520 vs 451412"), OSError(28, "No space left")])
+def test_a_step_that_the_disk_has_no_room_for(values, tmp_path, monkeypatch, error):
+    """What was written of it goes, so that there is room; the same command goes on after the last whole one."""
+    out, write = Path(values["out"]), checkpoints.torch.save
+    settings = written(tmp_path / "s.yaml", values | {"steps": 3, "save_every": 1, "keep": 9})
+
+    def full(extra, path):
+        if extra["done"] == 2:
+            path.write_bytes(b"half")
+            raise error
+        write(extra, path)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    with pytest.raises(OSError, match=r"step 2 cannot be kept in .*checkpoints, where [\d,]+ MiB were free: .*"):
+        run(settings, lambda line: None, progress=False)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    monkeypatch.undo()
+    assert run(settings, lambda line: None, progress=False) and [line["step"] for line in losses(out)] == [1, 2, 3]
