@@ -150,12 +150,13 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def hostile_memory() -> Iterator[None]:
     """Within the block memory from ``empty`` is full of NaN, or of the largest integer."""
+    change = torch._C._set_deterministic_algorithms  # the public function imports torch's compiler to tell it as well
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())  # cuBLAS would ask for a variable
+    change(True, warn_only=torch.cuda.is_available())  # cuBLAS would ask for a variable
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        change(before)
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
