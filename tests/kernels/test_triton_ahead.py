@@ -97,6 +97,11 @@ def code(job: ahead.Job) -> tuple:
     return job.kernel, job.arch, (*kinds,), (*constants,), job.options
 
 
+def _must_spill(reason):
+    """Rows that name no version allow what Triton 3.7 spills, and others may spill less."""
+    return ahead.of_this_triton(reason) and (reason.startswith("Triton ") or triton.__version__.startswith("3.7."))
+
+
 @pytest.mark.parametrize("op", WRITTEN)
 def test_kernels_fit_every_chip(op):
     rows = list(ahead.compile_all(representative(op), processes=1))  # another would import torch and Triton first
@@ -105,7 +110,7 @@ def test_kernels_fit_every_chip(op):
     assert not broken, broken
     spilling = {job.budget() for job, found in rows if found.spilled}
     modules = [importlib.import_module(name) for name in {job.module for job, _ in rows}]
-    named = [row for module in modules for row in getattr(module, "SPILLS", ()) if ahead.of_this_triton(row[4])]
+    named = [row for module in modules for row in getattr(module, "SPILLS", ()) if _must_spill(row[4])]
     unused = [row for row in named if row[3:] not in spilling]
     assert not unused, f"nothing spills there any more: {unused}"
 
