@@ -15,6 +15,24 @@ from omnimamba_kernels.cost import Cost
 
 
 @contextmanager
+def _names(running: list[str]) -> Iterator[None]:
+    """Within the block ``running`` ends with the name of the kernel that is interpreted."""
+    from triton.runtime import interpreter
+
+    start = interpreter.GridExecutor.__call__
+
+    def named(self, *args, **options):
+        running.append(self.fn.__name__)
+        try:
+            return start(self, *args, **options)
+        finally:
+            running.pop()
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", named):
+        yield
+
+
+@contextmanager
 def counted() -> Iterator[dict[str, Cost]]:
     """Within the block every interpreted kernel adds to its entry: bytes of the lanes that a mask lets through, and two
     FLOPs for each multiplication of a matrix product."""
@@ -22,9 +40,8 @@ def counted() -> Iterator[dict[str, Cost]]:
 
     found: dict[str, Cost] = defaultdict(Cost)
     running: list[str] = []
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store = builder.create_masked_load, builder.create_masked_store
-    dot, start = builder.create_dot, executor.__call__
+    builder = interpreter.InterpreterBuilder
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
 
     def lanes(pointers: Any, mask: Any) -> int:
         active = np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape))
@@ -42,18 +59,11 @@ def counted() -> Iterator[dict[str, Cost]]:
         found[running[-1]] += Cost(flops=2 * a.data.size * b.data.shape[-1])
         return dot(self, a, b, *rest)
 
-    def counting_start(self, *args, **named):
-        running.append(self.fn.__name__)
-        try:
-            return start(self, *args, **named)
-        finally:
-            running.pop()
-
     with (
+        _names(running),
         mock.patch.object(builder, "create_masked_load", counting_load),
         mock.patch.object(builder, "create_masked_store", counting_store),
         mock.patch.object(builder, "create_dot", counting_dot),
-        mock.patch.object(executor, "__call__", counting_start),
     ):
         yield found
 
@@ -66,8 +76,7 @@ def counted_arithmetic() -> Iterator[dict[str, int]]:
 
     found: dict[str, int] = defaultdict(int)
     running: list[str] = []
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    start = executor.__call__
+    builder = interpreter.InterpreterBuilder
 
     def counting(one, flops):
         def call(self, *operands):
@@ -77,18 +86,11 @@ def counted_arithmetic() -> Iterator[dict[str, int]]:
 
         return call
 
-    def counting_start(self, *args, **named):
-        running.append(self.fn.__name__)
-        try:
-            return start(self, *args, **named)
-        finally:
-            running.pop()
-
     with ExitStack() as stack:
         for name, flops in (("fadd", 1), ("fsub", 1), ("fmul", 1), ("fdiv", 1), ("fma", 2)):
             of_one = getattr(builder, f"create_{name}")
             stack.enter_context(mock.patch.object(builder, f"create_{name}", counting(of_one, flops)))
-        stack.enter_context(mock.patch.object(executor, "__call__", counting_start))
+        stack.enter_context(_names(running))
         yield found
 
 
