@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -150,20 +150,24 @@ def _held(out: Path, ranks: Ranks) -> Iterator[None]:
 
     The system lets it go when the process ends, however it ends.
     """
-    import fcntl
-
-    if not ranks.first:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+    if not ranks.first or fcntl is None:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
     opened = os.open(out, os.O_RDONLY)
     try:
-        with suppress(OSError):  # on a file system without locks nothing can be told
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                told = f"a process trains into {out} just now; wait for its end, or name another out"
-                raise RuntimeError(told) from None
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise RuntimeError(f"a process trains into {out} just now; wait for its end, or name another out") from None
+    except OSError:  # a file system without locks: there nothing can be told
+        pass
+    try:
         yield
     finally:
         os.close(opened)

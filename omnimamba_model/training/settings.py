@@ -143,10 +143,11 @@ def _loaded(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key, _ in node.value:
-                if names.count(key.value) > 1 and isinstance(key, yaml.ScalarNode):
+            keys, met = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)], set()
+            for key in keys:
+                if key.value in met:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+                met.add(key.value)
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)
