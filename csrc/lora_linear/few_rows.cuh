@@ -9,11 +9,11 @@ namespace omnimamba {
 constexpr int WARPS = 8, RANKS = 16, MOST_ROWS = 64;
 constexpr int64_t FULL = 264;  // blocks that fill a large chip
 
-// y[row, o] from its sum over the depth.
+// y[row, o] from its sum over the depth. A task that is none of the adapters' has the base alone, as -1 has.
 OM_DEVICE void finish(const LoraLinearParams& p, int64_t row, int64_t o, float value, const float* low) {
   if (p.bias) value += float_at(p.bias, o);
   const int64_t task = p.task ? integer_at(p.task, row) : -1;
-  if (task >= 0) {
+  if (task >= 0 && task < p.tasks) {
     float up = 0.0f;
     for (int64_t r = 0; r < p.rank; r++) up += low[task * p.rank + r] * float_at(p.lora_B, task, o, r);
     value += up;

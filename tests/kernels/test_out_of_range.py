@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common import evaluate, framed, runs, same_bits
+from test_lora_linear import FLOATS, layer
 from test_mamba_mixer_step import ONE, arguments
 
 from omnimamba_kernels import (
@@ -13,6 +14,8 @@ from omnimamba_kernels import (
     mamba_mixer_step,
     selective_state_update,
 )
+from omnimamba_kernels.lora_linear.cases import Case as Layer
+from omnimamba_kernels.lora_linear.cases import inputs, int8_inputs
 from omnimamba_kernels.ssd_scan.cases import Case as Scan
 from omnimamba_kernels.state_update.cases import Case as Step
 
@@ -23,7 +26,7 @@ BEYOND_32_BITS = 2**32, 2**32 + 1  # cut to 32 bits these are the first slots
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    for check in ("slots", "offsets"):
+    for check in ("slots", "offsets", "in_range"):
         monkeypatch.setattr(checks, check, lambda *_: None)
 
 
@@ -90,4 +93,19 @@ def test_an_offset_of_the_scan(run, dtype, whole):
     for ends in ([0, 40, 90, 90], [0, 40, 120, 150], [0, 40, 2**31 - 2, 2**31 - 1], *beyond):
         tensors["cu_seqlens"] = torch.tensor(ends, dtype=whole)
         found.append(evaluate(scan, tensors, ("x", "dt", "B", "C", "A", "initial_states")))
+    assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("int8", [False, True], ids=["dense", "int8"])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_task_of_the_lora_layer(run, rows, int8, dtype):
+    """Its row has the base alone, and gives the adapters no gradient."""
+    case, found = Layer((rows,), 64, 40, rank=4), []
+    tensors = int8_inputs(case, dtype) if int8 else inputs(case, dtype, dtype)
+    wanted = tuple(name for name in FLOATS if not int8 or name != "weight")
+    tensors["lora_B"] = framed(tensors["lora_B"]).tensor
+    for task in (-1, 2, 5, 2**31 - 1):
+        tensors["task"] = torch.tensor([task, *([1] * (rows - 1))])
+        found.append(evaluate(layer, tensors, wanted))
     assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)
