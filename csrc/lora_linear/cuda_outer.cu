@@ -13,7 +13,8 @@ namespace omnimamba {
 namespace {
 
 constexpr int THREADS = 128, RANKS = 16, ROWS = 32, PACK = 4;
-constexpr int64_t FULL = 264;  // blocks that fill a large chip
+constexpr int64_t FULL = 264;          // blocks that fill a large chip
+constexpr int64_t MOST_PARTS = 65535;  // that a grid can have along y
 
 int64_t ranks_of(const LoraOuterParams& p) { return p.gradient ? p.tasks * p.rank : 0; }
 int64_t lines_of(const LoraOuterParams& p) { return ranks_of(p) + (p.dbias ? 1 : 0); }  // of a part
@@ -22,7 +23,8 @@ int64_t parts_of(const LoraOuterParams& p) {
   const int64_t blocks = ceil_div(p.width, THREADS * PACK) * ceil_div(ranks_of(p) + 1, RANKS);
   const int64_t fill = ceil_div(FULL, blocks < 1 ? 1 : blocks), most = ceil_div(p.rows, ROWS);
   const int64_t wanted = 8 * fill < most ? ceil_div(most, 8) : fill;  // sums of 256 rows at most keep their last bits
-  return wanted < most ? wanted : most < 1 ? 1 : most;
+  const int64_t parts = wanted < most ? wanted : most < 1 ? 1 : most;
+  return parts < MOST_PARTS ? parts : MOST_PARTS;
 }
 
 template <class T, int N>

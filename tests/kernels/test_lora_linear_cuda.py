@@ -164,3 +164,11 @@ def test_infinite_adapters_stay_infinite():
     t["x"][3, 0] = float("inf")
     t["lora_A"].fill_(1.0), t["weight"].fill_(1.0), t["lora_B"].fill_(1.0)
     assert (lora_linear(**(t | {"task": 0}))[3] == float("inf")).all()
+
+
+def test_the_rows_of_a_gradient_are_cut_into_no_more_parts_than_a_grid_has():
+    v, gradient = torch.empty(1, 8), torch.empty(2, 4, 8)
+    sizes = dict(v=v, gradient=gradient, width=8, tasks=2, rank=4)
+    floats = emulated.module().kernels["lora_outer_workspace"]
+    a_part = floats(rows=1, **sizes)
+    assert floats(rows=2**28, **sizes) == 65535 * a_part > floats(rows=2**20, **sizes) > a_part
