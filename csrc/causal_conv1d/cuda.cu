@@ -133,7 +133,7 @@ void causal_conv1d_forward(const CausalConv1dParams& p) {
   for_taps(p, [&](auto type, auto width, auto activation) {
     using T = decltype(type);
     constexpr int wide = 16 / static_cast<int>(sizeof(T));
-    if (packs_fit(p, wide, {p.x, p.y, p.initial_states}))
+    if (packs_fit(p, wide, {&p.x, &p.y, &p.initial_states}))
       run<T, width.value, activation.value, wide>(p);
     else
       run<T, width.value, activation.value, 1>(p);

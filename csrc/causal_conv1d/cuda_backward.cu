@@ -184,7 +184,7 @@ void causal_conv1d_backward(const CausalConv1dParams& p) {
     constexpr bool SILU = activation.value;
     if (p.x.stride[1] != 1)
       launch<conv_backward_time_last_kernel<T, W, SILU>>({grid(p.channels), THREADS, p.stream}, p);
-    else if (packs_fit(p, wide, {p.x, p.dy, p.dx, p.initial_states, p.dinitial_states}))
+    else if (packs_fit(p, wide, {&p.x, &p.dy, &p.dx, &p.initial_states, &p.dinitial_states}))
       channel_last<T, W, SILU, wide>(p);
     else
       channel_last<T, W, SILU, 1>(p);

@@ -49,13 +49,14 @@ OM_DEVICE void read_input(float (&out)[N], const View& sequence, const View& sta
 }
 
 // For the host: whether N neighbours of every row, along the dimension of unit stride, can be read in one access.
-inline bool packs_fit(const CausalConv1dParams& p, int n, std::initializer_list<View> views) {
+inline bool packs_fit(const CausalConv1dParams& p, int n, std::initializer_list<const View*> views) {
   const int64_t element = p.x.dtype == DType::F32 ? 4 : 2;
   const bool channel_last = p.x.stride[1] == 1;
   bool fits =
       !channel_last || (p.channels % n == 0 && packs(p.weight, 1, 4, n < 4 ? 4 * n : 16) && packs(p.bias, 0, 4, 16));
-  for (View v : views) {
-    if (!channel_last && v.data == p.initial_states.data) continue;  // read one by one
+  for (const View* each : views) {
+    if (!channel_last && each == &p.initial_states) continue;  // read one by one
+    View v = *each;
     v.stride[1] = v.stride[channel_last ? 2 : 1];
     fits = fits && packs(v, 2, element, n * element);
   }

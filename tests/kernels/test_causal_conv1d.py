@@ -252,3 +252,11 @@ def test_offsets_beyond_32_bits(run):
     assert same_bits(
         causal_conv1d_fn(x, weight), causal_conv1d_fn(x.transpose(1, 2).contiguous().transpose(1, 2), weight)
     )
+
+
+def test_initial_states_that_begin_where_the_input_begins(run):
+    """Two views of one row: what is asked of one's address says nothing of the other."""
+    row, weight = torch.randn(2, 5, 11), torch.randn(5, 4)
+    x, before = row[..., :8], row[..., :3]
+    apart = causal_conv1d_fn(x.clone(), weight, initial_states=before.clone())
+    assert same_bits(causal_conv1d_fn(x, weight, initial_states=before), apart)
