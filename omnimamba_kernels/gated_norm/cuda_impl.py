@@ -93,8 +93,12 @@ def backward(
         eps=eps,
         norm_before_gate=norm_before_gate,
     )
-    workspace = x.new_empty(cuda.call("gated_norm_workspace", x.device, **arguments), dtype=torch.float32)
-    cuda.call("gated_norm_backward", x.device, workspace=workspace, **arguments)
+    if x.numel():
+        workspace = x.new_empty(cuda.call("gated_norm_workspace", x.device, **arguments), dtype=torch.float32)
+        cuda.call("gated_norm_backward", x.device, workspace=workspace, **arguments)
+    else:
+        dweight.zero_()
+        dbias.zero_()
     return (
         dx,
         dweight.to(weight.dtype),

@@ -180,3 +180,11 @@ def test_add_rmsnorm_refuses_untouched(run, wrong, error, named):
     with pytest.raises(error, match=named):
         add_rmsnorm(**given)
     assert same_bits(given["residual"], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_row_of_a_long_group_gives_no_gradient(run, dtype):
+    """Of any length that a kernel keeps its sums of in registers, or does not."""
+    tensors = {"x": torch.empty(0, 9001, dtype=dtype), "weight": torch.ones(9001), "bias": torch.ones(9001)}
+    got = evaluate(rmsnorm_fn, tensors, ("x", "weight", "bias"))
+    assert not got["grad weight"].any() and not got["grad bias"].any()
