@@ -90,7 +90,10 @@ inline void assign(View& view, PyObject* tensor) {
   for (Py_ssize_t i = 0; i < rank; i++) view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
 }
 
-inline void assign(bool& flag, PyObject* value) { flag = PyObject_IsTrue(value) == 1; }
+inline void assign(bool& flag, PyObject* value) {
+  flag = PyObject_IsTrue(value) == 1;
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
 
 template <class Number, std::enable_if_t<std::is_arithmetic_v<Number>, int> = 0>
 void assign(Number& number, PyObject* value) {

@@ -13,7 +13,16 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-CACHE = Path("~/.cache/omnimamba").expanduser()
+
+def _cache() -> Path | None:
+    """Where machine code is kept; None for a user without a home: an account that only a container knows."""
+    try:
+        return Path("~/.cache/omnimamba").expanduser()
+    except RuntimeError:
+        return None
+
+
+CACHE = _cache()
 _PACKAGE = Path(__file__).resolve().parent
 _FORMAT = 1
 
@@ -160,12 +169,14 @@ def compile_kernels(source: str, expressions: Iterable[str], architecture: str) 
 def kernel(source: str, expression: str, capability: tuple[int, int]) -> tuple[bytes, str]:
     """One kernel for a chip, from the disk or compiled and put there: its code and its name."""
     architecture = target(capability)
-    path = CACHE / f"{_key(source, expression, architecture)}.bin"
-    with contextlib.suppress(OSError, ValueError):
-        symbol, code = path.read_bytes().split(b"\n", 1)
-        return code, symbol.decode()
+    path = None if CACHE is None else CACHE / f"{_key(source, expression, architecture)}.bin"
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError):
+            symbol, code = path.read_bytes().split(b"\n", 1)
+            return code, symbol.decode()
     code, names = compile_kernels(source, [expression], architecture)
-    _keep(path, names[expression].encode() + b"\n" + code)
+    if path is not None:
+        _keep(path, names[expression].encode() + b"\n" + code)
     return code, names[expression]
 
 
@@ -190,6 +201,10 @@ def _keep(path: Path, content: bytes) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise

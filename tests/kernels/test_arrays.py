@@ -76,6 +76,8 @@ def test_what_is_no_array_is_refused_and_the_next_call_runs(backend, call):
         norm(call, x, [1.0] * 8, y, 2, 8)
     with pytest.raises(TypeError, match="float32, bfloat16"):
         norm(call, x.astype(np.float64), weight, y, 2, 8)
+    with pytest.raises(ValueError, match="truth value"):
+        call("gated_norm_forward", x=x, weight=weight, y=y, group_size=8, norm_before_gate=np.ones(2))
     norm(call, x, weight, y, *y.shape)
     assert same_bits(torch.from_numpy(y), expected(backend, torch.from_numpy(x), torch.from_numpy(weight)))
 
