@@ -165,13 +165,19 @@ PYBIND11_MODULE(OMNIMAMBA_MODULE, m) {
 #if defined(OMNIMAMBA_CUDA)
   m.def("why_no_device", &why_no_device);
 #if defined(OMNIMAMBA_ON_DEMAND)
-  m.def("compile_with", [](const py::function& compile) {  // kept as long as the process lives
-    on_demand::use([compile = compile.inc_ref().ptr()](const std::string& source, const std::string& expression) {
-      const py::gil_scoped_acquire held;
-      auto code = py::handle(compile)(source, expression).cast<std::pair<std::string, std::string>>();
-      return on_demand::Code{std::move(code.first), std::move(code.second)};
-    });
-  });
+  m.def("compile_with",
+        [](const py::function& compile, const py::function& device) {  // kept as long as the process lives
+          on_demand::use(
+              [compile = compile.inc_ref().ptr()](const std::string& source, const std::string& expression) {
+                const py::gil_scoped_acquire held;
+                auto code = py::handle(compile)(source, expression).cast<std::pair<std::string, std::string>>();
+                return on_demand::Code{std::move(code.first), std::move(code.second)};
+              },
+              [device = device.inc_ref().ptr()] {
+                const py::gil_scoped_acquire held;
+                return py::handle(device)().cast<int>();
+              });
+        });
   py::list instances;
   for (const on_demand::Kernel* kernel : on_demand::kernels())
     instances.append(py::make_tuple(kernel->source, kernel->expression));

@@ -39,7 +39,7 @@ def _load() -> ModuleType | str:
     if hasattr(module, "compile_with"):  # built without nvcc
         if nvrtc.why_not() is not None:
             return nvrtc.why_not()
-        module.compile_with(_compile)
+        module.compile_with(_compile, torch.cuda.current_device)
     return module
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -108,6 +109,22 @@ def test_a_disk_that_takes_nothing_is_no_error(tmp_path, monkeypatch):
 
 
 @needs_nvrtc
+def test_a_disk_that_is_full_keeps_nothing_of_a_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    monkeypatch.setattr(nvrtc.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert nvrtc.kernel(*NORM, (9, 0))[0].startswith(b"\x7fELF") and not list(tmp_path.iterdir())
+
+
+@needs_nvrtc
+def test_a_user_without_a_home_compiles_anew(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+    assert nvrtc._cache() is None
+    monkeypatch.setattr(nvrtc, "CACHE", nvrtc._cache())
+    assert nvrtc.kernel(*NORM, (9, 0))[0].startswith(b"\x7fELF")
+
+
+@needs_nvrtc
 def test_chips_that_nvrtc_does_not_know_get_the_code_of_earlier_ones(monkeypatch):
     assert nvrtc.target((9, 0)) == "sm_90a" and nvrtc.target((8, 6)) == "sm_86"
     assert nvrtc.target((99, 9)) == f"compute_{nvrtc.architectures()[-1]}"
@@ -132,7 +149,7 @@ asked, answer = [], ["image", "name"]
 def compile(source, expression):
     asked.append([source, expression])
     return tuple(answer)
-module.compile_with(compile)
+module.compile_with(compile, lambda: 3)
 def norm(x):
     sizes = dict(outer=x.shape[0], inner=1, width=64, group_size=64)
     module.kernels["gated_norm_forward"](x=x, y=x, weight=torch.ones(64), eps=1e-5, stream=4660, **sizes)
@@ -151,19 +168,60 @@ print(json.dumps({"device": module.why_no_device(), "asked": asked, "errors": er
 """
 
 
+def build_driver(folder):
+    driver = ROOT / "tests" / "on_demand" / "driver.cpp"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", driver], check=True)
+
+
 def test_kernels_are_compiled_on_demand_and_started_by_the_driver(tmp_path):
     """With a driver of our own in place of NVIDIA's."""
-    driver = ROOT / "tests" / "on_demand" / "driver.cpp"
-    subprocess.run(["c++", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", driver], check=True)
+    build_driver(tmp_path)
     told = told_by(LAUNCH, tmp_path, LD_LIBRARY_PATH=str(tmp_path))
     half = NORM[1].replace("float", "omnimamba::f16").replace("4", "8")
     assert told["device"] == ""
     assert told["asked"] == [list(NORM), [NORM[0], half]], "each kernel is compiled when it is first started"
     assert told["errors"] == ["CUDA: launch: no such thing", f"CUDA: {half}: no such thing"]
-    launch = f"launch 2 1 1, 128 1 1, shared 0, stream 4660, attributes 0, x {told['x']}"
-    lines = (tmp_path / "calls").read_text().splitlines()
-    assert lines[:4] == ["load image", "find name", launch, launch]
-    assert lines[4].startswith("launch 77 1 1, ") and lines[5:] == ["load image", "find unknown"]
+    launch = f"launch 2 1 1, 128 1 1, shared 0, stream 4660, attributes 0, mode 0, x {told['x']}"
+    *lines, refused, load, find = (tmp_path / "calls").read_text().splitlines()
+    assert lines == ["retain 3", "load image, mode 2", "find name", launch, launch]
+    assert refused.startswith("launch 77 1 1, ") and [load, find] == ["load image, mode 2", "find unknown"]
+
+
+THREADS = """
+import threading
+devices, errors = [5, 6, 6, 7], []
+module.compile_with(lambda source, expression: ("image", "name"), lambda: devices.pop(0))
+def norm():
+    x = torch.ones(5, 1, 64)
+    sizes = dict(outer=5, inner=1, width=64, group_size=64)
+    module.kernels["gated_norm_forward"](x=x, y=x, weight=torch.ones(64), eps=1e-5, **sizes)
+def product():  # which asks for the chip first
+    x = torch.ones(8, 8)
+    module.kernels["lora_matmul"](a=x, b=x, c=x, m=8, n=8, k=8)
+def tried(*calls):
+    try:
+        for call in calls:
+            call()
+    except RuntimeError as error:
+        errors.append(str(error))
+for calls in ((norm,), (norm, norm), (norm,), (product,)):
+    thread = threading.Thread(target=tried, args=calls)
+    thread.start()
+    thread.join()
+print(json.dumps(errors))
+"""
+
+
+def test_a_thread_that_has_no_context_gets_that_of_its_device(tmp_path):
+    """As the first backward of a process runs, in a thread of autograd's."""
+    build_driver(tmp_path)
+    assert told_by(THREADS, tmp_path, LD_LIBRARY_PATH=str(tmp_path)) == []
+    calls = [line.partition(" ")[::2] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [name for name, _ in calls] == [
+        "retain", "load", "find", "launch", "retain", "load", "find", "launch", "launch", "retain", "launch",
+        "retain", "load", "find", "launch",
+    ]  # fmt: skip
+    assert [which for name, which in calls if name == "retain"] == ["5", "6", "6", "7"]
 
 
 def test_without_a_driver_the_module_says_so():

@@ -29,10 +29,14 @@ struct Config {
 };
 constexpr int CLUSTER = 4, MOST_SHARED = 8;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC...
 constexpr int MAJOR = 75, MINOR = 76;        // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
+constexpr int RELAXED = 2;                   // CU_STREAM_CAPTURE_MODE_RELAXED
 
 struct Driver {
   int (*error)(int status, const char** text) = nullptr;
   int (*context)(void** context) = nullptr;
+  int (*retain)(void** context, int device) = nullptr;
+  int (*enter)(void* context) = nullptr;
+  int (*exchange)(int* capture_mode) = nullptr;
   int (*device)(int* device) = nullptr;
   int (*attribute)(int* value, int attribute, int device) = nullptr;
   int (*load)(void** module, const void* image) = nullptr;
@@ -50,6 +54,9 @@ struct Driver {
     }
     take(library, error, "cuGetErrorString");
     take(library, context, "cuCtxGetCurrent");
+    take(library, retain, "cuDevicePrimaryCtxRetain");
+    take(library, enter, "cuCtxSetCurrent");
+    take(library, exchange, "cuThreadExchangeStreamCaptureMode");
     take(library, device, "cuCtxGetDevice");
     take(library, attribute, "cuDeviceGetAttribute");
     take(library, load, "cuModuleLoadData");
@@ -93,26 +100,50 @@ Compiler& compiler() {
   static auto* one = new Compiler;
   return *one;
 }
+CurrentDevice& current_device() {
+  static auto* one = new CurrentDevice;
+  return *one;
+}
+
+// The current context. A thread that has asked nothing of CUDA's runtime yet has none, such as autograd's at its first
+// backward: it gets that of its device, as the runtime would give it.
+void* context() {
+  const Driver& cuda = ready();
+  void* found = nullptr;
+  cuda.check(cuda.context(&found), "the current context");
+  if (found) return found;
+  cuda.check(cuda.retain(&found, current_device()()), "the context of the device");
+  cuda.check(cuda.enter(found), "the context of the device");
+  return found;
+}
+
+// Also while the thread captures a graph, of which loading is no part.
+void* load(const Code& code, const std::string& name) {
+  const Driver& cuda = driver();
+  int mode = RELAXED;
+  cuda.check(cuda.exchange(&mode), "the mode of capture");
+  void *module = nullptr, *function = nullptr;
+  int status = cuda.load(&module, code.binary.c_str());
+  if (status == 0) status = cuda.find(&function, module, code.symbol.c_str());
+  cuda.check(cuda.exchange(&mode), "the mode of capture");
+  cuda.check(status, name);
+  return function;
+}
 
 // The kernel in the current context; loaded, and before that compiled, by whoever asks first.
 void* loaded(const Kernel& kernel) {
   static auto* functions = new std::map<std::pair<const Kernel*, void*>, void*>;
   static std::mutex lock;
-  const Driver& cuda = driver();
-  void* context = nullptr;
-  cuda.check(cuda.context(&context), "the current context");
+  void* const current = context();
   {
     const std::lock_guard<std::mutex> held(lock);
-    const auto found = functions->find({&kernel, context});
+    const auto found = functions->find({&kernel, current});
     if (found != functions->end()) return found->second;
   }
   // Not under the lock: the compiler waits for Python's. Two threads may compile the same kernel; either will do.
-  const Code code = compiler()(kernel.source, kernel.expression);
-  void *module = nullptr, *function = nullptr;
-  cuda.check(cuda.load(&module, code.binary.c_str()), kernel.expression);
-  cuda.check(cuda.find(&function, module, code.symbol.c_str()), kernel.expression);
+  void* const function = load(compiler()(kernel.source, kernel.expression), kernel.expression);
   const std::lock_guard<std::mutex> held(lock);
-  return functions->insert({{&kernel, context}, function}).first->second;
+  return functions->insert({{&kernel, current}, function}).first->second;
 }
 
 void replace(std::string& text, const std::string& old, const std::string& by) {
@@ -121,14 +152,18 @@ void replace(std::string& text, const std::string& old, const std::string& by) {
 
 }  // namespace
 
-void use(Compiler chosen) { compiler() = std::move(chosen); }
+void use(Compiler compile, CurrentDevice device) {
+  compiler() = std::move(compile);
+  current_device() = std::move(device);
+}
 
 const std::vector<const Kernel*>& kernels() { return all(); }
 
 std::string why_no_driver() { return driver().missing; }
 
 int capability() {
-  const Driver& cuda = ready();
+  context();
+  const Driver& cuda = driver();
   int device = 0, major = 0, minor = 0;
   cuda.check(cuda.device(&device), "the current device");
   cuda.check(cuda.attribute(&major, MAJOR, device), "compute capability");

@@ -22,7 +22,9 @@ struct Code {
 
 // Compiles `expression`, such as "omnimamba::norm_kernel<float, 4>", of csrc/`source` for the current device.
 using Compiler = std::function<Code(const std::string& source, const std::string& expression)>;
-void use(Compiler compiler);
+// The number of the device that CUDA's runtime takes in this thread.
+using CurrentDevice = std::function<int()>;
+void use(Compiler compile, CurrentDevice device);
 
 // One instance of a kernel. Those of a module are known from its start.
 class Kernel {
