@@ -1,9 +1,10 @@
 """Everything that only a GPU can show, in one command: ``python -m bench.gpu_check --out DIR``.
 
-Tests every kernel on the GPU for each back end that is there, bfloat16 included, then times every operation against
-torch, transformers' fallback and the packages that are importable (mamba_ssm, causal_conv1d, fla, flashinfer), each
-part within its share of the time. Without a GPU the same parts run with what a CPU has, and say what they left out; of
-the native kernels' tests, all of which are ``make test``'s, those against the definitions.
+Tests every kernel on the GPU for each back end that is there, bfloat16 included, the CUDA kernels once more on small
+shapes under the toolkit's compute-sanitizer where that is on PATH, then times every operation against torch,
+transformers' fallback and the packages that are importable (mamba_ssm, causal_conv1d, fla, flashinfer), each part
+within its share of the time. Without a GPU the same parts run with what a CPU has, and say what they left out; of the
+native kernels' tests, all of which are ``make test``'s, those against the definitions.
 Writes results.json and report.md, after every part.
 """
 
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +39,14 @@ PEERS = ("transformers", "mamba_ssm", "causal_conv1d", "fla", "flashinfer")
 TESTS = "tests/kernels"
 TESTS_SHARE = 0.5
 """Of the time for all parts: the tests'. What they leave is the benchmarks', the scan first."""
+SANITIZERS, SANITIZED_SHARE = ("memcheck", "racecheck"), 0.1
+"""What compute-sanitizer looks for, and of the time for all parts the share of each."""
+SANITIZED = "cuda and (matches or forward_and_gradients or one_step)"
+"""The tests that it looks at: the CUDA kernels against their definitions, on small shapes."""
 ON_THE_HOST = tuple(f"{TESTS}/test_triton_{of}.py" for of in ("ahead", "launch", "cost", "cost_decode", "cost_scan"))
 """Of these a GPU shows nothing: kernels compiled for chips that are not here, their starts, what they move."""
+NO_EMULATOR = {"OMNIMAMBA_WITHOUT_EMULATOR": "1"}
+"""Nor the CUDA kernels on a CPU, which would have to be compiled for it first: tests/emulated.py."""
 ORDER = ("ssd_scan", "gated_norm", "causal_conv1d", "state_update", "lora_linear", "mamba_mixer")
 
 
@@ -53,12 +61,14 @@ class Part:
     failures: list[str] = field(default_factory=list)
 
 
-def child(arguments: list[str], seconds: float, log: Path, **environment: str) -> int | None:
-    """The exit status of ``python ARGUMENTS``, its words in ``log``; None where the time was up: it and all that it
-    started are then ended."""
+def child(
+    arguments: list[str], seconds: float, log: Path, under: tuple[str, ...] = (), **environment: str
+) -> int | None:
+    """The exit status of ``python ARGUMENTS``, ``under`` another program or none, its words in ``log``; None where the
+    time was up: it and all that it started are then ended."""
     with log.open("w") as words:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=machine.ROOT, env={**os.environ, **environment}, stdout=words,
+            [*under, sys.executable, *arguments], cwd=machine.ROOT, env={**os.environ, **environment}, stdout=words,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -86,7 +96,7 @@ def run_tests(backend: str, out: Path, seconds: float, tests: str = TESTS) -> Pa
     ignored = [f"--ignore={path}" for path in ON_THE_HOST] if torch.cuda.is_available() else []
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *together, *ignored, f"--junitxml={report}"]
     log = out / f"tests-{backend}.log"
-    status = child([*command, "-k", picked, tests], seconds, log)
+    status = child([*command, "-k", picked, tests], seconds, log, **(NO_EMULATOR if torch.cuda.is_available() else {}))
     taken = time.monotonic() - start
     if status is None:
         return Part(name, "out of time", taken, f"{told(so_far(log))}; stopped after {taken:.0f} s, see {log.name}")
@@ -95,6 +105,27 @@ def run_tests(backend: str, out: Path, seconds: float, tests: str = TESTS) -> Pa
     counts, failures = read_tests(report)
     broken = status != 0 or not counts["passed"]
     return Part(name, "failed" if broken else "ok", taken, told(counts), failures)
+
+
+def run_sanitizer(tool: str, out: Path, seconds: float, tests: str = TESTS) -> Part:
+    """The CUDA kernels' tests under compute-sanitizer. Torch keeps no memory back: else it could tell no tensor from
+    its neighbours."""
+    name, program, start = f"compute-sanitizer, {tool}", shutil.which("compute-sanitizer"), time.monotonic()
+    reason = backends()["cuda"] or (None if program else "compute-sanitizer, of the CUDA toolkit, is not on PATH")
+    if reason:
+        return Part(name, "skipped", detail=reason)
+    log = out / f"{tool}.log"
+    under = (program, f"--tool={tool}", "--error-exitcode=86", "--launch-timeout=0")
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SANITIZED, tests]
+    status = child(command, seconds, log, under, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **NO_EMULATOR)
+    taken, said = time.monotonic() - start, log.read_text(errors="replace")
+    counts, errors = told(so_far(log)), re.findall(r"^=+ ERROR SUMMARY: (.*)$", said, re.MULTILINE)
+    wrong = re.search(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY: 0)\S", said, re.MULTILINE) is not None
+    broken = wrong or bool(so_far(log)["failed"]) or status not in (None, 0) or not so_far(log)["passed"]
+    if status is None:
+        errors.append(f"stopped after {taken:.0f} s")
+    found = "failed" if broken else "ok" if status == 0 else "stopped"
+    return Part(name, found, taken, "; ".join([counts, *errors, *[f"see {log.name}"] * broken]))
 
 
 def read_tests(path: Path) -> tuple[dict[str, int], list[str]]:
@@ -209,6 +240,8 @@ def check(
         left = TESTS_SHARE * (seconds - spent) - (time.monotonic() - start - spent)
         done(run_tests(name, out, left / max(1, len(able)), tests))
         able = able[1:] if name in able else able
+    for tool in SANITIZERS if torch.cuda.is_available() else ():
+        done(run_sanitizer(tool, out, SANITIZED_SHARE * (seconds - spent), tests))
     for i, op in enumerate(ops):
         left = seconds - (time.monotonic() - start)
         part, found = run_benchmark(op, out, left / (len(ops) - i) if i else left / 3)

@@ -25,6 +25,8 @@ MODULES = ROOT / "build" / f"emulator{'-sanitized' * SANITIZED}" / sys.implement
 @cache
 def why_not() -> str | None:
     """Why the emulator cannot be built here, or None."""
+    if os.environ.get("OMNIMAMBA_WITHOUT_EMULATOR"):
+        return "it was switched off, for what it takes to build and to run"
     if not (ROOT / "csrc").is_dir():
         return "the sources are not here"
     missing = [tool for tool in ("pybind11", "cmake", "ninja") if importlib.util.find_spec(tool) is None]

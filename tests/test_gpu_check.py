@@ -23,6 +23,7 @@ from bench.gpu_clock import Clock  # noqa: E402
 from bench.gpu_problems import OPERATIONS, Problem  # noqa: E402
 from omnimamba_kernels import backends, triton_launch  # noqa: E402
 from omnimamba_kernels.backends import OPS  # noqa: E402
+from omnimamba_kernels.gated_norm import cases as norm_cases  # noqa: E402
 from omnimamba_kernels.lora_linear import cases as lora_cases  # noqa: E402
 from omnimamba_kernels.report.calls import calls  # noqa: E402
 from omnimamba_kernels.ssd_scan import cases as scan_cases  # noqa: E402
@@ -93,6 +94,49 @@ def test_a_claim_is_judged_on_what_was_measured_and_says_what_was_not():
     assert all(claim["met"] is None for claim in gpu_claims.judge(rows, "cuda"))
 
 
+def test_each_back_end_is_held_to_its_own_numbers():
+    """The CUDA kernels to more than Triton's, and to shapes that Triton's are not asked for."""
+    step = {"bytes": 3e9, "floor_share": 0.76, "peak_bytes": 1.0}
+    times = [
+        ("ssd_scan forward", "8 x 2048, 64 heads", "mamba_ssm", {"seconds": 4.5}),
+        ("ssd_scan forward", "8 x 2048, 64 heads", "", {}),
+        ("ssd_scan forward", "32 x 2048, 64 heads", "mamba_ssm", {"seconds": 9.5}),
+        ("ssd_scan forward", "32 x 2048, 64 heads", "", {"floor_share": 0.5}),
+        ("ssd_scan forward", "8 x 4096, 64 heads", "", {"floor_share": 0.61}),
+        ("gated_norm forward", "1.3B, 64 rows", "", {"floor_share": 0.1}),
+        ("gated_norm forward", "1.3B, 8 x 2048", "", {"floor_share": 0.87}),
+        ("lora_linear", gpu_claims.LORA, "", {"seconds": 1.06}),
+        ("lora_linear", gpu_claims.LORA, gpu_claims.BASE, {}),
+        ("lora_linear", gpu_claims.LORA_STEP, "", {"seconds": 1.04}),
+        ("lora_linear", gpu_claims.LORA_STEP, gpu_claims.BASE, {}),
+        ("decode", "1.3B, 4096 tokens of context", "", step),
+    ]
+
+    def judged(name):
+        rows = [
+            {"group": group, "case": case, "who": who or name, "seconds": 1.0, "floor_share": 0.9} | more
+            for group, case, who, more in times
+        ]
+        return {c["what"]: (c["required"], c["met"]) for c in gpu_claims.judge(rows, name) if c["met"] is not None}
+
+    product = "2048 to 8512, two tasks mixed, over the bare product"
+    asked = {
+        "ssd_scan forward 8 x 2048, 64 heads, against mamba_ssm": ("4x", True),
+        "gated_norm forward 1.3B, 8 x 2048, share of the copy speed": ("0.85", True),
+        f"lora_linear, 8192 tokens, {product}": ("at most 1.08x", True),
+    }
+    assert judged("triton") == asked
+    assert judged("cuda") == {
+        "ssd_scan forward 8 x 2048, 64 heads, against mamba_ssm": ("5x", False),
+        "ssd_scan forward 32 x 2048, 64 heads, against mamba_ssm": ("9x", True),
+        "ssd_scan forward 8 x 4096, 64 heads, share of the floor": ("0.6", True),
+        "gated_norm forward 1.3B, 8 x 2048, share of the copy speed": ("0.88", False),
+        f"lora_linear, 8192 tokens, {product}": ("at most 1.05x", False),
+        f"lora_linear, one token, {product}": ("at most 1.05x", True),
+        "decode of the 1.3B shape, batch 1, weights' bytes at the copy speed over the time": ("0.75", False),
+    }
+
+
 def test_the_worst_case_counts_and_one_without_a_time_does_not():
     times = {("triton", "a"): 1.0, ("triton", "b"): 1.0, ("causal_conv1d", "a"): 2.0, ("causal_conv1d", "b"): 0.5}
     rows = [
@@ -107,10 +151,11 @@ def test_the_worst_case_counts_and_one_without_a_time_does_not():
 
 
 def test_claims_name_cases_that_a_gpu_is_measured_at():
-    asked = " ".join(claim["what"] for claim in gpu_claims.judge([], "triton"))
-    assert all(case.name in asked for case in scan_cases.GPU[:3])
+    names = {case.name for case in scan_cases.GPU}
+    assert names.issuperset([*gpu_claims.LEAST["triton"].scan, *gpu_claims.LEAST["cuda"].scan, gpu_claims.FLOOR])
     assert f"{update_cases.GPU[2].name}, state float32" == gpu_claims.STEP
-    assert str(lora_cases.GPU[3]) == gpu_claims.LORA
+    assert [str(lora_cases.GPU[0]), str(lora_cases.GPU[3])] == [gpu_claims.LORA_STEP, gpu_claims.LORA]
+    assert gpu_claims.NORM in {case.name for case in norm_cases.GPU}
 
 
 def test_failures_and_lost_time_are_told(tmp_path):
@@ -162,8 +207,14 @@ def test_tests_that_ran_out_of_time_are_counted(tmp_path):
 
 
 def test_a_gpus_time_is_not_spent_on_what_the_host_shows(tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(gpu_check, "child", lambda command, *_: commands.append(command) or 1)
+    commands, surroundings = [], []
+
+    def child(command, *_, **environment):
+        commands.append(command)
+        surroundings.append(environment)
+        return 1
+
+    monkeypatch.setattr(gpu_check, "child", child)
     monkeypatch.setattr(gpu_check, "backends", lambda: {"triton": None})
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
@@ -171,6 +222,7 @@ def test_a_gpus_time_is_not_spent_on_what_the_host_shows(tmp_path, monkeypatch):
     ignored = [[a.removeprefix("--ignore=") for a in c if a.startswith("--ignore=")] for c in commands]
     assert ignored == [list(gpu_check.ON_THE_HOST), []]
     assert "tests/kernels/test_triton_ahead.py" in ignored[0] and all((ROOT / path).exists() for path in ignored[0])
+    assert surroundings == [gpu_check.NO_EMULATOR, {}]
 
 
 def test_the_time_of_a_build_is_not_there_for_the_rest(tmp_path, monkeypatch):

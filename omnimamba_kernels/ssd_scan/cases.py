@@ -101,6 +101,8 @@ GPU = (
     Case("8 x 2048, 64 heads", 8, 2048, 64, 64, n=128, chunk=256, skip=1),
     Case("1 x 2048, 64 heads", 1, 2048, 64, 64, n=128, chunk=256, skip=1),
     Case("4 x 32768, 64 heads", 4, 32768, 64, 64, n=128, chunk=256, skip=1),
+    Case("32 x 2048, 64 heads", 32, 2048, 64, 64, n=128, chunk=256, skip=1),
+    Case("8 x 4096, 64 heads", 8, 4096, 64, 64, n=128, chunk=256, skip=1),
     Case("8 x 2048, 80 heads", 8, 2048, 80, 64, n=128, chunk=256, skip=1),
     Case("1 x 1M, 24 heads", 1, 2**20, 24, 64, n=128, chunk=256, skip=1),
 )
