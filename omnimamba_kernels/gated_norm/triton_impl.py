@@ -159,7 +159,8 @@ def _backward(
             squares += tl.sum(u * u, 1, keep_dims=True)
             products += tl.sum(dv * w * u, 1, keep_dims=True)
 
-        r = tl.rsqrt(squares / GROUP + eps)
+        # A row past the end is all zeros, whose factor without an eps is infinite: nothing of it may reach a sum.
+        r = tl.where(row < M, tl.rsqrt(squares / GROUP + eps), 0.0)
         slope = r * r * (products / GROUP)
         for start in range(0, GROUP, BLOCK_D):
             col = start + tl.arange(0, BLOCK_D)[None, :]

@@ -91,6 +91,16 @@ def test_groups_of_one(run):
     check(run, lambda **t: rmsnorm_fn(**t, **options), lambda **t: oracle(**t, **options), tensors, ("x",))
 
 
+@pytest.mark.parametrize("rows, group", [(1, 16), (9, 48), (5, 300)])
+@pytest.mark.parametrize("before", [True, False])
+def test_without_an_eps(run, rows, group, before):
+    """No number of rows is a multiple of what a program has of them: those past the end have no magnitude."""
+    tensors = {"x": torch.randn(rows, 2 * group), "weight": torch.randn(2 * group), "bias": torch.randn(2 * group)}
+    tensors["z"] = torch.randn(rows, 2 * group)
+    options = {"group_size": group, "eps": 0.0, "norm_before_gate": before}
+    check(run, lambda **t: rmsnorm_fn(**t, **options), lambda **t: oracle(**t, **options), tensors, GRADS)
+
+
 def test_gate_of_another_dtype(run):
     x, z, weight = torch.randn(4, 24), torch.randn(4, 24).bfloat16(), torch.randn(24).half()
     got = check(run, rmsnorm_fn, oracle, {"x": x, "weight": weight, "bias": None, "z": z}, GRADS)
