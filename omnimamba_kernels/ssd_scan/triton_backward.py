@@ -52,8 +52,9 @@ def _step_gradient(
     bias = tl.load(dt_bias + head).to(tl.float32) if HAS_BIAS else 0.0
     slope = step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[1]
     rate = tl.load(A + head).to(tl.float32)
-    found = (rate * da + tl.load(terms) + tl.load(terms + CHUNK)) * slope
-    found = tl.where(valid, found, 0.0)
+    of_decay = tl.where(da == 0.0, 0.0, rate * da)  # A = -inf: nothing comes through where all is forgotten
+    found = (of_decay + tl.load(terms) + tl.load(terms + CHUNK)) * slope
+    found = tl.where(valid & (slope != 0.0), found, 0.0)
     tl.store(ddt + (b * l + row) * heads + head, found.to(ddt.dtype.element_ty), mask=row < l)
     sums += ((b * chunk_count + chunk) * heads + head) * sum_columns
     tl.store(sums, tl.sum(size * da, 0))

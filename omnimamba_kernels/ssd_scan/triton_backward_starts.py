@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import FLOOR, LOG2E, listed_sequences, offsets_up_to, packed_sequences, step_sizes
+from .triton_common import FLOOR, decay_powers, listed_sequences, offsets_up_to, packed_sequences, step_sizes
 from .triton_products import load_gradient, load_tile, product_derived_exact
 
 NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
@@ -49,7 +49,7 @@ def offset_at(offsets, j, l):
 def _steps(raw, bias, rate, valid, begins, dt_low, dt_high, SOFTPLUS: tl.constexpr):
     """dt, and the steps' decays in powers of two."""
     size = tl.where(valid, step_sizes(raw, bias, dt_low, dt_high, SOFTPLUS)[0], 0.0)
-    a = size * (rate * LOG2E)
+    a = decay_powers(size, rate)
     return size, tl.where(begins | (a <= FLOOR), FLOOR, a).to(tl.float64)
 
 

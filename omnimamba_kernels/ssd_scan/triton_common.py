@@ -76,9 +76,15 @@ def step_sizes(raw, bias, low, high, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def decay_powers(dt, A):
+    """log2 of the steps' decays. A step of no length changes nothing, even of an A that forgets all at once, -inf."""
+    return tl.where(dt == 0.0, 0.0, dt * (A * LOG2E))
+
+
+@triton.jit
 def decay_sums(dt, A):
     """cum as two float32 vectors, and its last entry as two float32 scalars. ``A`` (a scalar) is without log2(e)."""
-    a = dt * (A * LOG2E)
+    a = decay_powers(dt, A)
     wide = tl.where(a < FLOOR, FLOOR, a).to(tl.float64)
     cum, end = tl.cumsum(wide, 0), tl.sum(wide, 0)
     high, end_high = cum.to(tl.float32), end.to(tl.float32)

@@ -198,6 +198,24 @@ def test_an_infinity_leaves_its_chunk_only_where_the_recurrence_takes_it(name, a
     assert not y[must].isfinite().any() and y[~may].isfinite().all()
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sequences", [None, "seq_idx", "cu_seqlens"])
+def test_a_head_that_forgets_all_at_once(sequences, dtype):
+    """A = -inf gives what -1e30 gives, beside padding, past the end of the last chunk and where no step is left too."""
+    case = Case("forgets", 1, 90, 2, 8, skip=1, limit=(0.0, 0.2), initial_states=True, sequences=sequences, padding=9)
+    tensors = case.tensors(dtype)
+    tensors["dt"][0, 70, 1] = -1e4
+    found = []
+    for tensors["A"][1] in (-float("inf"), -1e30):
+        with use_backend("triton"):
+            found.append(evaluate(scan(case.options), tensors, WANTED))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    if dtype is torch.float32:
+        check("triton", scan(case.options), exact(case.options), tensors, WANTED)
+
+
 ODD = (
     Case("whole chunks, odd sizes, heads in pairs", 1, 128, 4, 24, g=2, n=20, skip=1),
     Case("whole chunks, odd sizes", 1, 128, 3, 5, n=35, skip=1, gate=True, initial_states=True),
