@@ -72,9 +72,10 @@ OM_DEVICE Seat seat_at(const SsdScanParams& q, const Cover& cover, int segments,
   at.live = at.head < at.live_heads && at.p0 < q.headdim;
   return at;
 }
-OM_DEVICE Seat seat_of(const SsdScanParams& q, const Cover& cover, int segments) {
-  const int column = warp_id() / cover.parts;
-  return seat_at(q, cover, segments, column / cover.columns, column % cover.columns, warp_id() % cover.parts);
+// `parts` are cover's. As a constant they take fewer registers in one kernel, and more in others.
+OM_DEVICE Seat seat_of(const SsdScanParams& q, const Cover& cover, int segments, int parts) {
+  const int column = warp_id() / parts;
+  return seat_at(q, cover, segments, column / cover.columns, column % cover.columns, warp_id() % parts);
 }
 
 // The positions of a chunk that are neither padding nor past the end, a bit each.

@@ -178,11 +178,11 @@ OM_DEVICE void advance_chunk(States<N>& S, const Rows<T, 16>& x, const Rows<T, N
 template <class T, int N>
 __global__ void __launch_bounds__(MOST_THREADS, 1)
     ssd_walk_kernel(const __grid_constant__ SsdScanParams q, const __grid_constant__ Cover cover, int chunks_each) {
-  constexpr int BLOCKS = CHUNK<T> / 16, TILES = BLOCKS * (BLOCKS + 1) / 2;
+  constexpr int BLOCKS = CHUNK<T> / 16, TILES = BLOCKS * (BLOCKS + 1) / 2, PARTS = N / OWN<N>;
   using Memory = Layout<T, N>;
   OM_SHARED_DYNAMIC(memory);
   const Memory layout(cover);
-  const Seat at = seat_of(q, cover, static_cast<int>(q.segments));
+  const Seat at = seat_of(q, cover, static_cast<int>(q.segments), PARTS);
   const int me = static_cast<int>(threadIdx.x), team = static_cast<int>(blockDim.x), warps = cover.warps();
   const auto chunks = static_cast<int>(chunks_of(q.length, CHUNK<T>));
   const int first = at.segment * chunks_each, last = first + chunks_each < chunks ? first + chunks_each : chunks;
@@ -226,14 +226,14 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     const Rows<T, 16> x{stage.x + at.column * Memory::x_size};
     float y[2 * BLOCKS][4] = {};
     if (at.live) from_state<T, N>(y, S, stage.C, at.part, carry);
-    if (at.part == 1) {
+    if (PARTS == 2 && at.part == 1) {
       float* partial = layout.partial(memory, at.column) + lane_id();
 #pragma unroll
       for (int i = 0; i < 8 * BLOCKS; i++) partial[i * WARP] = y[i / 4][i % 4];
     }
     sync_block();  // the scores are there
     if (at.live && at.part == 0) {
-      if (cover.parts == 2) {
+      if constexpr (PARTS == 2) {
         const float* partial = layout.partial(memory, at.column) + lane_id();
 #pragma unroll
         for (int i = 0; i < 8 * BLOCKS; i++) y[i / 4][i % 4] += partial[i * WARP];

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 1)
     ssd_back_walk_kernel(const __grid_constant__ SsdScanParams q, const __grid_constant__ Cover cover) {
   OM_SHARED_DYNAMIC(memory);
   const Layout<T, N> layout(cover);
-  const Seat at = seat_of(q, cover, 1);
+  const Seat at = seat_of(q, cover, 1, cover.parts);
   const int me = static_cast<int>(threadIdx.x), team = static_cast<int>(blockDim.x);
   const auto chunks = static_cast<int>(chunks_of(q.length, CHUNK<T>));
   const int64_t size = q.headdim * q.state;

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
   OM_SHARED_DYNAMIC(memory);
   const Layout<T, N> layout(cover);
   const int segments = static_cast<int>(q.segments) - 1;
-  const Seat at = seat_of(q, cover, segments + static_cast<int>(q.sequences));
+  const Seat at = seat_of(q, cover, segments + static_cast<int>(q.sequences), cover.parts);
   const Piece piece = piece_of(q, at.segment, chunks_each, CHUNK<T>);
   static_assert(MOST_HEADS == 2);
   States<N> S = {};
