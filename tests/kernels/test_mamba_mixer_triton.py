@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from common import running, same_bits
@@ -71,44 +70,6 @@ def test_a_slot_beyond_the_states_is_padding(monkeypatch):
             y = mamba_mixer_step(**given, **plain, state_batch_indices=torch.tensor([slot, 1]))
         found.append((y, given["conv_state"], given["ssm_state"]))
     assert all(same_bits(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
-
-
-@interpreted
-@pytest.mark.parametrize("name", ["norm then gate", "gate alone"])
-def test_nothing_is_written_that_was_read_since_a_barrier(name, monkeypatch):
-    """Where a tile is smaller than the program's threads, several of them read one element and one writes it."""
-    from triton.runtime.interpreter import InterpreterBuilder as Builder
-
-    load, store, place = Builder.create_masked_load, Builder.create_masked_store, Builder.set_grid_idx
-    read, barriers = [], []
-
-    def lanes(at, mask):
-        shape = np.broadcast_shapes(at.data.shape, mask.data.shape)
-        return np.broadcast_to(at.data, shape)[np.broadcast_to(mask.data.astype(bool), shape)]
-
-    def loading(self, at, mask, *rest):
-        read.append(lanes(at, mask))
-        return load(self, at, mask, *rest)
-
-    def storing(self, at, value, mask, *rest):
-        assert not read or not np.isin(lanes(at, mask), np.concatenate(read)).any(), "another thread may read it yet"
-        return store(self, at, value, mask, *rest)
-
-    def waiting(self):
-        barriers.append(len(read))
-        read.clear()
-
-    def placing(self, *index):
-        read.clear()
-        place(self, *index)
-
-    for part, seen in (("create_masked_load", loading), ("create_masked_store", storing), ("create_barrier", waiting),
-                       ("set_grid_idx", placing)):  # fmt: skip
-        monkeypatch.setattr(Builder, part, seen)
-    tensors, plain = arguments(WIDE, options=OPTIONS[name])
-    with running("triton"):
-        mamba_mixer_step(**tensors, **plain)
-    assert sum(barriers) > 0
 
 
 @interpreted
