@@ -43,8 +43,9 @@ SANITIZERS, SANITIZED_SHARE = ("memcheck", "racecheck"), 0.1
 """What compute-sanitizer looks for, and of the time for all parts the share of each."""
 SANITIZED = "cuda and (matches or forward_and_gradients or one_step)"
 """The tests that it looks at: the CUDA kernels against their definitions, on small shapes."""
-ON_THE_HOST = tuple(f"{TESTS}/test_triton_{of}.py" for of in ("ahead", "launch", "cost", "cost_decode", "cost_scan"))
-"""Of these a GPU shows nothing: kernels compiled for chips that are not here, their starts, what they move."""
+_OF = ("ahead", "barriers", "cost", "cost_decode", "cost_scan", "launch", "offsets", "tables")
+ON_THE_HOST = tuple(f"{TESTS}/test_triton_{of}.py" for of in _OF)
+"""Of these a GPU shows nothing: kernels compiled for chips that are not here, read or interpreted; their starts."""
 NO_EMULATOR = {"OMNIMAMBA_WITHOUT_EMULATOR": "1"}
 """Nor the CUDA kernels on a CPU, which would have to be compiled for it first: tests/emulated.py."""
 ORDER = ("ssd_scan", "gated_norm", "causal_conv1d", "state_update", "lora_linear", "mamba_mixer")

@@ -105,7 +105,8 @@ def mamba_chunk_scan_combined(
         initial_states: (b, h, p, n), the state before the first position; with ``seq_idx`` it belongs to sequence 0.
         seq_idx: (b, l) integers; the state restarts wherever the index changes; -1 is padding: output and state 0.
         cu_seqlens: (sequences + 1,) rising offsets from 0 of sequences packed into a batch of 1; positions after the
-            last are padding.
+            last are padding. Beside ``seq_idx``, which then says what a sequence is, they only say where
+            ``return_varlen_states`` looks.
         dt_softplus: apply softplus (identity above 20) to dt + dt_bias.
         dt_limit: bounds of dt after softplus.
         return_final_states: also return the state after the last position.

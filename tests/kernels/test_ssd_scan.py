@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnimamba_kernels import mamba_chunk_scan_combined
-from omnimamba_kernels.ssd_scan.cases import CASES, Case
+from omnimamba_kernels.ssd_scan.cases import CASES, Case, packed_ids
 from omnimamba_kernels.triton_launch import interpreting
 
 RUNS = runs()  # few of these shapes suit the kernel for Hopper, which test_ssd_scan_cuda.py tries on its own
@@ -209,6 +209,18 @@ def test_garbage_in_the_padding_stays_there(run):
     for name in plain:
         assert same_bits(got[name], plain[name]), name
     assert not got["out 0"][padded].any()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["of the offsets", "others"])
+def test_sequences_by_index_and_states_by_offsets(run, own):
+    """As mamba_ssm's layer asks for them: where both are given the index says what a sequence is."""
+    case = Case("both", 1, 90, 2, 8, n=8, skip=1, initial_states=True, sequences="cu_seqlens", padding=9)
+    tensors = case.tensors()
+    offsets = tensors["cu_seqlens"]
+    ids = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff().cpu())
+    ids = F.pad(ids, (0, 9), value=-1)[None] if own else packed_ids(1, 90, torch.Generator().manual_seed(1))
+    wanted = ("x", "dt", "B", "C", "initial_states")  # of one number a head there are too few
+    check(run, scan(case.options), exact(case.options), tensors | {"seq_idx": ids.int()}, wanted)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 50.0, 1e30])

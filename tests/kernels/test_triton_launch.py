@@ -50,6 +50,14 @@ def test_kernels_have_no_defaults():
     assert not [node.name for node in kernels if node.args.defaults or node.args.kw_defaults]
 
 
+def test_atomics_draw_the_steps_tickets_and_nothing_else():
+    """A sum that programs add up as they come differs from run to run, but not where they are interpreted."""
+    files = sorted(Path(triton_launch.__file__).parent.glob("*/triton_*.py"))
+    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    atomics = [call for call in calls if "atomic" in ast.unparse(call.func)]
+    assert [ast.unparse(call.args[0]) for call in atomics] == ["ticket", "ticket"]
+
+
 @pytest.mark.skipif(not interpreting(), reason="Triton is not interpreting")
 def test_a_cpu_tensor_is_interpreted_only_where_it_is_asked_for():
     assert backends()["triton"] is None
