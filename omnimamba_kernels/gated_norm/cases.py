@@ -70,3 +70,6 @@ GPU = (
     Case("1.3B, 64 rows", (64, 4096), before=False, wider=2),
 )
 """What a GPU is measured at: the norm of Mamba-2 models, z a slice of a wider row."""
+
+COMPILED = (Case("16 groups, 1 x 2048", (1, 2048, 4096), groups=16, before=False, wider=2),)
+"""Of other sizes than those measured, for which launch tables have rules of their own: compiled alone."""

@@ -48,6 +48,15 @@ SMALL = (
 LARGE = Case((1100,), 72, 1000, tasks=2, rank=8, bias=True)
 """Enough tiles for Hopper's own product on a chip of 132 multiprocessors, with edges on every side."""
 
+COMPILED = (
+    Case((1,), 2048, 8512, rank=16),
+    Case((1,), 2048, 8512, rank=32),
+    Case((1,), 4096, 2048, rank=32),
+    Case((1,), 2560, 5120),
+    Case((64,), 2048, 8512),
+)
+"""Of other sizes than those measured, for which launch tables have rules of their own: compiled alone."""
+
 
 def inputs(case: Case, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
     """Arguments of ``lora_linear`` by name; rows alternate over all tasks and -1."""

@@ -84,3 +84,6 @@ def states(case: Case, dtype: torch.dtype, slots: int | None = None, seed: int =
 GPU_STEP = (Case(1, 1, 64, 64, 128), Case(64, 1, 64, 64, 128))
 GPU_SEQUENCE = (Case(1, 2048, 64, 64, 128), Case(8, 2048, 64, 64, 128))
 """What a GPU is measured at: the 1.3B model's mixer."""
+
+COMPILED = (Case(1, 1, 64, 64, 256), Case(1, 1, 64, 64, 1024))
+"""Steps of more states than those measured: compiled alone."""

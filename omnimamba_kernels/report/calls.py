@@ -79,7 +79,7 @@ def calls(op: str) -> Iterator[Call]:
 
 
 def _norm() -> Iterator[Call]:
-    for case, dtype, large in _with_dtypes(norm_cases.CASES, norm_cases.GPU):
+    for case, dtype, large in _with_dtypes(norm_cases.CASES, (*norm_cases.GPU, *norm_cases.COMPILED)):
         yield Call("gated_norm", _named(case.name, dtype), large, _with(rmsnorm_fn, case.options),
                    _make(case, dtype), ("x", "weight", "bias", "z"))  # fmt: skip
 
@@ -113,7 +113,8 @@ def _packed_rows(d: int, dtype: torch.dtype) -> Callable[[], dict[str, Tensor | 
 
 def _scan() -> Iterator[Call]:
     wanted = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
-    for case, dtype, large in _with_dtypes(scan_cases.CASES, (*scan_cases.GPU, scan_cases.WIDE, scan_cases.PACKED)):
+    large_cases = (*scan_cases.GPU, scan_cases.WIDE, scan_cases.BROAD, scan_cases.PACKED)
+    for case, dtype, large in _with_dtypes(scan_cases.CASES, large_cases):
         for inference in (False, True):
             name = _named(case.name + ", inference" * inference, dtype)
             function = _with(mamba_chunk_scan_combined, case.options)
@@ -128,7 +129,7 @@ def _update() -> Iterator[Call]:
 
 
 def _lora() -> Iterator[Call]:
-    for case, dtype, large in _with_dtypes(lora_cases.SMALL, lora_cases.GPU):
+    for case, dtype, large in _with_dtypes(lora_cases.SMALL, (*lora_cases.GPU, *lora_cases.COMPILED)):
         for weight in dict.fromkeys((dtype, SINGLE)):  # not a set, whose order changes from run to run
             for dropout in (0.0, 0.1) if case.tasks else (0.0,):
                 name = _named(f"{case}, weight {_short(weight)}" + ", dropout" * bool(dropout), dtype)
@@ -140,7 +141,10 @@ def _lora() -> Iterator[Call]:
 
 
 def _lora_int8() -> Iterator[Call]:
-    small, large = lora_cases.SMALL[6:8], (lora_cases.GPU[0], lora_cases.GPU[3])
+    small, large = (
+        (lora_cases.SMALL[4], *lora_cases.SMALL[6:8]),
+        (lora_cases.GPU[0], lora_cases.GPU[3], *lora_cases.COMPILED),
+    )
     for case, dtype, is_large in _with_dtypes(small, large):
         yield Call("lora_linear", _named(f"{case}, int8 weights", dtype), is_large, _with(lora_linear, {"scale": 2.0}),
                    lambda case=case, dtype=dtype: lora_cases.int8_inputs(case, dtype),
@@ -148,7 +152,7 @@ def _lora_int8() -> Iterator[Call]:
 
 
 def _mixer() -> Iterator[Call]:
-    for case, dtype, large in _with_dtypes(mixer_cases.SMALL, mixer_cases.GPU_STEP):
+    for case, dtype, large in _with_dtypes(mixer_cases.SMALL, (*mixer_cases.GPU_STEP, *mixer_cases.COMPILED)):
         options = {"headdim": case.p, "ngroups": case.g}
         yield Call("mamba_mixer", _named(f"step {case}", dtype), large, _with(mamba_mixer_step, options),
                    _mixer_step(case, dtype))  # fmt: skip

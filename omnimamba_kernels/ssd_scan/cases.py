@@ -111,6 +111,9 @@ GPU = (
 WIDE = Case("4 x 4096, 24 heads of 128, 256 states", 4, 4096, 24, 128, n=256, chunk=256, skip=1)
 """The largest heads and states in use: kernels are compiled for it, not measured."""
 
+BROAD = Case("4 x 4096, 24 heads of 128", 4, 4096, 24, 128, n=128, chunk=256, skip=1)
+"""Large heads with states as usual: as WIDE."""
+
 PACKED = Case("1 x 4096 packed, 64 heads", 1, 4096, 64, 64, g=2, n=128, chunk=256, skip=2, gate=True,
               initial_states=True, sequences="cu_seqlens")  # fmt: skip
 """Everything that a call may ask for at once: compiled, not measured."""

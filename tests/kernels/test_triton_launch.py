@@ -179,6 +179,21 @@ def test_every_kernel_starts_as_its_table_says(op, monkeypatch):
 
 
 @needs_triton
+@pytest.mark.parametrize("op", MOST | {"ssd_scan": [], "lora_linear": []})
+def test_every_rule_is_asked_for_by_a_call_of_the_report(op, monkeypatch):
+    """What none asks for would be compiled by nobody before it runs on a GPU."""
+    look_up, asked = triton_launch._settings.__wrapped__, []
+    monkeypatch.setattr(triton_launch, "_settings", lambda *given: asked.append(look_up(*given)) or asked[-1])
+    for call in calls(op):
+        for target in TARGETS.values():
+            call.launches(target)
+    found = {id(use) for use in asked}
+    rules = [(kernel, rule) for kernel, rules in triton_launch.table(op).items() for rule in rules]
+    unused = [each for each in rules if each[1].get("arch") != ["interpreter"] and id(each[1]["use"]) not in found]
+    assert not unused
+
+
+@needs_triton
 def test_host_code_runs_on_meta_tensors():
     x, weight = torch.empty(6, 48, device="meta", requires_grad=True), torch.empty(48, device="meta")
     with recording(TARGETS["sm_90"]) as launches:
