@@ -128,7 +128,8 @@ struct StepGradient {
         const float v = float_at(q.dt, b, t, h) + bias, size = q.dt_softplus ? softplus(v) : v;
         float slope = q.dt_softplus && v <= 20.0f ? sigmoid(v) : 1.0f;
         if (size < q.dt_low || size > q.dt_high) slope = 0.0f;
-        ddt = (A * da + column + U[r]) * static_cast<double>(slope);
+        const double past = da == 0.0 ? 0.0 : A * da;  // A may be -inf
+        ddt = slope == 0.0f ? 0.0 : (past + column + U[r]) * static_cast<double>(slope);
         dA += static_cast<double>(dt[r]) * da;
         dbias += ddt;
       }

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(STEP_WARPS* WARP, 4) ssd_steps_kernel(const __
       v = v < q.dt_low ? q.dt_low : v;  // comparisons let a NaN pass
       dt[k] = v > q.dt_high ? q.dt_high : v;
     }
-    double a = static_cast<double>(dt[k]) * A * LOG2E;
+    double a = dt[k] == 0.0f ? 0.0 : static_cast<double>(dt[k]) * A * LOG2E;  // A may be -inf
     if (begins || a < static_cast<double>(FLOOR)) a = static_cast<double>(FLOOR);
     cum[k] = before + warp_scan(a);
     before = shuffle(cum[k], WARP - 1);

@@ -179,6 +179,23 @@ def test_the_backward_takes_three_launches_and_casts_nothing(chip, chunks):
 
 @needs_emulator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chip", ["cuda-emulated", "cuda-emulated90"])
+@pytest.mark.parametrize("sequences", [None, "seq_idx", "cu_seqlens"])
+def test_a_head_that_forgets_all_at_once(sequences, chip, dtype):
+    """A = -inf gives what -1e30 gives, beside padding, past the end of the last chunk and where no step is left too."""
+    case = Case("forgets", 1, 90, 2, 32, n=32, skip=1, limit=(0.0, 0.2), initial_states=True, sequences=sequences,
+                padding=9)  # fmt: skip
+    tensors = case.tensors(dtype)
+    tensors["dt"][0, 70, 1] = -1e4
+    found = []
+    for tensors["A"][1] in (-float("inf"), -1e30):
+        with running(chip):
+            found.append(evaluate(scan(case.options), tensors, GRADS))
+    assert not [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_segment_is_empty(dtype):
     """Eleven chunks for five segments: four take them all."""
     case = Case("segments", 1, 11 * (32 if dtype == torch.float32 else 64) - 4, 1, 16, n=16, limit=SLOW)
