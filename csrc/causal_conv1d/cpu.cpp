@@ -63,7 +63,7 @@ void channel_last(const CausalConv1dParams& p) {
   });
 }
 
-template <class T, int N>
+template <class T, int N, bool Silu>
 void time_last(const CausalConv1dParams& p) {
   parallel_for(p.threads, p.batch * p.channels, [&](int64_t item, int) {
     const int64_t b = item / p.channels, c = item % p.channels;
@@ -79,7 +79,7 @@ void time_last(const CausalConv1dParams& p) {
       for (int i = 0; i < count; i += W) {
         const int n = count - i < W ? count - i : W;
         vf a = taps<N>(x + i, tap, bias, live ? load_bits(live + i, n) : splat_int(-1));
-        if (p.activation) a = silu(a);
+        if (Silu) a = silu(a);
         if (live) a = select(load_bits(live + i, n) != 0, a, vf{});
         store_some(y + t + i, a, n);
       }
@@ -91,14 +91,12 @@ void time_last(const CausalConv1dParams& p) {
 
 void causal_conv1d_forward(const CausalConv1dParams& p) {
   if (p.batch == 0 || p.channels == 0 || p.length == 0) return;
-  for_instance(p, [&](auto type, auto width) {
+  for_instance(p, [&](auto type, auto width, auto activation) {
     using T = decltype(type);
-    if (p.x.stride[1] != 1)
-      time_last<T, width.value>(p);
-    else if (p.activation)
-      channel_last<T, width.value, true>(p);
+    if (p.x.stride[1] == 1)
+      channel_last<T, width.value, activation.value>(p);
     else
-      channel_last<T, width.value, false>(p);
+      time_last<T, width.value, activation.value>(p);
   });
 }
 

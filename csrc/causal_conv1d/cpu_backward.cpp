@@ -39,7 +39,7 @@ struct Between {
 
 // Rows first .. first + count - 1 of batch row b, for the channels c .. c + n - 1. dx is written at the end: rows of x that lie
 // a multiple of 4 KiB from a row being written would wait for it.
-template <class T, int N, bool Masked>
+template <class T, int N, bool Silu, bool Masked>
 OM_INLINE void group(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t first, int count, int64_t c,
                      int n) {
   const int64_t d = p.channels;
@@ -63,7 +63,7 @@ OM_INLINE void group(const CausalConv1dParams& p, const Between& w, int64_t b, i
     const int bits = Masked ? *p.live.at<int32_t>(b, t) : -1;
     if (bits) {
       vf g = load_some(p.dy.at<T>(b, c, t), n);
-      if (p.activation) {
+      if (Silu) {
         vf a = bias;
         for (int j = N - 1; j >= 0; j--)
           if (bits >> j & 1) a = a + weight[j] * x[j];
@@ -87,7 +87,7 @@ OM_INLINE void group(const CausalConv1dParams& p, const Between& w, int64_t b, i
 }
 
 // Channels begin .. end - 1 of batch row b.
-template <class T, int N, bool Masked>
+template <class T, int N, bool Silu, bool Masked>
 void walk(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t begin, int64_t end) {
   const int64_t d = p.channels, l = p.length;
   auto clear = [&](float* rows, int count) {
@@ -99,9 +99,9 @@ void walk(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t begi
     const int64_t last = t + ROWS < l ? t + ROWS : l;
     int64_t c = begin;
     if (last == t + ROWS)
-      for (; c + W <= end; c += W) group<T, N, Masked>(p, w, b, t, ROWS, c, W);
+      for (; c + W <= end; c += W) group<T, N, Silu, Masked>(p, w, b, t, ROWS, c, W);
     for (; c < end; c += W)
-      group<T, N, Masked>(p, w, b, t, static_cast<int>(last - t), c, end - c < W ? static_cast<int>(end - c) : W);
+      group<T, N, Silu, Masked>(p, w, b, t, static_cast<int>(last - t), c, end - c < W ? static_cast<int>(end - c) : W);
     if (last % FLUSH != 0 && last != l) continue;
     for (int j = 0; j <= N; j++)
       for (int64_t i = j * d + begin; i < j * d + end; i++) w.totals[i] += static_cast<double>(w.sums[i]);
@@ -112,7 +112,7 @@ void walk(const CausalConv1dParams& p, const Between& w, int64_t b, int64_t begi
   }
 }
 
-template <class T, int N>
+template <class T, int N, bool Silu>
 void channel_last(const CausalConv1dParams& p) {
   const int64_t d = p.channels;
   const Between w(p);
@@ -121,9 +121,9 @@ void channel_last(const CausalConv1dParams& p) {
     for (int j = 0; j <= N; j++) std::fill(w.totals + j * d + begin, w.totals + j * d + end, 0.0);
     for (int64_t b = 0; b < p.batch; b++) {
       if (p.live)
-        walk<T, N, true>(p, w, b, begin, end);
+        walk<T, N, Silu, true>(p, w, b, begin, end);
       else
-        walk<T, N, false>(p, w, b, begin, end);
+        walk<T, N, Silu, false>(p, w, b, begin, end);
     }
     for (int64_t c = begin; c < end; c++) {
       for (int j = 0; j < N; j++) *p.dweight.at<float>(N - 1 - j, c) = static_cast<float>(w.totals[j * d + c]);
@@ -133,7 +133,7 @@ void channel_last(const CausalConv1dParams& p) {
 }
 
 // One channel of one batch row, where its times lie side by side.
-template <class T, int N>
+template <class T, int N, bool Silu>
 struct Channel {
   const CausalConv1dParams& p;
   const int64_t b, c;
@@ -166,7 +166,7 @@ struct Channel {
     for (int i = 0; i < known; i += W) {
       const vi here = load_bits(bits + i, W);
       vf v = load_some(dy + i, known - i < W ? known - i : W);
-      if (p.activation) v = v * silu_slope(taps<N>(x + i, tap, bias, here));
+      if (Silu) v = v * silu_slope(taps<N>(x + i, tap, bias, here));
       v = select(here != 0, v, vf{});
       store(g + i, v);
       const vf counted = select(lane < count - i, v, vf{});
@@ -199,12 +199,12 @@ struct Channel {
   }
 };
 
-template <class T, int N>
+template <class T, int N, bool Silu>
 void time_last(const CausalConv1dParams& p) {
   parallel_for(p.threads, p.channels, [&](int64_t c, int) {
     double totals[N + 1] = {};
     for (int64_t b = 0; b < p.batch; b++) {
-      Channel<T, N> channel(p, b, c);
+      Channel<T, N, Silu> channel(p, b, c);
       for (int64_t t = 0; t < p.length; t += PIECE)
         channel.piece(t, static_cast<int>(p.length - t < PIECE ? p.length - t : PIECE), totals);
     }
@@ -218,12 +218,12 @@ void time_last(const CausalConv1dParams& p) {
 int64_t causal_conv1d_workspace(const CausalConv1dParams& p) { return (4 * p.width + 2) * p.channels; }
 
 void causal_conv1d_backward(const CausalConv1dParams& p) {
-  for_instance(p, [&](auto type, auto width) {
+  for_instance(p, [&](auto type, auto width, auto activation) {
     using T = decltype(type);
     if (p.x.stride[1] == 1)
-      channel_last<T, width.value>(p);
+      channel_last<T, width.value, activation.value>(p);
     else
-      time_last<T, width.value>(p);
+      time_last<T, width.value, activation.value>(p);
   });
 }
 

@@ -70,10 +70,18 @@ void for_conv_width(int64_t width, Body&& body) {
   }
 }
 
-// body(T{}, width) with x's storage type and the width as a compile-time constant.
+// body(T{}, width, activation) with x's storage type and the compile-time flags of one kernel.
 template <class Body>
 void for_instance(const CausalConv1dParams& p, Body&& body) {
-  for_float_type(p.x.dtype, [&](auto type) { for_conv_width(p.width, [&](auto width) { body(type, width); }); });
+  for_float_type(p.x.dtype, [&](auto type) {
+    auto with_width = [&](auto width) {
+      if (p.activation)
+        body(type, width, std::true_type{});
+      else
+        body(type, width, std::false_type{});
+    };
+    for_conv_width(p.width, with_width);
+  });
 }
 
 }  // namespace omnimamba
