@@ -103,7 +103,8 @@ OM_INLINE void dot_tile(const Rows<TW, M>& rows, const float* x, int64_t pitch, 
     for (int m = 0; m < M; m++) sums[r][m] = sum(acc[r][m]);
 }
 
-// x in floats, and its dot products with up to ROWS rows of it: a call, compiled once, whatever types x and y have.
+// x in floats, and its dot products with up to ROWS rows of it: a call, compiled once, whatever types x and y have. The rows
+// come by value, so that the loops need not read where they are.
 struct Floats {
   float* x;
   int64_t in;
@@ -113,7 +114,7 @@ struct Floats {
     unpack_row<TX, TW>(from, in, x + row * padded(in));
   }
   template <class AnyRows>
-  [[gnu::noinline]] void dot(int64_t row, int64_t count, const AnyRows& rows, float (*sums)[AnyRows::COUNT]) const {
+  [[gnu::noinline]] void dot(int64_t row, int64_t count, AnyRows rows, float (*sums)[AnyRows::COUNT]) const {
     const int64_t pitch = padded(in);
     const float* first = x + row * pitch;
     if constexpr (AnyRows::COUNT > STREAMS) {
@@ -201,15 +202,16 @@ OM_INLINE float project_up(const LoraLinearParams& p, const float* low, int task
 }
 
 // Adds bias and adapter to one sum and writes it as y.
-[[gnu::noinline]] void finish(const LoraLinearParams& p, const float* low, int64_t row, int64_t o, float value) {
+template <class TY>
+OM_INLINE void finish(const LoraLinearParams& p, const float* low, int64_t row, int64_t o, float value) {
   if (p.bias) for_float_type(p.bias.dtype, [&](auto b) { value += to_float(*p.bias.at<decltype(b)>(o)); });
   if (const int t = task_of(p, row); t >= 0)
     for_float_type(p.lora_B.dtype, [&](auto b) { value += project_up<decltype(b)>(p, low + row * p.rank, t, o); });
-  for_float_type(p.y.dtype, [&](auto y) { *p.y.at<decltype(y)>(row, o) = from_float<decltype(y)>(value); });
+  *p.y.at<TY>(row, o) = from_float<TY>(value);
 }
 
 // Outputs [begin, end), cut into streams of neighbouring weight rows.
-template <class AnyRows, class Taken>
+template <class AnyRows, class TY, class Taken>
 void streams(const LoraLinearParams& p, const Taken& x, const float* low, int64_t begin, int64_t end) {
   constexpr int M = AnyRows::COUNT;
   const int64_t length = (end - begin + M - 1) / M;
@@ -222,7 +224,7 @@ void streams(const LoraLinearParams& p, const Taken& x, const float* low, int64_
       const int64_t rows = std::min<int64_t>(ROWS, p.rows - row);
       x.dot(row, rows, w, sums);
       for (int64_t r = 0; r < rows; r++)
-        for (int m = 0; m < M && i + m * length < end; m++) finish(p, low, row + r, i + m * length, sums[r][m]);
+        for (int m = 0; m < M && i + m * length < end; m++) finish<TY>(p, low, row + r, i + m * length, sums[r][m]);
     }
   }
 }
@@ -230,12 +232,14 @@ void streams(const LoraLinearParams& p, const Taken& x, const float* low, int64_
 // y from x as `taken` holds it, in the first part of the workspace; the adapter's sums stand behind it.
 template <class AnyRows, class TW, class Taken>
 void forward(const LoraLinearParams& p, Taken taken, float* low) {
-  parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows, [&](int64_t row, int) {
-    for_float_type(p.x.dtype, [&](auto x) { taken.take(p.x.at<decltype(x)>(row), row, TW{}); });
+  for_float_type(p.x.dtype, [&](auto v) {
+    using TX = decltype(v);
+    parallel_for(p.rows * p.in < ENOUGH ? 1 : p.threads, p.rows,
+                 [&](int64_t row, int) { taken.take(p.x.at<TX>(row), row, TW{}); });
+    if (p.task) project_down(p, low);
+    parallel_parts(p.rows * p.in * p.out < ENOUGH ? 1 : p.threads, p.out,
+                   [&](int64_t begin, int64_t end, int) { streams<AnyRows, TX>(p, taken, low, begin, end); });
   });
-  if (p.task) project_down(p, low);
-  parallel_parts(p.rows * p.in * p.out < ENOUGH ? 1 : p.threads, p.out,
-                 [&](int64_t begin, int64_t end, int) { streams<AnyRows>(p, taken, low, begin, end); });
 }
 
 }  // namespace
