@@ -48,4 +48,4 @@ def forward(
     if z is not None:
         out = out * F.silu(z.to(compute))
     state[slots[live]] = new[live].to(state.dtype)
-    return ((out * live[:, None, None]).to(x.dtype),), ()
+    return (out.masked_fill(~live[:, None, None], 0).to(x.dtype),), ()

@@ -186,6 +186,18 @@ def test_rows_that_share_a_slot_are_refused_untouched(run):
     assert same_bits(tensors["state"], before)
 
 
+def test_garbage_in_a_padding_row_stays_there(run):
+    """Its output is 0, whatever it and the first slot hold."""
+    x, B, A = torch.randn(2, 1, 4), torch.randn(2, 1, 3), -torch.rand(1, 4, 3)
+    state = torch.full((2, 1, 4, 3), float("nan"))
+    state[1] = 1.0
+    x[1], B[1] = float("nan"), float("inf")
+    before, slots = state.clone(), torch.tensor([1, -1])
+    out = selective_state_update(state, x, x.abs(), A, B, B, state_batch_indices=slots)
+    assert out[0].isfinite().all() and not out[1].any()
+    assert same_bits(state[0], before[0]) and state[1].isfinite().all()
+
+
 def test_output_aliases_nothing(run):
     tensors = CASES[1].tensors()
     before = {k: t.clone() for k, t in tensors.items() if t is not None}
