@@ -2,7 +2,8 @@
 
 At each size that a GPU is measured at, each kernel's settings are tried with one or two numbers changed: blocks, warps,
 stages. A setting counts only beside a passed check; the fastest becomes a rule of the operation's launch table for this
-chip and size. Nothing is tuned at run time: the table is data, to be looked at and committed.
+chip and the class of its size: what is as long up to the next power of two, by which tiles are padded. Nothing is tuned
+at run time: the table is data, to be looked at and committed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from .gpu_problems import OPERATIONS, Problem
 
 KERNELS = Path(triton_launch.__file__).parent
 Sizes = tuple[tuple[str, int], ...]
+Tried = dict[tuple[str, Sizes], tuple[dict[str, int], bool]]
+"""By kernel and size: the best setting, and whether it is WORTH a rule."""
 OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
 """Tried as they are; any other number of a rule is also halved and doubled."""
 WORTH = 0.97
@@ -72,8 +75,8 @@ def time_of(problem: Problem, clock: Clock) -> float | None:
 
 
 def tune(op: str, clock: Clock, arch: str, only: str = "") -> list[dict[str, Any]]:
-    """The rules found for this chip, in the form of a launch table's, each with its kernel and times."""
-    found = []
+    """The rules found for this chip, in the form of a launch table's, each with its kernel."""
+    tried: Tried = {}
     for problem in OPERATIONS[op](clock.device):
         for kernel in (name for name in triton_launch.table(op) if only in name):
             with trying(op, kernel, {}) as asked:
@@ -82,9 +85,30 @@ def tune(op: str, clock: Clock, arch: str, only: str = "") -> list[dict[str, Any
                 best, taken = fastest(problem, clock, arch, op, kernel, sizes, before)
                 print(f"{problem.group}, {problem.case}: {kernel} {before * 1e6:.1f} -> {taken * 1e6:.1f} us {best}")
                 if taken <= WORTH * before:
-                    when = {name: [size, size] for name, size in sizes}
-                    found.append({"kernel": kernel, "rule": {"arch": [arch], "when": when, "use": best}})
-    return found
+                    tried[kernel, sizes] = best, True
+                else:
+                    tried.setdefault((kernel, sizes), (triton_launch._settings(op, kernel, arch, sizes), False))
+    return rules(tried, arch)
+
+
+def class_of(sizes: Sizes) -> dict[str, list[int]]:
+    """The ranges of all sizes with the same next powers of two."""
+    above = {name: 1 << (size - 1).bit_length() if size > 0 else 0 for name, size in sizes}
+    return {name: [power // 2 + 1 if power else 0, power] for name, power in above.items()}
+
+
+def rules(tried: Tried, arch: str) -> list[dict[str, Any]]:
+    """A rule for each class in which a setting won; after them, to come before them in the table, rules of their own
+    for the sizes of such a class that another setting suits."""
+    winners: dict[tuple[str, str], dict[str, int]] = {}
+    for (kernel, sizes), (use, won) in tried.items():
+        if won:
+            winners.setdefault((kernel, json.dumps(class_of(sizes))), use)
+    found = [(kernel, json.loads(when), use) for (kernel, when), use in winners.items()]
+    for (kernel, sizes), (use, _) in tried.items():
+        if winners.get((kernel, json.dumps(class_of(sizes))), use) != use:
+            found.append((kernel, {name: [size, size] for name, size in sizes}, use))
+    return [{"kernel": kernel, "rule": {"arch": [arch], "when": when, "use": use}} for kernel, when, use in found]
 
 
 def fastest(

@@ -77,7 +77,7 @@ def run(monkeypatch, arch, time):
 
 def whens():
     """Of the rules that are written, the latest first."""
-    return [{k: [v, v] for k, v in sizes.items()} for sizes in reversed(SIZES)]
+    return [{k: [v // 2 + 1, v] for k, v in sizes.items()} for sizes in reversed(SIZES)]
 
 
 def test_the_fastest_that_is_right_becomes_a_rule_of_this_chip_alone(table, monkeypatch):
@@ -96,6 +96,27 @@ def test_the_fastest_that_is_right_becomes_a_rule_of_this_chip_alone(table, monk
     found = json.loads(table.read_text())[KERNEL]
     assert [rule["arch"] for rule in found[:4]] == [["sm_90"]] * 2 + [["sm_80"]] * 2 and found[4:] == old
     assert all(rule["use"]["num_warps"] == 8 for rule in found[:2])
+
+
+def test_a_rule_is_of_a_class_and_sizes_that_another_setting_suits_keep_it():
+    """Sizes with the same next power of two share a rule; a flag's two values do not."""
+    assert tune.class_of((("rows", 16000), ("p", 64), ("packed", 1), ("gated", 0), ("n", 65))) == {
+        "rows": [8193, 16384], "p": [33, 64], "packed": [1, 1], "gated": [0, 0], "n": [65, 128],
+    }  # fmt: skip
+    old, fast, other = {"warps": 4}, {"warps": 8}, {"warps": 2}
+    tried = {
+        ("walk", (("rows", 100),)): (old, False),  # the setting of before is the best of these
+        ("walk", (("rows", 120),)): (fast, True),
+        ("walk", (("rows", 128),)): (other, True),
+        ("walk", (("rows", 127),)): (fast, True),
+        ("walk", (("rows", 200),)): (old, False),  # a class in which nothing won
+        ("ends", (("rows", 120),)): (old, False),
+    }
+    table = tune.merged({"walk": [{"use": old}], "ends": [{"use": old}]}, tune.rules(tried, "sm_90"))
+    assert [(rule["when"]["rows"], rule["use"]) for rule in table["walk"][:-1]] == [
+        ([128, 128], other), ([100, 100], old), ([65, 128], fast),
+    ]  # fmt: skip
+    assert table["walk"][-1] == {"use": old} and table["ends"] == [{"use": old}]
 
 
 def test_what_gains_too_little_changes_nothing(table, monkeypatch, capsys):
