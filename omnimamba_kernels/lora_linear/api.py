@@ -68,7 +68,8 @@ def lora_linear(
             where there is only one, the base where there is none.
         bias: (out,).
         dropout_p: dropout on the adapter's input, in [0, 1).
-        dropout_seed: its seed; required with dropout. The mask is a pure function of seed and position.
+        dropout_seed: its seed; required with dropout. The mask is a pure function of seed and position. A CUDA graph
+            keeps the seed of its capture: every replay drops the same.
         weight_scale: (out, in / 64 rounded up), of int8 weights: one scale for every 64 neighbours of a row. Scales of
             whole rows (out, 1) fit as ``weight_scale.expand(-1, groups)``. With up to 48 rows of x, a CPU that has
             AVX-512 VNNI takes each activation within 2^-30 of the largest of the 64 that share a scale (exactly, where
