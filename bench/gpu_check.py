@@ -120,13 +120,13 @@ def run_sanitizer(tool: str, out: Path, seconds: float, tests: str = TESTS) -> P
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SANITIZED, tests]
     status = child(command, seconds, log, under, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **NO_EMULATOR)
     taken, said = time.monotonic() - start, log.read_text(errors="replace")
-    counts, errors = told(so_far(log)), re.findall(r"^=+ ERROR SUMMARY: (.*)$", said, re.MULTILINE)
+    counts, errors = so_far(log), re.findall(r"^=+ ERROR SUMMARY: (.*)$", said, re.MULTILINE)
     wrong = re.search(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY: 0)\S", said, re.MULTILINE) is not None
-    broken = wrong or bool(so_far(log)["failed"]) or status not in (None, 0) or not so_far(log)["passed"]
+    broken = wrong or counts["failed"] > 0 or status not in (None, 0) or not counts["passed"]
     if status is None:
         errors.append(f"stopped after {taken:.0f} s")
     found = "failed" if broken else "ok" if status == 0 else "stopped"
-    return Part(name, found, taken, "; ".join([counts, *errors, *[f"see {log.name}"] * broken]))
+    return Part(name, found, taken, "; ".join([told(counts), *errors, *[f"see {log.name}"] * broken]))
 
 
 def read_tests(path: Path) -> tuple[dict[str, int], list[str]]:

@@ -25,21 +25,21 @@ SIZES = ({"values": 2**21}, {"values": 2**24})
 
 
 class Gpu:
-    """A chip on which a setting takes ``time(use)``; it remembers what it was given last."""
+    """A chip on which a setting takes ``time(use)``, sizes beside it; it remembers what it was given last."""
 
     def __init__(self, arch, time):
-        self.target, self.time, self.use = TARGETS[arch], time, None
+        self.target, self.time, self.use, self.sizes = TARGETS[arch], time, None, None
         self.device = torch.device("cpu")
 
     def run(self, sizes):
-        self.use = settings(OP, KERNEL, self.target, **sizes)
+        self.use, self.sizes = settings(OP, KERNEL, self.target, **sizes), sizes
         if self.use["num_warps"] == 16:
             raise RuntimeError("too many registers")
         return float(self.use["num_warps"] == 2)  # its error
 
     def median(self, call):
         call()
-        return self.time(self.use)
+        return self.time({**self.use, **self.sizes})
 
     def problems(self, device):
         assert device == self.device
@@ -117,6 +117,18 @@ def test_a_rule_is_of_a_class_and_sizes_that_another_setting_suits_keep_it():
         ([128, 128], other), ([100, 100], old), ([65, 128], fast),
     ]  # fmt: skip
     assert table["walk"][-1] == {"use": old} and table["ends"] == [{"use": old}]
+
+
+def test_a_size_that_nothing_suits_better_keeps_its_setting_beside_its_class(table, monkeypatch):
+    old = json.loads(table.read_text())[KERNEL]
+    kept = {"values": 2**21 - 8}
+    before = settings(OP, KERNEL, TARGETS["sm_90"], **kept)
+    monkeypatch.setattr(sys.modules[__name__], "SIZES", (SIZES[0], kept))
+    times = {(1, 2**21): 0.5, (1, 2**21 - 8): 0.99}
+    assert run(monkeypatch, "sm_90", lambda of: times.get((of["num_warps"], of["values"]), 1.0)) == 0
+    exact, of_class, *rest = json.loads(table.read_text())[KERNEL]
+    assert (exact["when"], exact["use"]) == ({"values": [2**21 - 8] * 2}, before) and rest == old
+    assert (of_class["when"], of_class["use"]["num_warps"]) == ({"values": [2**20 + 1, 2**21]}, 1)
 
 
 def test_what_gains_too_little_changes_nothing(table, monkeypatch, capsys):
