@@ -86,7 +86,7 @@ test-sanitize: $(READY)
 test-emulated: $(READY)
 	$(BUILD) -q build_emulator --sanitize=address
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
-	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider tests/kernels tests/test_emulator.py \
+	    $(PYTEST) -q --capture=sys -p no:cacheprovider tests/kernels tests/test_emulator.py \
 	    -k "(cuda-emulated and (matches_the_definition or (matches_the_recurrence and (short or packed)))) or sanitizer"
 
 # The native kernels as an ARM processor runs them, in qemu: Debian's g++-aarch64-linux-gnu and qemu-user.

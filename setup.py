@@ -1,7 +1,7 @@
 """Builds omnimamba: plain Python and, where a C++17 compiler is at hand, the native modules of CMakeLists.txt.
 
-Read at build time only: OMNIMAMBA_CUDA (auto, on, off) and OMNIMAMBA_CUDA_ARCHS (e.g. "80;90a;120"; without it an
-installation has machine code for all of CUDA_ARCHS, a build in the checkout for the chips at hand).
+Read at build time only: OMNIMAMBA_CUDA (auto, on, off) and OMNIMAMBA_CUDA_ARCHS (e.g. "80;90a;120", or "all" of
+CUDA_ARCHS; without it an installation has machine code for all, a build in the checkout for the chips at hand).
 Whatever happens is recorded in omnimamba_kernels/_build_info.py, which `omnimamba info` shows.
 """
 
@@ -244,14 +244,14 @@ def has_driver():
 def architectures(in_place):
     """Those that OMNIMAMBA_CUDA_ARCHS names; else, of CUDA_ARCHS that this nvcc knows, those at hand or all."""
     given = [arch for arch in os.environ.get("OMNIMAMBA_CUDA_ARCHS", "").split(";") if arch]
-    if given:
+    if given and given != ["all"]:
         return given
     code = run_quietly("nvcc", "--list-gpu-code").split()
     known = [arch for arch in CUDA_ARCHS if not code or f"sm_{arch.rstrip('a')}" in code]
     present = run_quietly("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
     present = {capability.replace(".", "") for capability in present} or {DEVELOPERS_CHIP}
     at_hand = [arch for arch in known if arch.rstrip("a") in present]
-    return at_hand if in_place and at_hand else known
+    return at_hand if in_place and at_hand and not given else known
 
 
 def run_quietly(*command):

@@ -172,6 +172,24 @@ def test_without_nvcc_the_kernels_are_left_to_nvrtc_where_they_are_asked_for(che
         assert (folder / "_csrc" / name).read_text() == (checkout / "csrc" / name).read_text()
 
 
+@pytest.mark.parametrize(
+    "given, in_place, wanted",
+    [("", True, ["90a"]), ("", False, ["80", "90a", "120"]), ("all", True, ["80", "90a", "120"]), ("75", True, ["75"])],
+)
+def test_the_chips_of_a_build(given, in_place, wanted, tmp_path, monkeypatch):
+    """With an nvcc that knows three of the release's chips, and no GPU."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_120\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "nvidia-smi").symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMNIMAMBA_CUDA_ARCHS", given)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    scope = {"__file__": str(ROOT / "setup.py")}
+    exec((ROOT / "setup.py").read_text(), scope)
+    assert scope["architectures"](in_place) == wanted
+
+
 def test_unknown_cuda_setting_is_refused(checkout):
     built = run("setup.py", "-q", "build_ext", "--inplace", cwd=checkout, OMNIMAMBA_CUDA="maybe")
     assert built.returncode != 0
