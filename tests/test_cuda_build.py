@@ -22,13 +22,13 @@ built = pytest.mark.skipif(
 )
 
 
-rows_of = cache(report.of_object)
+named = cache(lambda log: report.of_object(log, disassembled=False))
 
 
 @built
 def test_every_kernel_source_was_compiled_for_every_chip_and_hoppers_own_for_hopper():
     sources = {path.relative_to(ROOT / "csrc") for path in ROOT.glob("csrc/*/cuda*.cu")}
-    built = {Path(*log.parts[-2:]).with_name(log.name.removesuffix(".o.txt")): rows_of(log) for log in LOGS}
+    built = {Path(*log.parts[-2:]).with_name(log.name.removesuffix(".o.txt")): named(log) for log in LOGS}
     for source in sources:
         for_hopper = source.name.startswith("cuda_sm90")
         wanted = {f"sm_{arch}" for arch in CUDA["architectures"] if arch == "90a" or not for_hopper}
@@ -40,28 +40,21 @@ def test_every_kernel_source_was_compiled_for_every_chip_and_hoppers_own_for_hop
 @built
 @pytest.mark.parametrize("log", LOGS, ids=lambda log: "/".join(log.parts[-2:]))
 def test_no_kernel_breaks_a_rule_of_the_report(log):
-    broken = {f"{kernel.name} on {kernel.chip}": report.faults(kernel) for kernel in rows_of(log)}
+    """And each kernel with products is named in MATRIX: one that lost its matrix instructions would not go unseen."""
+    rows = report.of_object(log)
+    broken = {f"{kernel.name} on {kernel.chip}": report.faults(kernel) for kernel in rows}
     assert not {name: faults for name, faults in broken.items() if faults}
+    assert all(kernel.must_use() or not kernel.instructions(("HMMA", "HGMMA")) for kernel in rows)
 
 
 @built
 def test_kernels_that_must_use_the_matrix_units_exist():
-    found = {(kernel.op, kernel.name.partition("<")[0]) for log in LOGS for kernel in rows_of(log)}
+    found = {(kernel.op, kernel.name.partition("<")[0]) for log in LOGS for kernel in named(log)}
     for op in OPS:
         for_hopper = "".join(path.read_text() for path in ROOT.glob(f"csrc/{op}/cuda_sm90*.cu"))
         missing = {name for name in report._declared(op) if (op, name) not in found}
         assert not missing or ("90a" not in CUDA["architectures"] and all(f"{name}(" in for_hopper for name in missing))
-
-
-@built
-def test_every_kernel_of_the_scan_with_products_is_held_to_them():
-    """Each is named in MATRIX: a kernel that lost its matrix instructions would not go unseen."""
-    rows = [kernel for log in LOGS if log.parent.name == "ssd_scan" for kernel in rows_of(log)]
-    if any(kernel.code is None for kernel in rows):
-        pytest.skip("without cuobjdump and nvdisasm instructions are not counted")
-    with_products = {kernel.name.partition("<")[0] for kernel in rows if kernel.instructions(("HMMA", "HGMMA"))}
-    assert with_products and not with_products - set(report._declared("ssd_scan"))
-    assert all(kernel.must_use() or not kernel.instructions(("HMMA", "HGMMA")) for kernel in rows)
+    assert report._declared("ssd_scan") and report._declared("lora_linear")
 
 
 def compiled(source, folder, chip, *options):

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import cuda
 from .routing import tasks_of_rows
 
-MATRIX = ("matmul16_kernel", "matmul_sm90_kernel", "few_rows_int8_kernel")
+MATRIX = ("matmul16_kernel", "matmul_sm90_kernel", "few_rows_kernel", "few_rows_int8_kernel", "low_kernel")
 
 # Up to so many rows, a block holds all of them beside its strip of the weights.
 FEW_ROWS = 64

@@ -38,7 +38,7 @@ class Kernel:
     spilled: int
     shared: int
     serialized: bool  # the assembler could not let wgmma run asynchronously
-    code: dict[str, int] | None = None  # instructions of interest; None: there was no disassembler
+    code: dict[str, int] | None = None  # instructions of interest; None: it was not disassembled
 
     def instructions(self, names: tuple[str, ...]) -> dict[str, int]:
         return {name: count for name, count in (self.code or {}).items() if name in names}
@@ -60,11 +60,11 @@ def kernels(folder: Path = FOLDER) -> list[Kernel]:
     return [kernel for log in logs for kernel in of_object(log)]
 
 
-def of_object(log: Path) -> list[Kernel]:
+def of_object(log: Path, disassembled: bool = True) -> list[Kernel]:
     """The kernels of one object file, named after its log: OBJECT.txt."""
     found = list(_said(log))
     names = _demangled([kernel.symbol for kernel in found])
-    code = machine_code(log.with_suffix(""))
+    code = machine_code(log.with_suffix("")) if disassembled else None
     return [
         replace(kernel, name=name, code=None if code is None else code.get((kernel.chip, kernel.symbol), {}))
         for kernel, name in zip(found, names, strict=True)
