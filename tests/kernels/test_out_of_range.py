@@ -105,7 +105,7 @@ def test_a_task_of_the_lora_layer(run, rows, int8, dtype):
     tensors = int8_inputs(case, dtype) if int8 else inputs(case, dtype, dtype)
     wanted = tuple(name for name in FLOATS if not int8 or name != "weight")
     tensors["lora_B"] = framed(tensors["lora_B"]).tensor
-    for task in (-1, 2, 5, 2**31 - 1):
+    for task in (-1, 2, 5, 2**31 - 1, *BEYOND_32_BITS, -(2**32)):
         tensors["task"] = torch.tensor([task, *([1] * (rows - 1))])
         found.append(evaluate(layer, tensors, wanted))
     assert all(same_bits(other[name], found[0][name]) for other in found[1:] for name in other)
