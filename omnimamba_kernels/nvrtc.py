@@ -24,7 +24,7 @@ def _cache() -> Path | None:
 
 CACHE = _cache()
 _PACKAGE = Path(__file__).resolve().parent
-_FORMAT = 1
+_FORMAT = 2
 
 # NVRTC has no standard library; the kernels need this much of it.
 _HEADERS = {
@@ -170,14 +170,27 @@ def kernel(source: str, expression: str, capability: tuple[int, int]) -> tuple[b
     """One kernel for a chip, from the disk or compiled and put there: its code and its name."""
     architecture = target(capability)
     path = None if CACHE is None else CACHE / f"{_key(source, expression, architecture)}.bin"
-    if path is not None:
-        with contextlib.suppress(OSError, ValueError):
-            symbol, code = path.read_bytes().split(b"\n", 1)
-            return code, symbol.decode()
+    if path is not None and (kept := _kept(path)) is not None:
+        return kept
     code, names = compile_kernels(source, [expression], architecture)
     if path is not None:
-        _keep(path, names[expression].encode() + b"\n" + code)
+        content = names[expression].encode() + b"\n" + code
+        _keep(path, _sum_of(content) + b"\n" + content)
     return code, names[expression]
+
+
+def _sum_of(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _kept(path: Path) -> tuple[bytes, str] | None:
+    """The code of a file that ``kernel`` wrote, and its name; None where it is missing, or not as it was written."""
+    try:
+        found, content = path.read_bytes().split(b"\n", 1)
+        symbol, code = content.split(b"\n", 1)
+    except (OSError, ValueError):
+        return None
+    return (code, symbol.decode()) if found == _sum_of(content) else None
 
 
 def _key(source: str, expression: str, architecture: str) -> str:

@@ -102,6 +102,20 @@ def test_a_kernel_is_compiled_once_and_kept(tmp_path, monkeypatch):
 
 
 @needs_nvrtc
+def test_a_kept_file_that_is_not_whole_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    code = nvrtc.kernel(*NORM, (9, 0))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole.split(b"\n")[0] + b"\n", b"", whole[:-9] + bytes(9)):
+        file.write_bytes(damaged)
+        with monkeypatch.context() as patch:
+            patch.setattr(nvrtc, "compile_kernels", lambda *_: (code[0], {NORM[1]: code[1]}))
+            assert nvrtc.kernel(*NORM, (9, 0)) == code
+        assert file.read_bytes() == whole
+
+
+@needs_nvrtc
 def test_a_disk_that_takes_nothing_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setattr(nvrtc, "CACHE", tmp_path / "cache")
