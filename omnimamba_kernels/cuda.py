@@ -19,6 +19,8 @@ from . import native, nvrtc
 _OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 matrix instructions
 _emulator: ContextVar[ModuleType | None] = ContextVar("omnimamba_cuda_emulator", default=None)
 _emulated_shared: ContextVar[int] = ContextVar("omnimamba_cuda_emulated_shared", default=99 << 10)
+_NUMBERS = frozenset((int, float, bool, type(None)))
+_DLPACK_CPU, _DLPACK_CUDA = 1, 2
 _STORAGE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8))
 
 
@@ -130,9 +132,10 @@ def call(kernel: str, device: torch.device, **fields: Any) -> Any:
     """Runs a compiled kernel on a Params struct filled by field name: tensors become views, None an absent view.
 
     Arrays of CuPy, and all others that speak DLPack, are taken as well. It goes to the device's current stream of
-    torch, and the call returns before the GPU has done it.
+    torch, and the call returns before the GPU has done it. Raises ValueError where an array lies elsewhere.
     """
     native.refuse_while_recording(f"the CUDA kernel {kernel}")
+    _check_places(kernel, device, fields)
     emulator = _emulator.get()
     if emulator is not None:
         return emulator.kernels[kernel](**fields)
@@ -142,3 +145,20 @@ def call(kernel: str, device: torch.device, **fields: Any) -> Any:
         return function(stream=stream, **fields)
     with torch.cuda.device(device):
         return function(stream=stream, **fields)
+
+
+def _check_places(kernel: str, device: torch.device, fields: dict[str, Any]) -> None:
+    """Every array on ``device``: to read another's memory fails later, and ends all work of the process on the GPU."""
+    for name, value in fields.items():
+        if type(value) in _NUMBERS:
+            continue
+        place = value.device if isinstance(value, Tensor) else _place_of(value)
+        if place is not None and place != device:
+            raise ValueError(f"{kernel}: {name}: got an array on {place}, expected one on {device}")
+
+
+def _place_of(array: object) -> torch.device | None:
+    """Where an array of another library lies; None where that is left to whoever reads it."""
+    asked = getattr(array, "__dlpack_device__", None)
+    kind, index = asked() if asked else (0, 0)
+    return torch.device("cuda", index) if kind == _DLPACK_CUDA else torch.device("cpu") if kind == _DLPACK_CPU else None

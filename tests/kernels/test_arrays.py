@@ -30,14 +30,14 @@ on_both = pytest.mark.parametrize("backend, call", CALLS)
 class Foreign:
     """An array that speaks DLPack and nothing else."""
 
-    def __init__(self, tensor):
-        self.tensor = tensor
+    def __init__(self, tensor, place=None):
+        self.tensor, self.place = tensor, place
 
     def __dlpack__(self, **options):
         return self.tensor.__dlpack__(**options)
 
     def __dlpack_device__(self):
-        return self.tensor.__dlpack_device__()
+        return self.place or self.tensor.__dlpack_device__()
 
 
 def norm(call, x, weight, y, rows, width):
@@ -92,3 +92,12 @@ def test_a_program_keeps_the_arrays_that_it_works_on():
     assert sys.getrefcount(y) > held and not y.any()
     recording.run()
     assert same_bits(torch.from_numpy(y), expected("native", torch.from_numpy(x), torch.from_numpy(weight)))
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason="no emulator")
+@pytest.mark.parametrize("array", [torch.ones(8, device="meta"), Foreign(torch.ones(8), (2, 1))], ids=["torch", "any"])
+def test_an_array_that_lies_elsewhere_is_named(array):
+    """Read by a kernel, the memory of another device would end the process."""
+    x, y = torch.ones(2, 8), torch.empty(2, 8)
+    with pytest.raises(ValueError, match=r"_forward: weight: got an array on (meta|cuda:1), expected one on cpu"):
+        norm(on_emulator, x, array, y, 2, 8)
