@@ -34,6 +34,15 @@ class _Run(torch.autograd.Function):
         return None, None, *ctx.context.copy().run(backward)
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> tuple[Tensor | None, ...]:
     """Runs ``implementation.forward(*tensors, **options)`` so that its outputs can be differentiated.
 
@@ -45,10 +54,7 @@ def run(implementation: ModuleType, *tensors: Tensor | None, **options: Any) -> 
 
     The reference has no ``backward``: its forward is differentiable PyTorch.
     """
-    recorded = False
-    if torch.is_grad_enabled():
-        for t in tensors:
-            recorded = recorded or (t is not None and t.requires_grad)
+    recorded = wants_gradients(*tensors)
     if hasattr(implementation, "backward"):
         _refuse_forward_mode(tensors)
         if recorded:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cuda
+from .. import autograd, cuda
 
 CHUNK = {torch.bfloat16: 64, torch.float32: 32}  # CHUNK in csrc/ssd_scan/chunk.cuh
 STEPS = 5  # STEPS there
@@ -33,6 +33,8 @@ def why_not(
     reason = cuda.cannot_take(x, dt, A, B, C, D, z, *tensors)
     if reason or x.device.type != "cuda":
         return reason
+    if not autograd.wants_gradients(x, dt, A, B, C, D, z, *tensors):  # the forward fits into any chip
+        return None
     return too_large(B.shape[3], z is not None and x.dtype == torch.bfloat16, cuda.limits(x.device)[1])
 
 

@@ -1,5 +1,7 @@
 """The CUDA scan beyond what every back end is asked: its schedules, its kernel for Hopper, what it leaves to others."""
 
+from types import SimpleNamespace
+
 import emulated
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_ssd_scan import CROSSED, GRADS, exact, scan
 
 from omnimamba_kernels import cuda
 from omnimamba_kernels.ssd_scan.cases import Case
-from omnimamba_kernels.ssd_scan.cuda_impl import too_large
+from omnimamba_kernels.ssd_scan.cuda_impl import too_large, why_not
 
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 RUNS = [run for run in runs("ssd_scan") if run in ("cuda-emulated90", "cuda")]
@@ -239,3 +241,15 @@ def test_a_shape_that_does_not_fit_is_refused_with_both_sizes(states, gated, sha
     reason = too_large(states, gated, shared)
     assert (reason is None) == fits
     assert fits or (str(shared) in reason and str(states) in reason)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("states, shared", [(256, SMALL), (128, SMALL), (256, LARGE)])
+def test_only_what_will_have_a_backward_must_leave_it_room(monkeypatch, states, shared, gradients):
+    monkeypatch.setattr(cuda, "cannot_take", lambda *_: None)
+    monkeypatch.setattr(cuda, "limits", lambda _: (84, shared))
+    gpu = dict(device=torch.device("cuda", 0), dtype=torch.float32)
+    x = SimpleNamespace(shape=(1, 8, 2, 64), requires_grad=gradients, **gpu)
+    B = SimpleNamespace(shape=(1, 8, 1, states), requires_grad=False, **gpu)
+    reason = why_not(x, x, B, B, B, None, None)
+    assert (reason is None) == (not gradients or states <= 128 or shared == LARGE)
