@@ -149,6 +149,8 @@ def call(kernel: str, device: torch.device, **fields: Any) -> Any:
 
 def _check_places(kernel: str, device: torch.device, fields: dict[str, Any]) -> None:
     """Every array on ``device``: to read another's memory fails later, and ends all work of the process on the GPU."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     for name, value in fields.items():
         if type(value) in _NUMBERS:
             continue

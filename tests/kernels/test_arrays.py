@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import emulated
 import numpy as np
@@ -101,3 +102,11 @@ def test_an_array_that_lies_elsewhere_is_named(array):
     x, y = torch.ones(2, 8), torch.empty(2, 8)
     with pytest.raises(ValueError, match=r"_forward: weight: got an array on (meta|cuda:1), expected one on cpu"):
         norm(on_emulator, x, array, y, 2, 8)
+
+
+@pytest.mark.parametrize("place, there", [((2, 1), True), ((2, 0), False), ((1, 0), False), ((13, 0), True)])
+def test_a_device_without_a_number_is_the_current_one(place, there, monkeypatch):
+    """13: managed memory, which lies wherever it is read."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with nullcontext() if there else pytest.raises(ValueError, match="expected one on cuda:1"):
+        cuda._check_places("k", torch.device("cuda"), {"x": Foreign(None, place), "rows": 2})
