@@ -2,8 +2,8 @@
 //
 // Maths    y[i, o] = sum_k W[o, k] x[i, k] + bias[o] + sum_r low[i, r] B[t, o, r],  low[i, r] = scale sum_k A[t, r, k] x[i, k],
 //          t = task[i]; the last sum is absent where t = -1.
-// Shapes   x (rows, in), weight (out, in), lora_A (tasks, r, in), lora_B (tasks, out, r), bias (out,), task (rows,) int32,
-//          y (rows, out). Any float type each; innermost strides 1, others any.
+// Shapes   x (rows, in), weight (out, in), lora_A (tasks, r, in), lora_B (tasks, out, r), bias (out,), task (rows,) int32, on
+//          a GPU int64 too, y (rows, out). Any float type each; innermost strides 1, others any.
 //          Or weight int8 with weight_scale (out, in / kInt8Group rounded up), any float type and strides:
 //          W[o, k] = weight_scale[o, k / kInt8Group] weight[o, k].
 // Plan     x goes to float32 once, in the order in which weights unpack: 16 bits to 32 costs a shift for bfloat16's odd

@@ -34,8 +34,6 @@ def _lora_linear(
 ) -> Tensor:
     if task is not None:
         checks.in_range("task", task, -1, lora_A.shape[0])
-        if task.dtype is torch.int64:  # cut to 32 bits, 2^32 would be adapter 0
-            task = task.clamp(-1, lora_A.shape[0]).int()
     tensors = (x, weight, lora_A, lora_B, bias, task, weight_scale)
     options = {"one_task": one_task, "scale": scale, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
     return autograd.run(choose("lora_linear", backend, *tensors, **options), *tensors, **options)[0]

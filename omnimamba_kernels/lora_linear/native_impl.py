@@ -50,7 +50,7 @@ def forward(
     dropout_seed: int = 0,
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
-    task = tasks_of_rows(x, lora_A, task, one_task)
+    task = tasks_of_rows(x, lora_A, None if task is None else task.int(), one_task)
     saved = (x, weight, lora_A, lora_B, task, weight_scale) if save else ()
     if x.shape[0] <= _most_few_rows(x, weight) and not dropout_p and x.numel() and weight.numel():
         return (_few_rows(x, weight, weight_scale, lora_A, lora_B, bias, task, scale),), saved

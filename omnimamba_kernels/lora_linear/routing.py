@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def tasks_of_rows(x: Tensor, lora_A: Tensor | None, task: Tensor | None, one_task: int) -> Tensor | None:
-    """(rows,) int32, for implementations that take nothing else; None without adapters."""
+    """(rows,) integers, for implementations that take nothing else; None without adapters."""
     if lora_A is None or task is not None:
         return task
     return torch.full((x.shape[0],), one_task, dtype=torch.int32, device=x.device)

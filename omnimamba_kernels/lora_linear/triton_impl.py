@@ -79,6 +79,8 @@ def forward(
     save: bool = False,
 ) -> tuple[tuple[Tensor], tuple]:
     dropout = Dropout.of(dropout_p, dropout_seed)
+    if task is not None and task.dtype is torch.int64:  # cut to 32 bits, 2^32 would be adapter 0
+        task = task.clamp(-1, lora_A.shape[0]).int()
     route = None if lora_A is None else Route(task, one_task)
     in_passing = route is not None and fused(x, lora_A, dropout_p)
     low = None if route is None or in_passing else _project_down(x, lora_A, route, scale, dropout)

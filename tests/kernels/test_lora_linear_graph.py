@@ -44,6 +44,7 @@ def test_the_host_makes_memory_and_starts_kernels_alone(run, case, int8, monkeyp
     t = weights(case, int8) | {name: inputs(case, torch.bfloat16, torch.bfloat16)[name] for name in ("x", "task")}
     t["x"].requires_grad_(), t["lora_B"].requires_grad_()
     memory = {"empty", "new_empty", "empty_like", "empty_strided", "fill_", "full", "detach", "_to_copy", "clone"}
+    memory |= {"clamp"} if run == "triton" else set()  # tasks of 64 bits are cut to 32
     with Seen() as seen:
         y = lora_linear(**t, scale=2.0)
         y.backward(torch.empty_like(y))
