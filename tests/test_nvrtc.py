@@ -194,7 +194,8 @@ def test_kernels_are_compiled_on_demand_and_started_by_the_driver(tmp_path):
     half = NORM[1].replace("float", "omnimamba::f16").replace("4", "8")
     assert told["device"] == ""
     assert told["asked"] == [list(NORM), [NORM[0], half]], "each kernel is compiled when it is first started"
-    assert told["errors"] == ["CUDA: launch: no such thing", f"CUDA: {half}: no such thing"]
+    refusal = f"CUDA: launch of {NORM[1]}, 77 x 1 x 1 blocks of 128 threads and 0 bytes of shared memory: no such thing"
+    assert told["errors"] == [refusal, f"CUDA: {half}: no such thing"]
     launch = f"launch 2 1 1, 128 1 1, shared 0, stream 4660, attributes 0, mode 0, x {told['x']}"
     *lines, refused, load, find = (tmp_path / "calls").read_text().splitlines()
     assert lines == ["retain 3", "load image, mode 2", "find name", launch, launch]

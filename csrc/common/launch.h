@@ -11,6 +11,8 @@
 #include "on_demand.h"
 #elif !defined(OMNIMAMBA_EMULATED)
 #include <cuda_runtime.h>
+
+#include "launch_text.h"
 #endif
 #endif
 
@@ -62,10 +64,10 @@ void start(const Shape& shape, const Parameters&... parameters) {
 
 #else
 
-inline void check_cuda(cudaError_t status, const char* what) {
+inline void check_cuda(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // the next call starts clean
-  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+  throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(status));
 }
 
 template <auto KERNEL, class... Parameters>
@@ -83,12 +85,14 @@ void start(const Shape& shape, const Parameters&... parameters) {
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
+  const auto check = [&shape, name = __PRETTY_FUNCTION__](cudaError_t status) {
+    const auto& [x, y, z] = shape.blocks;
+    if (status) check_cuda(status, launch_of(kernel_in(name), {x, y, z}, shape.threads, shape.shared, shape.cluster));
+  };
   if (shape.shared > (48u << 10))
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)),
-        "shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)));
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-  check_cuda(cudaLaunchKernelExC(&config, kernel, pointers), "launch");
+  check(cudaLaunchKernelExC(&config, kernel, pointers));
 }
 
 #endif

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "launch_text.h"
 #include "tensor_map.h"
 
 namespace omnimamba::on_demand {
@@ -146,10 +147,6 @@ void* loaded(const Kernel& kernel) {
   return functions->insert({{&kernel, current}, function}).first->second;
 }
 
-void replace(std::string& text, const std::string& old, const std::string& by) {
-  for (std::size_t at = text.find(old); at != std::string::npos; at = text.find(old)) text.replace(at, old.size(), by);
-}
-
 }  // namespace
 
 void use(Compiler compile, CurrentDevice device) {
@@ -171,30 +168,17 @@ int capability() {
   return 10 * major + minor;
 }
 
-// GCC: "... [with auto KERNEL = omnimamba::{anonymous}::norm_kernel<float, 4>]"; clang: "[KERNEL = &omnimamba::(anonymous
-// namespace)::...]". What stands in an unnamed namespace is found without it.
-std::string expression_in(const std::string& pretty) {
-  const std::string key = "KERNEL = ";
-  const std::size_t begin = pretty.find(key) + key.size();
-  std::size_t end = begin;
-  for (int depth = 0; end < pretty.size() && !(depth == 0 && (pretty[end] == ';' || pretty[end] == ']')); end++)
-    depth += (pretty[end] == '<' || pretty[end] == '(') - (pretty[end] == '>' || pretty[end] == ')');
-  std::string found = pretty.substr(begin, end - begin);
-  replace(found, "{anonymous}::", "");
-  replace(found, "(anonymous namespace)::", "");
-  replace(found, "&", "");
-  return found;
-}
-
-Kernel::Kernel(const char* source, const std::string& pretty) : source(source), expression(expression_in(pretty)) {
+Kernel::Kernel(const char* source, const std::string& pretty) : source(source), expression(kernel_in(pretty)) {
   all().push_back(this);
 }
 
 void Kernel::start(const Grid& grid, void** parameters) const {
   const Driver& cuda = ready();
   void* function = loaded(*this);
-  if (grid.shared > (48u << 10))
-    cuda.check(cuda.set(function, MOST_SHARED, static_cast<int>(grid.shared)), "shared memory");
+  const auto check = [&](int status) {
+    if (status) cuda.check(status, launch_of(expression, grid.blocks, grid.threads, grid.shared, grid.cluster));
+  };
+  if (grid.shared > (48u << 10)) check(cuda.set(function, MOST_SHARED, static_cast<int>(grid.shared)));
   Attribute cluster{CLUSTER, {}, {{grid.cluster, 1, 1}}};
   const Config config{{grid.blocks[0], grid.blocks[1], grid.blocks[2]},
                       {grid.threads, 1, 1},
@@ -202,7 +186,7 @@ void Kernel::start(const Grid& grid, void** parameters) const {
                       reinterpret_cast<void*>(grid.stream),
                       &cluster,
                       grid.cluster > 1 ? 1u : 0u};
-  cuda.check(cuda.launch(&config, function, parameters, nullptr), "launch");
+  check(cuda.launch(&config, function, parameters, nullptr));
 }
 
 }  // namespace omnimamba::on_demand

@@ -35,9 +35,6 @@ class Kernel {
 };
 const std::vector<const Kernel*>& kernels();
 
-// The expression in what the compiler calls a function of a template with argument KERNEL.
-std::string expression_in(const std::string& pretty);
-
 // Of the current device: 90 for 9.0.
 int capability();
 
