@@ -97,8 +97,10 @@ def places() -> list[str]:
     return names().decode().splitlines()
 
 
-SHARED = {80: 99 << 10, 90: 227 << 10}
-"""Bytes of shared memory a block, by the compute capability that the emulator shows; 80 stands for all but Hopper."""
+SHARED = {80: 99 << 10, 86: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that kernels are cut for, by the compute capability that the emulator shows. 80 stands for all
+but Hopper: they are cut for the least of those, and held to what 8.0 has, into which every backward fits.
+"""
 
 
 @contextmanager

@@ -268,6 +268,20 @@ def test_an_error_names_kernel_block_and_thread(name, message):
     assert result == 2 and re.search(message, reason), reason
 
 
+@pytest.mark.parametrize("capability, most", [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
+def test_a_block_has_no_more_shared_memory_than_its_chip(capability, most):
+    """In KB, as NVIDIA's programming guide has them."""
+    change = emulated.library().omnimamba_emulator_chip
+    change(capability)
+    try:
+        assert trial("more_than_the_chip", False, 1, False) == (0, "")
+        result, reason = trial("more_than_the_chip", True, 1, False)
+        asked = f"room_kernel: {(most << 10) + 1} bytes of shared memory, of which this chip has {most << 10}"
+        assert (result, reason) == (2, asked)
+    finally:
+        change(80)
+
+
 def test_the_same_seed_gives_the_same_run():
     for seed in range(5):
         assert trial("hopper_released_too_early", True, seed, False) == trial(

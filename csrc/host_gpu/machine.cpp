@@ -296,8 +296,9 @@ void check_launch(const Launch& launch) {
     throw std::runtime_error(name + ": a grid of " + text(launch.grid) + " blocks is outside the limits");
   if (launch.cluster == 0 || launch.grid.x % launch.cluster || launch.cluster > 8)
     throw std::runtime_error(name + ": clusters of " + std::to_string(launch.cluster) + " do not fit the grid");
-  if (launch.shared > Shared::LIMIT)
-    throw std::runtime_error(name + ": " + std::to_string(launch.shared) + " bytes of shared memory do not fit");
+  if (launch.shared > most_shared())
+    throw std::runtime_error(name + ": " + std::to_string(launch.shared) +
+                             " bytes of shared memory, of which this chip has " + std::to_string(most_shared()));
 }
 
 }  // namespace

@@ -30,6 +30,8 @@ struct Settings {
   int capability = 80;        // of the chip that the host's code sees: 90 for 9.0
 };
 Settings& settings();
+// Bytes of shared memory that a block of that chip may ask for.
+std::size_t most_shared();
 
 struct Block;
 struct Warp;
@@ -116,7 +118,7 @@ struct Barrier {
 // what a thread wrote when that thread calls async_fence().
 class Shared {
  public:
-  static constexpr std::size_t CAPACITY = 256 << 10, LIMIT = 227 << 10, GAP = 64;
+  static constexpr std::size_t CAPACITY = 256 << 10, GAP = 64;
   Shared();
   ~Shared();
   void* array(const void* key, std::size_t bytes, std::size_t alignment);

@@ -7,6 +7,16 @@ Settings& settings() {
   return s;
 }
 
+// "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
+std::size_t most_shared() {
+  switch (settings().capability) {
+    case 80: return 163 << 10;
+    case 90:
+    case 100: return 227 << 10;
+    default: return 99 << 10;  // 8.6, 8.9, 12.0
+  }
+}
+
 }  // namespace omnimamba::host_gpu
 
 // For the tests, through ctypes: the order of the threads, and whether copies land at once.

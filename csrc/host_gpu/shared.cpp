@@ -53,7 +53,7 @@ void* Shared::array(const void* key, std::size_t bytes, std::size_t alignment) {
     if (a.key == key) return memory_ + a.begin;
   const std::size_t begin = (used_ + GAP + alignment - 1) / alignment * alignment;
   total_ += bytes;
-  if (total_ > LIMIT || begin + bytes + GAP > CAPACITY) fail("more shared memory than a block can have");
+  if (total_ > most_shared() || begin + bytes + GAP > CAPACITY) fail("more shared memory than a block can have");
   gap(used_, begin);
   std::memset(memory_ + begin, 0xff, bytes);
   if (async_) std::memset(async_ + begin, 0xff, bytes);

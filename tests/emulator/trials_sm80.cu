@@ -177,9 +177,24 @@ bool run_packs() {
   return std::memcmp(in, out, sizeof out) == 0;
 }
 
+// The whole of a block's shared memory, and `beyond` bytes more.
+__global__ void room_kernel(std::size_t bytes, int* out) {
+  OM_SHARED_DYNAMIC(memory);
+  memory[bytes - 1] = 7;
+  *out = memory[bytes - 1];
+}
+
+bool run_room(std::size_t beyond) {
+  const std::size_t bytes = host_gpu::most_shared() + beyond;
+  Guarded<int> out(1);
+  launch<room_kernel>({grid(1), WARP, 0, bytes}, bytes, out.data());
+  return out[0] == 7;
+}
+
 #define TRIAL(name, whole_run, broken_run) \
   const Register at_##name(#name, [](bool broken) { return broken ? (broken_run) : (whole_run); })
 
+TRIAL(more_than_the_chip, run_room(0), run_room(1));
 TRIAL(missing_barrier, run_map<reverse_kernel<false>>(mirrored), run_map<reverse_kernel<true>>(mirrored));
 TRIAL(missing_sync_warp, run_map<neighbour_kernel<false>>(beside), run_map<neighbour_kernel<true>>(beside));
 TRIAL(missing_named_barrier, run_map<handover_kernel<0>>(first_64), run_map<handover_kernel<1>>(first_64));
