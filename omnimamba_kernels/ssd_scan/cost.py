@@ -116,7 +116,9 @@ def forward(
     together = programs // walk.heads
     loaded = h * p * (b * walk.segments * _size(D) + found.initials * n * _size(initial_states))
     loaded += found.earlier * h * (p * n + walk.tile.p_blocks * parts) * FLOAT
-    loaded += walk.chunks * (programs * (5 * walk.chunk + 1) + together * (2 * walk.chunk if several else 0)) * FLOAT
+    vectors, numbers = (7, 2) if tiles.exact(x) else (5, 1)
+    loaded += walk.chunks * programs * (vectors * walk.chunk + numbers) * FLOAT
+    loaded += walk.chunks * together * (2 * walk.chunk if several else 0) * FLOAT
     again = 1 if not narrow and parts > 1 else 0
     loaded += found.kept * h * p * (_size(x) + _size(z))
     loaded += found.kept // b * n * (together + programs * again) * (_size(B) + _size(C))
@@ -131,11 +133,13 @@ def forward(
 
 def walk_exponentials(x: Tensor, B: Tensor, z: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None, *,
                       target: Target, save: bool = False, **_: object) -> int:  # fmt: skip
-    """How many exponentials ssd_walk takes: L of each head and chunk, gates, and one for each state that seeds it."""
+    """How many exponentials ssd_walk takes: L of each head and chunk, gates, one for each state that seeds it, and
+    of float32 what is left of the state at each position and after the chunk."""
     b, l, h, _ = x.shape
     walk = tiles.walk(target, x, B, z, seq_idx is not None, save)
     programs, tile = b * h * walk.tile.p_blocks, walk.tile
     each = walk.chunk * (walk.chunk + (tile.constants["BLOCK_P"] if z is not None else 0))
+    each += walk.chunk + 1 if tiles.exact(x) else 0
     earlier = walk.per_segment * walk.segments * (walk.segments - 1) // 2
     seeds = earlier + (walk.segments if initial_states is not None else 0)
     return programs * (walk.chunks * each + seeds * tile.n_blocks)

@@ -64,6 +64,12 @@ def narrow_forward(target: Target, x: Tensor) -> bool:
     return x.dtype == (torch.float16 if target.arch == "interpreter" else torch.bfloat16)
 
 
+def exact(x: Tensor) -> bool:
+    """Whether the forward's scores need every digit of the sums of decays: 16 bits of y round off more than one float32
+    of them does."""
+    return x.dtype == torch.float32
+
+
 def narrow_backward(z: Tensor | None, *tensors: Tensor | None) -> bool:
     """The same for the backward, of whose operands a gate leaves no 16 bits."""
     return z is None and all(t is None or t.dtype == torch.bfloat16 for t in tensors)

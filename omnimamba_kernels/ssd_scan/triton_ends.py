@@ -1,13 +1,14 @@
 """What the scan's forward walk needs beforehand: steps and decays of every chunk, and what earlier segments leave.
 
-    steps   dt, cum about the middle of its range, carry, tail dt of each position
+    steps   dt, cum about the middle of its range, carry, tail dt of each position; of float32 x (EXACT)
+            2^-low dt, high, 2^low, tail dt, where cum = high + low, both float32
     ends    S at the end of a piece of the sequence that started from nothing
     decays  log2 of what is left, after that piece, of the state before it; -inf where a sequence begins in it
 
 Shapes: steps (b, chunks, h, 4, CHUNK) float32; lasts (b, chunks, CHUNK) int32, the last position in its chunk of each
 position's sequence, -1 in padding and past the end; ends (b, h, pieces, p, n) and decays (b, h, pieces)
-float32. The names are those of triton_common.py; carry is -1 where a sequence has begun, so that not even a NaN in the
-state crosses into it.
+float32. The names are those of triton_common.py; carry is -1, 2^low is negative where a sequence has begun, so that not
+even a NaN in the state crosses into it.
 
 Plan: one launch with two roles. Steps: a program takes a chunk and BLOCK_H heads, reads dt along the heads and writes
 along the positions; of packed sequences it finds each position's among their offsets, by bisection. Ends, only where
@@ -43,8 +44,8 @@ NOTHING = tl.constexpr(-150.0)  # log2 of a factor that is 0 in float32
 def write_steps(
     pid, dt, A, dt_bias, seq, cu_seqlens, steps, lasts, l, h, chunks, sequences, dt_low, dt_high,
     dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l, cu_i,
-    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr,
-    PACKED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_H: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SEQ: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     head_blocks = tl.cdiv(h, BLOCK_H)
     head_block, pid = pid % head_blocks, pid // head_blocks
@@ -73,14 +74,17 @@ def write_steps(
             last = tl.sum((run[None] <= run[:, None]).to(tl.int32), 1) - 1
             tl.store(lasts + (row * chunks + chunk) * CHUNK + cs, tl.where(keep, last, -1))
     high, low, end_high, end_low = decay_sums(step, rate)
-    carry = tl.exp2(high + low)
+    if EXACT:
+        middle, carry, share = high, tl.exp2(low), step * tl.exp2(-low)
+    else:
+        middle, carry, share = centred(high, low, end_high[None]), tl.exp2(high + low), step
     weight = step * tl.exp2((end_high[None] - high) + (end_low[None] - low))
     if HAS_SEQ or PACKED:
-        carry = tl.where((run == 0)[:, None], carry, -1.0)
+        carry = tl.where((run == 0)[:, None], carry, -carry if EXACT else -1.0)
         weight = tl.where((run == last_run)[:, None], weight, 0.0)
     out = steps + ((row * chunks + chunk) * h + wide[None]) * (4 * CHUNK) + cs[:, None]
-    tl.store(out, step, mask=head_in[None])
-    tl.store(out + CHUNK, centred(high, low, end_high[None]), mask=head_in[None])
+    tl.store(out, share, mask=head_in[None])
+    tl.store(out + CHUNK, middle, mask=head_in[None])
     tl.store(out + 2 * CHUNK, carry, mask=head_in[None])
     tl.store(out + 3 * CHUNK, weight, mask=head_in[None])
 
@@ -151,8 +155,8 @@ def ssd_ends(
     x_b, x_l, x_h, dt_b, dt_l, dt_h, A_h, B_b, B_l, B_g, bias_h, initial_h, initial_p, initial_n, seq_b, seq_l, cu_i,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
-    PACKED: tl.constexpr, VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SEQ: tl.constexpr, PACKED: tl.constexpr, VARLEN: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs below ``step_programs`` write steps, the next the ends of ``pieces`` pieces of ``piece`` positions from
     the row's start, the last (VARLEN, of one row) those of packed sequences, with what is left of the initial state.
@@ -160,8 +164,8 @@ def ssd_ends(
     pid = tl.program_id(0)
     if pid < step_programs:
         write_steps(pid, dt, A, dt_bias, seq, cu_seqlens, steps, lasts, l, h, tl.cdiv(l, CHUNK), sequences, dt_low,
-                    dt_high, dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l, cu_i, CHUNK, BLOCK_H, SOFTPLUS, HAS_BIAS,
-                    HAS_SEQ, PACKED)  # fmt: skip
+                    dt_high, dt_b, dt_l, dt_h, A_h, bias_h, seq_b, seq_l, cu_i, CHUNK, BLOCK_H, SOFTPLUS, EXACT,
+                    HAS_BIAS, HAS_SEQ, PACKED)  # fmt: skip
     elif ENDS:
         pid -= step_programs
         P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P

@@ -36,6 +36,9 @@ The exponentials of L are CHUNK^2 a head and chunk, a ninth of the products' tim
 bound. Factors about an anchor, 2^(cum_t - anchor) 2^(anchor - cum_s) outside the two diagonal blocks of 16, would leave
 576 of 1024, at the price of a second product for each score. L is formed directly, from differences at most 0.
 
+Of float32 x (EXACT) one float32 of cum keeps too few of L's digits: L_ts = 2^(high_t - high_s) 2^low_t 2^-low_s, and
+carry_t = 2^high_t 2^low_t. In 16 bits y's own rounding hides what is lost, at most 1e-4 of a term.
+
 Precision: 16-bit x, B, C enter as they are; S and the scores are rounded once to their type, whose error stays below
 that of y's own rounding. What enters S is split into TERMS parts of that type, because S is handed out in float32. In
 float32 (NARROW false) products run in PRECISION.
@@ -102,11 +105,24 @@ def store_rows(at, tile, rows_in, columns_in, EVEN: tl.constexpr):
 
 
 @triton.jit
-def forget_and_weigh(scores, here, causal, CHUNK: tl.constexpr):
+def forget_and_weigh(scores, here, causal, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """(L o C B^T) dt of one head, transposed, from C B^T of its group."""
     cs = tl.arange(0, CHUNK)
-    step, middle_t, middle_s = tl.load(here + cs), tl.load(here + CHUNK + cs), tl.load(here + CHUNK + cs)
-    return scores * (decay_between(middle_t[None], None, middle_s[:, None], None, causal) * step[:, None])
+    step, cum_t, cum_s = tl.load(here + cs), tl.load(here + CHUNK + cs), tl.load(here + CHUNK + cs)
+    scores *= decay_between(cum_t[None], None, cum_s[:, None], None, causal) * step[:, None]
+    if EXACT:
+        scores *= tl.abs(tl.load(here + 2 * CHUNK + cs))[None]
+    return scores
+
+
+@triton.jit
+def load_carry(at, CHUNK: tl.constexpr, EXACT: tl.constexpr):
+    """carry, and whether a sequence has begun: nothing is left then, not even a NaN."""
+    carry = tl.load(at + 2 * CHUNK)
+    begun = carry < 0.0
+    if EXACT:
+        carry *= tl.exp2(tl.load(at + CHUNK))
+    return carry, begun
 
 
 @triton.jit
@@ -115,9 +131,9 @@ def ssd_walk(
     l, h, per_group, segments, chunks_each, pieces_each,
     x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, D_h, D_p, z_b, z_l, z_h, initial_b, initial_h, initial_p, initial_n,
     P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, N_PARTS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, SEEDED: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr, SAVE: tl.constexpr,
-    KEEP_EVERY: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, N_PARTS: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    SEEDED: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEQ: tl.constexpr,
+    SAVE: tl.constexpr, KEEP_EVERY: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
@@ -190,7 +206,7 @@ def ssd_walk(
             causal &= cs[None] <= tl.load(lasts + t)[:, None]
         faded = ()
         for i in tl.static_range(HEADS):
-            one = forget_and_weigh(scores, steps + i * 4 * CHUNK, causal, CHUNK)
+            one = forget_and_weigh(scores, steps + i * 4 * CHUNK, causal, CHUNK, EXACT)
             faded = faded + (one.to(B_tiles[0].dtype),)
 
         grown = ()
@@ -210,10 +226,10 @@ def ssd_walk(
                     now = (chunk % KEEP_EVERY == 0) & p_in[:, None] & (n_at < N)[None]
                     tl.store(saved + ((i * P + ps[:, None]) * N + n_at[None]), part, mask=now)
                 out = tl.dot(part.to(C_tile.dtype), tl.trans(C_tile), out, input_precision=PRECISION)
-            carry = tl.load(mine + 2 * CHUNK + cs)
+            carry, begun = load_carry(mine + cs, CHUNK, EXACT)
             out *= carry[None]
             if HAS_SEQ:
-                out = tl.where((carry < 0.0)[None], 0.0, out)
+                out = tl.where(begun[None], 0.0, out)
             x_turned = tl.trans(x_tile)
             out = tl.dot(x_turned, faded[i], out, input_precision=PRECISION)
             if HAS_D:
@@ -229,7 +245,8 @@ def ssd_walk(
                 out *= gate / (1.0 + tl.exp(-gate))
             store_rows(y + y_tile, out, t < l, p_in, EVEN)
 
-            weight, through = tl.load(mine + 3 * CHUNK + cs), tl.load(mine + 3 * CHUNK - 1)
+            weight = tl.load(mine + 3 * CHUNK + cs)
+            through, begun = load_carry(mine + CHUNK - 1, CHUNK, EXACT)
             weighted = x_turned.to(tl.float32) * weight[None]
             for k in tl.static_range(N_PARTS):
                 n_at, B_tile = k * BLOCK_N + ns, B_tiles[k]
@@ -237,7 +254,7 @@ def ssd_walk(
                     B_tile = load_rows(B + (cs[:, None] * B_l + n_at[None]), keep, n_at < N, EVEN, "").to(tl.float32)
                 part = parts[i * N_PARTS + k] * through
                 if HAS_SEQ:
-                    part = tl.where(through < 0.0, 0.0, part)
+                    part = tl.where(begun, 0.0, part)
                 grown = grown + (split_dot(weighted, B_tile, part, NARROW, PRECISION),)
         parts = grown
         x, B, C, y, steps = x + CHUNK * x_l, B + CHUNK * B_l, C + CHUNK * C_l, y + CHUNK * y_l, steps + 4 * CHUNK * h

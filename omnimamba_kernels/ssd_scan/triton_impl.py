@@ -84,8 +84,9 @@ def forward(
             l, h, h // B.shape[2], walk.segments, walk.each, walk.per_segment,
             *rows[0].stride()[:3], *rows[1].stride()[:3], *rows[2].stride()[:3], *_strides(D, 2), *_strides(rows[3], 3),
             *_strides(initial_states, 4), CHUNK=walk.chunk, HEADS=walk.heads, N_PARTS=walk.tile.n_blocks,
-            SEEDED=walk.segments > 1, HAS_D=D is not None, HAS_Z=z is not None, HAS_INITIAL=initial_states is not None,
-            HAS_SEQ=lasts is not None, SAVE=save, KEEP_EVERY=CHUNK // walk.chunk, AGAIN=walk.tile.use.get("AGAIN", 0),
+            EXACT=tiles.exact(rows[0]), SEEDED=walk.segments > 1, HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_INITIAL=initial_states is not None, HAS_SEQ=lasts is not None, SAVE=save,
+            KEEP_EVERY=CHUNK // walk.chunk, AGAIN=walk.tile.use.get("AGAIN", 0),
             EVEN=lasts is None and l % walk.chunk == 0 and walk.tile.whole, **_constants(walk.tile),
         )  # fmt: skip
     return (y, final, varlen), saved if save else ()
@@ -112,7 +113,7 @@ def _start_ends(
         l, h, h // B.shape[2], step_programs, walk.pieces, walk.piece, sequences, *dt_limit,
         *x.stride()[:3], *dt.stride(), *A.stride(), *B.stride()[:3], *_strides(dt_bias, 1),
         *_strides(initial_states, 4)[1:], *_strides(seq_idx, 2), *_strides(cu_seqlens, 1),
-        CHUNK=walk.chunk, BLOCK_H=block_h, GROUP=walk.ends.use["GROUP"], SOFTPLUS=dt_softplus,
+        CHUNK=walk.chunk, BLOCK_H=block_h, GROUP=walk.ends.use["GROUP"], SOFTPLUS=dt_softplus, EXACT=tiles.exact(x),
         HAS_BIAS=dt_bias is not None, HAS_INITIAL=initial_states is not None, HAS_SEQ=seq_idx is not None,
         PACKED=seq_idx is None and cu_seqlens is not None, VARLEN=varlen, ENDS=ends > 0, **_constants(walk.ends),
     )  # fmt: skip

@@ -4,7 +4,18 @@ import emulated
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, THREAD_COUNTS, check, evaluate, framed, runs, same_bits, threads
+from common import (
+    DTYPES,
+    THREAD_COUNTS,
+    assert_within_budget,
+    check,
+    double,
+    evaluate,
+    framed,
+    runs,
+    same_bits,
+    threads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -237,6 +248,24 @@ def test_extreme_steps(run, size):
         assert all(torch.isfinite(t).all() for t in got.values())
         torch.testing.assert_close(got["out 0"], right[0], rtol=1e-4, atol=1e23)
         torch.testing.assert_close(got["out 1"], right[1], rtol=1e-4, atol=1e22)
+
+
+@pytest.mark.parametrize("size, rate", [(60.0, -1.0), (1.0, -40.0), (1.0, -3e4)])
+def test_short_steps_among_those_that_nearly_wipe_out_the_state(run, size, rate):
+    """One float32 of a sum of dt A over such steps keeps too few digits for the short ones. The recurrence, which sums
+    nothing, is the budget's reference in float32."""
+    if run == "reference" or run.startswith("native"):
+        pytest.skip("its sums of dt A are float32")
+    case = Case("wiped out", 1, 130, 2, 16, skip=1, softplus=False, bias=False, initial_states=True)
+    tensors = case.tensors()
+    drawn = torch.rand(2, *tensors["dt"].shape, generator=torch.Generator().manual_seed(1))
+    tensors["dt"] = torch.where(drawn[0] < 0.5, size, -0.1 / rate) * drawn[1]
+    tensors["A"] = torch.full_like(tensors["A"], rate)
+    got = evaluate(scan(case.options), tensors, GRADS)
+    low = evaluate(exact(case.options), tensors, GRADS)
+    right = evaluate(exact(case.options), {name: double(t) for name, t in tensors.items()}, GRADS)
+    for name in got:
+        assert_within_budget(name, got[name].cpu(), low[name].cpu(), right[name].cpu())
 
 
 @pytest.mark.parametrize("b, l", [(1, 0), (0, 5), (2, 0)])
