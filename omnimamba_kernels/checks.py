@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +22,24 @@ def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
     A decode loop calls the same functions on the same kinds of arguments thousands of times a second.
     """
     passed: set[tuple] = set()
+    names = tuple(inspect.signature(check).parameters)
+
+    def whole_check(*arguments: Any) -> None:
+        dense(**dict(zip(names, arguments, strict=True)))
+        check(*arguments)
 
     @functools.wraps(check)
     def checked(*arguments: Any) -> None:
         if torch.compiler.is_compiling():
             return check(*arguments)
-        kind = tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments])
         try:
+            kind = tuple([(a.shape, a.dtype, a.device, a.layout) if isinstance(a, Tensor) else (type(a), a)
+                          for a in arguments])  # fmt: skip
             if kind in passed:
                 return None
-        except TypeError:  # an argument without a hash: the check itself knows what to say
-            return check(*arguments)
-        check(*arguments)
+        except (TypeError, RuntimeError):  # no hash, or a nested tensor's shape: the check itself knows what to say
+            return whole_check(*arguments)
+        whole_check(*arguments)
         if len(passed) >= 4096:
             passed.clear()
         passed.add(kind)
@@ -42,6 +50,15 @@ def once_a_kind(check: Callable[..., None]) -> Callable[..., None]:
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    dense(**{name: value})
+
+
+def dense(**values: object) -> None:
+    """Those that are tensors have strides that lead to each element."""
+    for name, tensor in values.items():
+        if isinstance(tensor, Tensor) and (tensor.layout is not torch.strided or tensor.is_nested):
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name}: got a tensor of layout {kind}, expected a dense one; convert it with .to_dense()")
 
 
 def tensors(**required: object) -> None:
@@ -123,12 +140,38 @@ def whole(name: str, value: object, low: int) -> None:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {low}")
 
 
+def number(name: str, value: Any, low: float = -math.inf) -> float:
+    """``value`` as a float of at least ``low``; NaN is none."""
+    try:
+        found = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = math.nan
+    if not found >= low:
+        least = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name}: got {value!r}, expected a number{least}")
+    return found
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements share memory."""
+    if tensor.is_contiguous():
+        return False
+    reach = 1  # elements that the dimensions of smaller steps span
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step < reach:  # no slice of a dense tensor, but the elements may still be apart
+                places = torch.zeros(1, dtype=torch.int64, device="cpu")
+                for step, size in zip(tensor.stride(), tensor.shape, strict=True):
+                    places = (places[:, None] + step * torch.arange(size, device="cpu")).flatten()
+                return places.unique().numel() < places.numel()
+            reach += step * (size - 1)
+    return False
+
+
 def writable(**tensors: Tensor) -> None:
     """Tensors that change in place: no two elements may share memory."""
     for name, tensor in tensors.items():
-        if 0 in tensor.stride() and any(
-            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-        ):
+        if _overlaps(tensor):
             raise ValueError(
                 f"{name}: got strides {tensor.stride()} for shape {tuple(tensor.shape)}, whose elements share memory; "
                 "it changes in place, so pass a tensor of its own (.clone())"

@@ -97,6 +97,8 @@ def causal_conv1d_fn(
     Source: Mamba (arXiv 2312.00752), section 3.4; the function of the same name in causal-conv1d.
     """
     _check(x, weight, bias, seq_idx, initial_states, final_states_out, activation)
+    if final_states_out is not None:
+        checks.writable(final_states_out=final_states_out)
     asked = return_final_states or final_states_out is not None
     outputs = _causal_conv1d(x, weight, bias, initial_states, seq_idx, activation is not None, asked, backend)
     if not asked:

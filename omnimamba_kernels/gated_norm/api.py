@@ -50,7 +50,8 @@ def rmsnorm_fn(
 
     Source: RMSNorm (arXiv 1910.07467); Mamba-2 (arXiv 2405.21060), section 7.
     """
-    _check(x, weight, bias, z, group_size, eps)
+    _check(x, weight, bias, z, group_size)
+    eps = checks.number("eps", eps, 0.0)
     group = x.shape[-1] if group_size is None else group_size
     if z is not None and z.dtype != x.dtype:  # neither is rounded to the other's type
         wide = torch.promote_types(x.dtype, z.dtype)
@@ -58,12 +59,12 @@ def rmsnorm_fn(
         y = rmsnorm_fn(x_wide, weight, bias, z_wide, eps, group_size, norm_before_gate, backend=backend)
         return y.to(x.dtype)
     tensors = (x, weight, bias, z)
-    options = {"eps": float(eps), "group_size": group, "norm_before_gate": bool(norm_before_gate)}
+    options = {"eps": eps, "group_size": group, "norm_before_gate": bool(norm_before_gate)}
     return autograd.run(choose("gated_norm", backend, *tensors, **options), *tensors, **options)[0]
 
 
 @checks.once_a_kind
-def _check(x, weight, bias, z, group_size, eps) -> None:
+def _check(x, weight, bias, z, group_size) -> None:
     checks.tensors(x=x, weight=weight)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., d) with d at least 1")
@@ -71,8 +72,6 @@ def _check(x, weight, bias, z, group_size, eps) -> None:
     checks.shape("weight", weight, d, letters="(d,)")
     checks.shape("bias", bias, d, letters="(d,)")
     checks.shape("z", z, *x.shape, letters="x's shape")
-    if not (isinstance(eps, float | int) and eps >= 0):
-        raise ValueError(f"eps: got {eps!r}, expected a number of at least 0")
     checks.divisible("x's last dimension", d, "group_size", d if group_size is None else group_size)
     checks.floating(x=x, weight=weight, bias=bias, z=z)
     checks.same_device(x=x, weight=weight, bias=bias, z=z)
@@ -104,18 +103,25 @@ def add_rmsnorm(
 
     Source: RMSNorm (arXiv 1910.07467); fused_add_rms_norm of vLLM does the same.
     """
-    checks.is_tensor("residual", residual)
-    checks.is_tensor("update", update)
-    checks.shape("update", update, *residual.shape, letters="residual's shape")
-    _check(residual, weight, None, None, None, eps)
-    checks.floating(update=update)
-    checks.same_device(residual=residual, update=update)
+    _check_sum(residual, update, weight)
+    eps = checks.number("eps", eps, 0.0)
     checks.writable(residual=residual)
-    implementation = choose("gated_norm", backend, residual, weight, None, update, eps=float(eps),
+    implementation = choose("gated_norm", backend, residual, weight, None, update, eps=eps,
                             group_size=residual.shape[-1], norm_before_gate=True)  # fmt: skip
     if hasattr(implementation, "add_forward"):
-        y = implementation.add_forward(residual, update, weight, eps=float(eps))
+        y = implementation.add_forward(residual, update, weight, eps=eps)
     else:
         y = rmsnorm_fn(residual.add_(update), weight, None, eps=eps, backend=backend)
     increment_version((residual,))
     return y
+
+
+@checks.once_a_kind
+def _check_sum(residual, update, weight) -> None:
+    checks.tensors(residual=residual, update=update, weight=weight)
+    if residual.dim() < 1 or residual.shape[-1] < 1:
+        raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected (..., d) with d at least 1")
+    checks.shape("update", update, *residual.shape, letters="residual's shape")
+    checks.shape("weight", weight, residual.shape[-1], letters="(d,)")
+    checks.floating(residual=residual, update=update, weight=weight)
+    checks.same_device(residual=residual, update=update, weight=weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -89,7 +90,8 @@ def lora_linear(
     """
     _check(x, weight, lora_A, lora_B, bias, weight_scale)
     tasks = 0 if lora_A is None else lora_A.shape[0]
-    if not 0.0 <= dropout_p < 1.0:
+    scale, dropout_p = checks.number("scale", scale), checks.number("dropout_p", dropout_p, 0.0)
+    if dropout_p >= 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, expected a probability in [0, 1)")
     if dropout_p and dropout_seed is None:
         raise ValueError("dropout_seed: got None with dropout_p > 0; pass an integer that the backward can use again")
@@ -98,13 +100,18 @@ def lora_linear(
         lora_A = lora_B = None
         dropout_p = 0.0
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    seed = int(dropout_seed) if dropout_p else 0
+    seed = _seed(dropout_seed) if dropout_p else 0
     if weight_scale is not None:
         weight_scale = weight_scale.detach()
-    y = _lora_linear(
-        flat, weight, lora_A, lora_B, bias, rows, weight_scale, one_task, float(scale), float(dropout_p), seed, backend
-    )
+    y = _lora_linear(flat, weight, lora_A, lora_B, bias, rows, weight_scale, one_task, scale, dropout_p, seed, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _seed(value: object) -> int:
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"dropout_seed: got {value!r}, expected an integer") from None
 
 
 @checks.once_a_kind
@@ -143,6 +150,7 @@ def _route(x: Tensor, task: int | Tensor | None, tasks: int) -> tuple[Tensor | N
             )
         task = 0 if tasks else -1
     if isinstance(task, Tensor):
+        checks.dense(task=task)
         checks.integer(task=task)
         checks.shape("task", task, *x.shape[:-1], letters="x's leading shape")
         checks.same_device(x=x, task=task)

@@ -41,6 +41,12 @@ def _non_ssm_width(zxbcdt: Tensor, dim: int, state_columns: int, h: int) -> int:
     return rest // 2
 
 
+def _check_floats(**tensors: Tensor | None) -> None:
+    checks.dense(**tensors)
+    checks.floating(**tensors)
+    checks.same_device(**tensors)
+
+
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,
@@ -92,6 +98,8 @@ def mamba_split_conv1d_scan_combined(
 
     Source: Mamba-2 (arXiv 2405.21060), section 7; the function of the same name in mamba_ssm.
     """
+    _check_floats(zxbcdt=zxbcdt, conv1d_weight=conv1d_weight, conv1d_bias=conv1d_bias, rmsnorm_weight=rmsnorm_weight,
+                  outproj_weight=outproj_weight, outproj_bias=outproj_bias)  # fmt: skip
     checks.rank("zxbcdt", zxbcdt, 3, letters="(b, l, 2 d_nonssm + 2 dim + 2 g n + h)")
     h, p = _head_sizes(A, D, headdim)
     dim = h * p
@@ -105,14 +113,7 @@ def mamba_split_conv1d_scan_combined(
         )
     checks.shape("conv1d_bias", conv1d_bias, dim + state_columns, letters="(dim + 2 g n,)")
     checks.shape("rmsnorm_weight", rmsnorm_weight, dim, letters="(dim,)")
-    checks.floating(
-        zxbcdt=zxbcdt,
-        conv1d_weight=conv1d_weight,
-        conv1d_bias=conv1d_bias,
-        rmsnorm_weight=rmsnorm_weight,
-        outproj_weight=outproj_weight,
-        outproj_bias=outproj_bias,
-    )
+    rmsnorm_eps = checks.number("rmsnorm_eps", rmsnorm_eps, 0.0)
     extra = _non_ssm_width(zxbcdt, dim, state_columns, h)
     checks.shape("outproj_weight", outproj_weight, None, extra + dim, letters="(out, d_nonssm + dim)")
     if outproj_bias is not None:
@@ -219,7 +220,7 @@ def mamba_mixer_step(
     options = {
         "headdim": p,
         "ngroups": ngroups,
-        "rmsnorm_eps": float(rmsnorm_eps),
+        "rmsnorm_eps": checks.number("rmsnorm_eps", rmsnorm_eps, 0.0),
         "norm_before_gate": bool(norm_before_gate),
         "activation": activation is not None,
     }

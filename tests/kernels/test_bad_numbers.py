@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from omnimamba_kernels import (
+    add_rmsnorm,
     causal_conv1d_varlen_states,
     lora_linear,
     mamba_chunk_scan_combined,
@@ -43,6 +44,16 @@ def adapt(**given):
     return lora_linear(torch.randn(3, 5), torch.randn(4, 5), torch.randn(2, 2, 5), torch.randn(2, 4, 2), **given)
 
 
+def drop(**given):
+    return adapt(task=0, dropout_p=0.1, **given)
+
+
+def add(**given):
+    return add_rmsnorm(
+        **{"residual": torch.randn(3, 12), "update": torch.randn(3, 12), "weight": torch.ones(12), **given}
+    )
+
+
 def varlen(**given):
     return causal_conv1d_varlen_states(torch.randn(5, 3), torch.tensor([0, 5]), **given)
 
@@ -59,14 +70,21 @@ BAD = [
     (split, "conv1d_bias", [torch.ones(CHANNELS + 1)], ValueError),
     (split, "rmsnorm_weight", [torch.ones(DIM, dtype=torch.int64)], TypeError),
     (split, "outproj_weight", [torch.ones(3, DIM, dtype=torch.int64)], TypeError),
+    (split, "outproj_weight", [torch.ones(3, DIM, device="meta")], ValueError),
     (split, "conv1d_weight", [torch.ones(CHANNELS, 5)], ValueError),
     (step, "headdim", [0, 4.0, "a"], ValueError),
     (step, "ngroups", [0, 1.0], ValueError),
+    (step, "rmsnorm_eps", [-1.0, NAN, "a", None], ValueError),
+    (split, "rmsnorm_eps", [-1.0, NAN, "a", None], ValueError),
     (norm, "group_size", [0, 5, 2.0, "a"], ValueError),
-    (norm, "eps", [-1.0, NAN, "a"], ValueError),
+    (norm, "eps", [-1.0, NAN, "a", None], ValueError),
+    (add, "eps", [-1.0, NAN, "a", None], ValueError),
+    (add, "residual", [torch.ones(3, 12, dtype=torch.int32)], TypeError),
+    (adapt, "scale", ["a", None, NAN, [1]], ValueError),
     (adapt, "task", [1.5, NAN, "a", [0], True], TypeError),
     (adapt, "task", [2, -2], ValueError),
-    (adapt, "dropout_p", [1.0, -0.1, NAN], ValueError),
+    (adapt, "dropout_p", [1.0, -0.1, NAN, "a", None], ValueError),
+    (drop, "dropout_seed", [0.5, "a", [1]], TypeError),
     (varlen, "state_len", [0, 2.5, NAN, "a"], ValueError),
 ]
 CALLS = [(function, name, value, error) for function, name, values, error in BAD for value in values]
@@ -80,6 +98,6 @@ def test_is_refused_by_name(function, name, value, error):
         function(**{name: value})
 
 
-@pytest.mark.parametrize("function", [scan, split, step, norm, varlen], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [scan, split, step, norm, add, varlen], ids=lambda f: f.__name__)
 def test_the_call_itself_is_good(function):
     assert function(**({"state_len": 2} if function is varlen else {})) is not None

@@ -146,6 +146,31 @@ def test_wrong_types(run, call, argument, value, named):
     assert_refused(call, argument, value, TypeError, named)
 
 
+NOT_DENSE = [
+    (conv, "weight", lambda t: t.to_sparse()),
+    (conv, "x", lambda t: torch.nested.nested_tensor(list(t))),
+    (update, "conv_state_indices", lambda t: t.to_sparse()),
+    (norm, "z", lambda t: t.to_sparse_csr()),
+    (norm, "z", lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged)),
+    (step, "D", lambda t: t.to_sparse()),
+    (step, "state", lambda t: t.to_sparse()),
+    (packed, "x", lambda t: t.to_sparse()),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call, argument, made", NOT_DENSE, ids=lambda v: v if isinstance(v, str) else "")
+def test_tensors_that_are_not_dense(run, call, argument, made):
+    FUNCTIONS[call](**call())  # the same shape, dtype and device, which are checked once
+    with pytest.raises(TypeError, match=f"^{argument}: got a tensor of layout .*expected a dense one"):
+        FUNCTIONS[call](**{**call(), argument: made(call()[argument])})
+
+
+def test_final_states_whose_elements_share_memory(run):
+    with pytest.raises(ValueError, match="final_states_out: got strides"):
+        causal_conv1d_fn(**conv(), final_states_out=torch.zeros(1).expand(2, 6, 3))
+
+
 def test_heads_that_groups_do_not_divide(run):
     arguments = step()
     state = arguments["state"].clone()

@@ -78,6 +78,23 @@ def test_a_state_whose_rows_share_memory_is_refused_untouched(run, function: Cal
 
 
 @over_cases
+def test_elements_that_share_memory_at_other_strides_are_refused_untouched(run, function, shape):
+    memory = torch.randn(999)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="(state|residual): got strides .* share memory"):
+        function(memory.as_strided((B, *shape), (1, *torch.empty(shape).stride())))
+    assert same_bits(memory, before)
+
+
+def test_elements_apart_in_no_order_of_slices_are_welcome(run):
+    """Strides 2 and 3 of a 2 x 2: places 0, 2, 3 and 5."""
+    state = torch.zeros(6).as_strided((2, 1, 2), (2, 1, 3))
+    x, row = torch.ones(2, 1), torch.ones(2, 2)
+    selective_state_update(state, x, x, -row[:1], row, row)
+    assert same_bits(state, torch.ones(2, 1, 2))
+
+
+@over_cases
 def test_inference_tensors_are_welcome(run, function: Callable[[Tensor], Tensor], shape):
     with torch.inference_mode():
         state = torch.zeros(B, *shape)
