@@ -96,8 +96,9 @@ def _chunk(
     decay = (total[:, :, None] - total[:, None]).masked_fill(~mask, -torch.inf).exp().unflatten(3, by_group)
     scores = torch.einsum("btgn,bsgn->btsg", C, B)
     y = torch.einsum("btsg,btsgh,bsghp->btghp", scores, decay, xdt)
-    carried = (total.exp() * (run == before)[..., None]).unflatten(2, by_group)
-    state = state.unflatten(1, by_group)
+    goes_on = run == before
+    carried = (total.exp() * goes_on[..., None]).unflatten(2, by_group)
+    state = state.masked_fill(~goes_on[:, 0, None, None, None], 0.0).unflatten(1, by_group)  # not 0 times NaN
     y = y + torch.einsum("btgn,bghpn,btgh->btghp", C, state, carried)
     left = xdt * decay[:, -1, ..., None]  # first: einsum goes from left to right, and would write out each s's p x n
     state = torch.einsum("bsgn,bsghp->bghpn", B, left) + state * carried[:, -1, ..., None, None]

@@ -166,10 +166,10 @@ def _states(
                 )  # fmt: skip
                 if follows:
                     dS_tile = load_state(dS, column, state, P, N, BLOCK_P, BLOCK_N)
-                    inward += tl.where(i == end - 1, carry * tl.sum(S * dS_tile), 0.0)
+                    inward += tl.where((i == end - 1) & (carry != 0.0), carry * tl.sum(S * dS_tile), 0.0)
                     weighted = weigh(x_tile, dt * tail_of(high, low, end, CHUNK))
                     dB_sum = product(weighted, dS_tile.to(x_tile.dtype), dB_sum, PRECISION)
-        dyS *= carry[:, None]
+        dyS = tl.where((carry != 0.0)[:, None], dyS * carry[:, None], 0.0)  # a sequence that begins meets no NaN of S
         dC_sum += dyS
         C_tile = load_tile(C, i, C_l, state, N, BLOCK_N, valid, NARROW)
         inward += tl.sum(C_tile.to(tl.float32) * dyS, 1)

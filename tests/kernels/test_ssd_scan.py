@@ -222,6 +222,39 @@ def test_garbage_in_the_padding_stays_there(run):
     assert not got["out 0"][padded].any()
 
 
+@pytest.mark.parametrize("sequences", ["seq_idx", "padding", "cu_seqlens"])
+def test_an_initial_state_of_no_position_reaches_nothing(run, sequences):
+    """Not even a NaN: the first position is of another sequence, or padding, or the first sequence is empty."""
+    case = Case("begins anew", 1, 90, 2, 16, skip=1, initial_states=True)
+    tensors = case.tensors()
+    if sequences == "cu_seqlens":
+        tensors[sequences] = torch.tensor([0, 0, 40, 90])
+    else:
+        tensors["seq_idx"] = torch.ones(1, 90, dtype=torch.int32)
+        tensors["seq_idx"][:, : 3 if sequences == "padding" else 0] = -1
+    states = tensors.pop("initial_states")
+    found = [
+        evaluate(scan(case.options), tensors | {"initial_states": torch.full_like(states, value)}, GRADS)
+        for value in (0.0, float("nan"))
+    ]
+    assert found[0].keys() == found[1].keys() and not found[0]["grad initial_states"].any()
+    assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("name", ["x", "B"])
+def test_a_state_of_nan_ends_with_its_sequence(run, name):
+    """Where the next begins with a chunk."""
+    case = Case("begins anew", 1, 150, 2, 16, skip=1, sequences="seq_idx")
+    tensors = case.tensors() | {"seq_idx": (torch.arange(150) >= 64).int()[None]}
+    plain = evaluate(scan(case.options), tensors, GRADS)
+    tensors[name] = tensors[name].clone()
+    tensors[name][:, 5] = float("nan")
+    found = evaluate(scan(case.options), tensors, GRADS)
+    assert found["out 0"][:, 63].isnan().any() and same_bits(found["out 1"], plain["out 1"])
+    for name in ("out 0", *(f"grad {name}" for name in ("x", "dt", "B", "C"))):
+        assert same_bits(found[name][:, 64:].contiguous(), plain[name][:, 64:].contiguous()), name
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["of the offsets", "others"])
 def test_sequences_by_index_and_states_by_offsets(run, own):
     """As mamba_ssm's layer asks for them: where both are given the index says what a sequence is."""
