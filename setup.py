@@ -8,6 +8,7 @@ Whatever happens is recorded in omnimamba_kernels/_build_info.py, which `omnimam
 import json
 import os
 import pprint
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,8 @@ def architectures(in_place):
     """Those that OMNIMAMBA_CUDA_ARCHS names; else, of CUDA_ARCHS that this nvcc knows, those at hand or all."""
     given = [arch for arch in os.environ.get("OMNIMAMBA_CUDA_ARCHS", "").split(";") if arch]
     if given and given != ["all"]:
+        if not all(re.fullmatch(r"\d{2,3}a?", arch) for arch in given):
+            raise OptionError(f"OMNIMAMBA_CUDA_ARCHS is {';'.join(given)!r}; expected all, or chips such as 80;90a;120")
         return given
     code = run_quietly("nvcc", "--list-gpu-code").split()
     known = [arch for arch in CUDA_ARCHS if not code or f"sm_{arch.rstrip('a')}" in code]

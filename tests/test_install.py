@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from setuptools.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "MANIFEST.in")
@@ -177,6 +178,19 @@ def test_without_nvcc_the_kernels_are_left_to_nvrtc_where_they_are_asked_for(che
     [("", True, ["90a"]), ("", False, ["80", "90a", "120"]), ("all", True, ["80", "90a", "120"]), ("75", True, ["75"])],
 )
 def test_the_chips_of_a_build(given, in_place, wanted, tmp_path, monkeypatch):
+    assert chips_of_a_build(given, in_place, tmp_path, monkeypatch) == wanted
+
+
+@pytest.mark.parametrize("given", ["8.6", "sm_90a", "80,90a", "all;90a", "native"])
+def test_what_names_no_chip_is_refused(given, tmp_path, monkeypatch):
+    """nvcc would compile for minutes, and an installation then go on without CUDA kernels."""
+    with pytest.raises(
+        OptionError, match=f"OMNIMAMBA_CUDA_ARCHS is '{given}'; expected all, or chips such as"
+    ):
+        chips_of_a_build(given, True, tmp_path, monkeypatch)
+
+
+def chips_of_a_build(given, in_place, tmp_path, monkeypatch):
     """With an nvcc that knows three of the release's chips, and no GPU."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_120\n")
@@ -187,7 +201,7 @@ def test_the_chips_of_a_build(given, in_place, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     scope = {"__file__": str(ROOT / "setup.py")}
     exec((ROOT / "setup.py").read_text(), scope)
-    assert scope["architectures"](in_place) == wanted
+    return scope["architectures"](in_place)
 
 
 def test_unknown_cuda_setting_is_refused(checkout):
