@@ -184,9 +184,7 @@ def test_the_chips_of_a_build(given, in_place, wanted, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["8.6", "sm_90a", "80,90a", "all;90a", "native"])
 def test_what_names_no_chip_is_refused(given, tmp_path, monkeypatch):
     """nvcc would compile for minutes, and an installation then go on without CUDA kernels."""
-    with pytest.raises(
-        OptionError, match=f"OMNIMAMBA_CUDA_ARCHS is '{given}'; expected all, or chips such as"
-    ):
+    with pytest.raises(OptionError, match=f"OMNIMAMBA_CUDA_ARCHS is '{given}'; expected all, or chips such as"):
         chips_of_a_build(given, True, tmp_path, monkeypatch)
 
 

@@ -71,8 +71,10 @@ Cover cover_of(const SsdScanParams& q) {
       cover.heads--;
     else if (cover.stages > 1)
       cover.stages--;
-    else
+    else if (cover.columns > 1)
       cover.columns = (cover.columns + 1) / 2;
+    else
+      check(false, "shared_limit: no block of the scan fits into so few bytes");
   }
   cover.p_blocks = static_cast<int>(ceil_div(wanted, cover.columns));
   cover.head_blocks = static_cast<int>(ceil_div(per_group, cover.heads));

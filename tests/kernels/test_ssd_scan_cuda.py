@@ -253,3 +253,19 @@ def test_only_what_will_have_a_backward_must_leave_it_room(monkeypatch, states, 
     B = SimpleNamespace(shape=(1, 8, 1, states), requires_grad=False, **gpu)
     reason = why_not(x, x, B, B, B, None, None)
     assert (reason is None) == (not gradients or states <= 128 or shared == LARGE)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_largest_forward_fits_into_the_least_chip(dtype):
+    case = Case("largest", 1, 140, 2, 128, n=256, gate=True, initial_states=True, sequences="seq_idx")
+    check("cuda-emulated86", scan(case.options), exact(case.options), case.tensors(dtype))
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_that_leaves_no_room_is_refused(dtype):
+    x = torch.empty(1, 8, 2, 64, dtype=dtype)
+    with emulated.emulated(), pytest.raises(ValueError, match="shared_limit: no block of the scan fits"):
+        sizes = dict(batch=1, length=8, heads=2, headdim=64, groups=1, state=64, shared_limit=20000)
+        cuda.call("ssd_scan_segments", x.device, x=x, B=x, C=x, **sizes)
