@@ -96,12 +96,15 @@ def _chunk(
     decay = (total[:, :, None] - total[:, None]).masked_fill(~mask, -torch.inf).exp().unflatten(3, by_group)
     scores = torch.einsum("btgn,bsgn->btsg", C, B)
     y = torch.einsum("btsg,btsgh,bsghp->btghp", scores, decay, xdt)
-    goes_on = run == before
-    carried = (total.exp() * goes_on[..., None]).unflatten(2, by_group)
-    state = state.masked_fill(~goes_on[:, 0, None, None, None], 0.0).unflatten(1, by_group)  # not 0 times NaN
-    y = y + torch.einsum("btgn,bghpn,btgh->btghp", C, state, carried)
+    # What another sequence's state holds, a NaN too, is left out: 0 times it would be one.
+    begun, ended = (run != before)[..., None, None], (run != run[:, -1:])[..., None, None]
+    carried = total.exp().unflatten(2, by_group)
+    state = state.masked_fill(begun[:, 0, ..., None], 0.0).unflatten(1, by_group)
+    y = y + torch.einsum("btgn,bghpn,btgh->btghp", C, state, carried).masked_fill(begun[..., None], 0.0)
     left = xdt * decay[:, -1, ..., None]  # first: einsum goes from left to right, and would write out each s's p x n
-    state = torch.einsum("bsgn,bsghp->bghpn", B, left) + state * carried[:, -1, ..., None, None]
+    left, B = left.masked_fill(ended[..., None], 0.0), B.masked_fill(ended, 0.0)
+    carried = (state * carried[:, -1, ..., None, None]).masked_fill(begun[:, -1, ..., None, None], 0.0)
+    state = torch.einsum("bsgn,bsghp->bghpn", B, left) + carried
     return y.flatten(2, 3), state.flatten(1, 2)
 
 

@@ -43,6 +43,24 @@ def test_a_state_of_nan_ends_with_its_sequence(run, name):
         assert same_bits(found[name][:, 64:].contiguous(), plain[name][:, 64:].contiguous()), name
 
 
+@pytest.mark.parametrize("sequences", ["seq_idx", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "initial_states"])
+def test_a_nan_of_one_sequence_stays_out_of_the_next(run, name, sequences):
+    """Outside the chunks of matrix products that hold some of both."""
+    if not run.startswith("native") and (run != "reference" or name == "dt"):
+        pytest.skip("its sums of dt A and its products run over several sequences: 0 times NaN")
+    case = Case("nan", 1, 150, 2, 16, skip=1, initial_states=True)
+    tensors = case.tensors()
+    ends = torch.tensor([0, 20, 150])
+    tensors[sequences] = ends if sequences == "cu_seqlens" else torch.arange(2).repeat_interleave(ends.diff())[None]
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 2 if name != "initial_states" else 0] = float("nan")
+    outputs = scan(case.options | {"return_varlen_states": sequences == "cu_seqlens"})(**tensors)
+    assert outputs[0][:, 3 if name != "C" else 2 :].isnan().any()
+    assert not outputs[0][:, 64:].isnan().any() and not outputs[1].isnan().any()
+    assert all(not states[1].isnan().any() for states in outputs[2:])
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 50.0, 1e30])
 def test_extreme_steps(run, size):
     case = Case("extreme", 1, 140, 2, 16, skip=1, softplus=False, bias=False, initial_states=True)
