@@ -64,7 +64,8 @@ def forward(
         run = (F.pad(seq_idx, (1, 0)).diff(dim=1) != 0).cumsum(1)
         dt = dt.masked_fill(pad, 0.0)
     state = x.new_zeros(b, h, p, n) if initial_states is None else initial_states.to(compute)
-    xdt, a = x * dt[..., None], dt * A
+    # Cut where exp is 0: no sum is infinite then. A = -inf forgets all in any step, but in one of 0 nothing.
+    xdt, a = x * dt[..., None], (dt * A.clamp(min=-1e30)).clamp(min=-1000.0)
     before = run.new_zeros(b, 1)
     ys, ended = [], {0: state}
     for start, end in _pieces(l, chunk_size, cu_seqlens):
