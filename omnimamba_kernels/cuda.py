@@ -139,7 +139,10 @@ def call(kernel: str, device: torch.device, **fields: Any) -> Any:
     emulator = _emulator.get()
     if emulator is not None:
         return emulator.kernels[kernel](**fields)
-    function = _load().kernels[kernel]
+    module = _load()
+    if isinstance(module, str):
+        raise RuntimeError(f"{kernel}: the CUDA kernels cannot run: {module}")
+    function = module.kernels[kernel]
     stream = torch.cuda.current_stream(device).cuda_stream
     if device.index == torch.cuda.current_device():
         return function(stream=stream, **fields)

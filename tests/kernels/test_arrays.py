@@ -110,3 +110,9 @@ def test_a_device_without_a_number_is_the_current_one(place, there, monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     with nullcontext() if there else pytest.raises(ValueError, match="expected one on cuda:1"):
         cuda._check_places("k", torch.device("cuda"), {"x": Foreign(None, place), "rows": 2})
+
+
+def test_a_call_without_kernels_says_why(monkeypatch):
+    monkeypatch.setattr(cuda, "_load", lambda: "there is no GPU")
+    with pytest.raises(RuntimeError, match="norm: the CUDA kernels cannot run: there is no GPU"):
+        cuda.call("norm", torch.device("cuda", 0))
