@@ -204,11 +204,11 @@ inline StepGradient step_gradient(const BackwardUnit& u) {
   const auto [b, c, h, in_slab, chunk] = u.at;
   const BackwardScratch::Sums& sums = *u.s.sums;
   const Decay& d = *u.s.decay;
-  const double A = *u.q.A.at<float>(h);
+  const float A = finite_rate(*u.q.A.at<float>(h));
   double after[kChunk], suffix = 0, dA = 0, dbias = 0;
   for (int t = chunk.length - 1; t >= 0; t--) {
     suffix += sums.row_P[t] - sums.column_P[t] + double{d.from_start[t]} * sums.R[t];
-    if (d.dt[t] * *u.q.A.at<float>(h) <= kForgotten) suffix = 0;  // nothing crosses t: no trace of rounding may either
+    if (d.dt[t] * A <= kForgotten) suffix = 0;  // nothing crosses t: no trace of rounding may either
     after[t] = suffix;
   }
   double before = u.state ? double{d.whole} * state_product(u) : 0.0;

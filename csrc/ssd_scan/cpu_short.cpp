@@ -13,7 +13,7 @@ namespace {
 // One head's steps and decays.
 struct Steps {
   Steps(const SsdScanParams& q, int64_t b, int64_t h) {
-    const float bias = q.dt_bias ? *q.dt_bias.at<float>(h) : 0.0f, A = *q.A.at<float>(h);
+    const float bias = q.dt_bias ? *q.dt_bias.at<float>(h) : 0.0f, A = finite_rate(*q.A.at<float>(h));
     for (int64_t t = 0; t < q.length; t++) {
       dt[t] = step_size(q, splat(*q.dt.at<float>(b, t, h) + bias))[0];
       decay[t] = one(vexp_decay, dt[t] * A);

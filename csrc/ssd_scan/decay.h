@@ -11,6 +11,10 @@ namespace omnimamba::ssd {
 // exp of less is 0 in float32, so steps may be cut here; sums then stay finite whatever dt is.
 constexpr float kForgotten = -128.0f;
 
+// A head's A, which may be -inf: what forgets all in any step, where a product with a step of 0, or with a gradient of 0,
+// is still 0. A NaN stays one.
+inline float finite_rate(float A) { return std::max(A, -1e30f); }
+
 struct Decay {
   alignas(64) float dt[kRow];
   alignas(64) float local[kRow];       // c_t - c at the start of t's block
@@ -30,7 +34,7 @@ inline void fill_decay(const float* dt, float A, int length, Decay& d) {
   for (int k = 0; k < kBlock; k++)
     for (int i = 0; i < blocks; i++) {  // the blocks' sums do not wait for one another
       const int t = i * kBlock + k;
-      const float a = d.dt[t] * A;
+      const float a = d.dt[t] * finite_rate(A);
       if (t < length) d.block[i] += a < kForgotten ? kForgotten : a;  // a NaN stays one
       d.local[t] = d.block[i];
     }
