@@ -163,6 +163,26 @@ def test_the_next_slab_waits_beside_the_one_at_work(run, length, heads, headdim)
         assert all(same_bits(run_once(**tensors), alone) for _ in range(6))
 
 
+LONG = (
+    Case("long", 1, 1025, 4, 16, g=2, skip=1, gate=True, initial_states=True),
+    Case("long and packed", 1, 1300, 4, 16, g=2, skip=2, gate=True, initial_states=True, sequences="seq_idx"),
+    Case("long, of few states", 1, 4097, 2, 8, n=8, skip=1, initial_states=True),
+)
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda c: c.name)
+def test_long_sequences_and_their_gradients(run, case):
+    """Many slabs of chunks, against the reference in float64: the recurrence would take its time."""
+    if not run.startswith("native"):
+        pytest.skip("these slabs are the native kernels' own")
+    tensors = case.tensors()
+
+    def reference(**given):
+        return mamba_chunk_scan_combined(**given, **case.options, backend="reference")
+
+    check(run, scan(case.options), reference, tensors, GRADS)
+
+
 def test_saving_for_a_backward_changes_no_bit(run):
     case = CASES[4]
     tensors = case.tensors()
