@@ -119,9 +119,8 @@ def mamba_chunk_scan_combined(
         (sequences, h, p, n).
         Gradients reach x, dt, A, B, C, D, z, dt_bias and initial_states through every output.
         A NaN or infinity of x, B or dt shows from its position on. Where a chunk is a matrix product, it may also show
-        in the few positions before it in its chunk, as 0 times it. On a GPU the
-        sequences packed after it may see it too; of the CPU's kernels only the reference's do, in the same chunk, or
-        of a NaN of dt all of them.
+        in the few positions before it in its chunk, as 0 times it. On a GPU the sequences packed after it may see it
+        too; on a CPU only the reference's do: in the same chunk, or of a NaN of dt all of them.
 
     Raises:
         ValueError: a shape, index or limit does not fit. TypeError: a dtype does not. RuntimeError: the backend cannot.
