@@ -177,6 +177,10 @@ bool run_packs() {
   return std::memcmp(in, out, sizeof out) == 0;
 }
 
+#define TRIAL(name, whole_run, broken_run) \
+  const Register at_##name(#name, [](bool broken) { return broken ? (broken_run) : (whole_run); })
+
+#ifdef OMNIMAMBA_EMULATED
 // The whole of a block's shared memory, and `beyond` bytes more.
 __global__ void room_kernel(std::size_t bytes, int* out) {
   OM_SHARED_DYNAMIC(memory);
@@ -190,11 +194,9 @@ bool run_room(std::size_t beyond) {
   launch<room_kernel>({grid(1), WARP, 0, bytes}, bytes, out.data());
   return out[0] == 7;
 }
-
-#define TRIAL(name, whole_run, broken_run) \
-  const Register at_##name(#name, [](bool broken) { return broken ? (broken_run) : (whole_run); })
-
 TRIAL(more_than_the_chip, run_room(0), run_room(1));
+#endif
+
 TRIAL(missing_barrier, run_map<reverse_kernel<false>>(mirrored), run_map<reverse_kernel<true>>(mirrored));
 TRIAL(missing_sync_warp, run_map<neighbour_kernel<false>>(beside), run_map<neighbour_kernel<true>>(beside));
 TRIAL(missing_named_barrier, run_map<handover_kernel<0>>(first_64), run_map<handover_kernel<1>>(first_64));
